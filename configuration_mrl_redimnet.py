@@ -1,0 +1,321 @@
+"""Configuration of ReDimNet-MRL: a ReDimNet encoder (arXiv 2407.18223) with a Matryoshka head (arXiv 2205.13147).
+
+This file travels beside the weights to the Hub: it imports transformers and the standard library only.
+"""
+
+import difflib
+from dataclasses import field, fields
+
+from transformers import PretrainedConfig
+
+FRONT_ENDS = ("mel", "tf_mel")
+FEATURE_NORMS = ("mean", "mean_variance", "batch", "none")
+BLOCKS_1D = ("att", "conv+att", "conv", "fc")
+BLOCKS_2D = ("convnext_like", "convnext_like_relu", "basic_resnet", "basic_resnet_fwse")
+POOLINGS = ("ASTP", "TAP", "TSDP", "TSTP")
+ATTENTION_HEADS = 4
+FFT_SIZE = 512
+WINDOW_LENGTH = 400
+SAMPLING_RATE = 16_000
+
+
+def _stages(*rows: tuple) -> list[dict]:
+    """Rows (frequency stride, blocks, expansion, reduction) as readable records."""
+    return [dict(zip(("frequency_stride", "blocks", "expansion", "reduction"), row, strict=True)) for row in rows]
+
+
+# The published families, as shapes to train from scratch. A conversion never looks here: the architecture of a
+# checkpoint is in the checkpoint. `nano` is ours: it trains in minutes on two CPU cores.
+SIZES: dict[str, dict] = {
+    "nano": dict(
+        num_mel_bins=64,
+        base_channels=8,
+        block_1d="conv+att",
+        block_2d="convnext_like",
+        group_divisor=8,
+        stages=_stages((2, 2, 1, None), (2, 2, 1, 8), (2, 2, 1, 8)),
+    ),
+    "b0": dict(
+        num_mel_bins=60,
+        base_channels=10,
+        block_1d="conv+att",
+        block_2d="basic_resnet",
+        group_divisor=1,
+        stages=_stages((1, 2, 1, 30), (2, 3, 2, 30), (1, 3, 3, 30), (2, 4, 2, 10), (1, 3, 1, 10)),
+    ),
+    "b1": dict(
+        num_mel_bins=72,
+        base_channels=12,
+        block_1d="conv+att",
+        block_2d="convnext_like",
+        group_divisor=8,
+        stages=_stages((1, 2, 1, None), (2, 3, 1, None), (3, 4, 1, 12), (2, 5, 1, 12), (2, 3, 1, 8)),
+    ),
+    "b2": dict(
+        num_mel_bins=72,
+        base_channels=16,
+        block_1d="conv+att",
+        block_2d="convnext_like",
+        group_divisor=4,
+        stages=_stages((1, 2, 1, 12), (2, 2, 1, 12), (1, 3, 1, 12), (2, 4, 1, 8), (1, 4, 1, 8), (2, 4, 1, 4)),
+    ),
+    "b3": dict(
+        num_mel_bins=72,
+        base_channels=16,
+        block_1d="conv+att",
+        block_2d="basic_resnet_fwse",
+        group_divisor=1,
+        stages=_stages((1, 6, 4, 32), (2, 6, 2, 32), (1, 8, 2, 32), (2, 10, 2, 16), (1, 10, 1, 16), (2, 8, 1, 16)),
+    ),
+    "b4": dict(
+        num_mel_bins=72,
+        base_channels=32,
+        block_1d="conv+att",
+        block_2d="basic_resnet_fwse",
+        group_divisor=1,
+        stages=_stages((1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)),
+    ),
+    "b5": dict(
+        num_mel_bins=72,
+        base_channels=32,
+        block_1d="conv+att",
+        block_2d="basic_resnet_fwse",
+        group_divisor=16,
+        stages=_stages((1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)),
+    ),
+    "b6": dict(
+        num_mel_bins=72,
+        base_channels=32,
+        block_1d="conv+att",
+        block_2d="basic_resnet",
+        group_divisor=32,
+        stages=_stages((1, 4, 4, 32), (2, 6, 2, 32), (1, 6, 2, 24), (3, 8, 1, 24), (1, 8, 1, 16), (2, 8, 1, 16)),
+    ),
+}
+
+
+def conv_groups(channels: int, group_divisor: int | None) -> int:
+    """Groups of a 3x3 convolution over `channels`: channels // group_divisor, or one group when that is None."""
+    return 1 if group_divisor is None else channels // group_divisor
+
+
+class MRLReDimNetConfig(PretrainedConfig):
+    """Architecture of a ReDimNet-MRL model; every value is checked, and an error names the field.
+
+    Front end:
+        front_end: "mel" (torchaudio-style mel spectrogram) or "tf_mel" (TensorFlow-style; some published files).
+        num_mel_bins: mel filters from 20 to 7600 Hz.
+        hop_length: samples between frames at 16 kHz (160 = 10 ms; published v1 checkpoints use 240 = 15 ms).
+        normalize_signal: subtract the mean and divide by the standard deviation of the waveform.
+        preemphasis: y[t] = x[t] - 0.97 x[t-1].
+        feature_norm: over time per bin: "mean", "mean_variance", "batch" (learned) or "none".
+        front_end_eps: floor of "tf_mel".
+        spec_augment, spec_augment_repeats, freq_mask_width, time_mask_width, freq_mask_start: masks in training;
+            widths are drawn from [low, high).
+    Trunk:
+        base_channels: 2-D channels after the stem; base_channels * num_mel_bins is the 1-D width at every depth.
+        stages: records {frequency_stride, blocks, expansion, reduction}; reduction None leaves out the 1-D block.
+        block_1d, block_2d: kinds of blocks; group_divisor: channels per group of 3x3 convolutions, None = one group.
+        aggregation_channels: width after the last mixing (a 1x1 layer and a norm), None = no such layer.
+        map_dropout: dropout on each stage's feature map in training.
+    Pooling and head:
+        pooling: "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (deviation) or "TSTP" (both).
+        pooling_context: attention sees the utterance's mean and deviation; pooling_bottleneck: its hidden width.
+        embedding_size, embedding_norm (a batch norm after the projection).
+        matryoshka_dims: increasing prefixes that stand alone; the last one is embedding_size.
+        window_seconds: a longer utterance is cut into equal windows of at most this length, embeddings averaged.
+    Training (MRLReDimNetForXVector):
+        num_speakers: rows of the margin classifier.
+        margin (radians), scale, label_smoothing: additive angular margin softmax (arXiv 1801.07698).
+        prefix_weights: weight of each Matryoshka prefix in the loss, None = all alike; only ratios matter.
+    """
+
+    model_type = "mrl_redimnet"
+
+    front_end: str = "mel"
+    num_mel_bins: int = 72
+    hop_length: int = 160
+    normalize_signal: bool = False
+    preemphasis: bool = True
+    feature_norm: str = "mean"
+    front_end_eps: float = 1e-8
+    spec_augment: bool = False
+    spec_augment_repeats: int = 1
+    freq_mask_width: list[int] = field(default_factory=lambda: [0, 6])
+    time_mask_width: list[int] = field(default_factory=lambda: [0, 8])
+    freq_mask_start: int = 0
+
+    base_channels: int = 16
+    stages: list[dict] = field(default_factory=lambda: [dict(stage) for stage in SIZES["b2"]["stages"]])
+    block_1d: str = "conv+att"
+    block_2d: str = "convnext_like"
+    group_divisor: int | None = 4
+    aggregation_channels: int | None = None
+    map_dropout: float = 0.0
+
+    pooling: str = "ASTP"
+    pooling_context: bool = True
+    pooling_bottleneck: int = 128
+    embedding_size: int = 256
+    embedding_norm: bool = False
+    matryoshka_dims: list[int] = field(default_factory=lambda: [64, 128, 192, 256])
+    window_seconds: float = 120.0
+
+    num_speakers: int = 2
+    margin: float = 0.2
+    scale: float = 32.0
+    label_smoothing: float = 0.0
+    prefix_weights: list[float] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        self._check_choices()
+        self._check_numbers()
+        self.stages = [self._checked_stage(i, stage) for i, stage in enumerate(self.stages)]
+        self._check_shapes()
+        self._check_matryoshka()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides) -> "MRLReDimNetConfig":
+        """A ready-made size by name ("nano", "b0" ... "b6"), single fields replaced by `overrides`."""
+        if size not in SIZES:
+            raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}.")
+        return cls(**{**SIZES[size], **overrides})
+
+    @property
+    def trunk_width(self) -> int:
+        """Channels of the 1-D view: base_channels * num_mel_bins, the same at every depth."""
+        return self.base_channels * self.num_mel_bins
+
+    @property
+    def pooling_input(self) -> int:
+        """Channels the pooling sees."""
+        return self.trunk_width if self.aggregation_channels is None else self.aggregation_channels
+
+    @property
+    def pooled_size(self) -> int:
+        """Length of the pooled vector: one statistic per channel, or two."""
+        return self.pooling_input * (1 if self.pooling in ("TAP", "TSDP") else 2)
+
+    @property
+    def min_samples(self) -> int:
+        """Shortest waveform in samples: two frames, and more than half an FFT window to reflect."""
+        if self.front_end == "tf_mel":
+            return max(FFT_SIZE // 2 + 1, WINDOW_LENGTH + self.hop_length - 2 * (self.hop_length // 2))
+        return max(FFT_SIZE // 2 + 1, self.hop_length)
+
+    def stage_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Per stage (channels in, bins in, channels out, bins out)."""
+        shapes, channels, bins = [], self.base_channels, self.num_mel_bins
+        for stage in self.stages:
+            stride = stage["frequency_stride"]
+            shapes.append((channels, bins, channels * stride, bins // stride))
+            channels, bins = channels * stride, bins // stride
+        return shapes
+
+    def _refuse_misspelt(self, kwargs: dict):
+        """PretrainedConfig takes any keyword; one that nearly is a field of ours is a slip, not an extra."""
+        own = [f.name for f in fields(self) if f.name in MRLReDimNetConfig.__annotations__]
+        for name in kwargs:
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+            if near:
+                raise ValueError(f"{name}: no such field in MRLReDimNetConfig, did you mean {near[0]}?")
+
+    def _check_choices(self):
+        for name, allowed in (
+            ("front_end", FRONT_ENDS),
+            ("feature_norm", FEATURE_NORMS),
+            ("block_1d", BLOCKS_1D),
+            ("block_2d", BLOCKS_2D),
+            ("pooling", POOLINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        if self.front_end == "tf_mel" and self.feature_norm != "mean":
+            raise ValueError(f"feature_norm: front_end 'tf_mel' has only 'mean', got {self.feature_norm!r}.")
+
+    def _check_numbers(self):
+        for name in (
+            "num_mel_bins",
+            "hop_length",
+            "base_channels",
+            "pooling_bottleneck",
+            "embedding_size",
+            "num_speakers",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1.")
+        for name in ("group_divisor", "aggregation_channels"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1, or None.")
+        for name in ("freq_mask_width", "time_mask_width"):
+            low_high = list(getattr(self, name))
+            if len(low_high) != 2 or not 0 <= low_high[0] < low_high[1]:
+                raise ValueError(f"{name}: got {low_high}, expected [low, high) with 0 <= low < high.")
+            setattr(self, name, low_high)
+        for name, low, high in (("map_dropout", 0, 1), ("label_smoothing", 0, 1), ("margin", 0, 1.5)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {low} <= {name} < {high}.")
+        for name in ("scale", "window_seconds", "front_end_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number above 0.")
+        if self.window_seconds * SAMPLING_RATE < 2 * self.min_samples:
+            raise ValueError(f"window_seconds: {self.window_seconds} s is too short to cut utterances into.")
+
+    def _checked_stage(self, index: int, stage: dict) -> dict:
+        where, stage = f"stages[{index}]", dict(stage)
+        expected = {"frequency_stride", "blocks", "expansion", "reduction"}
+        if set(stage) != expected:
+            raise ValueError(f"{where}: got the entries {sorted(stage)}, expected {sorted(expected)}.")
+        for name in ("frequency_stride", "blocks"):
+            if not isinstance(stage[name], int) or stage[name] < 1:
+                raise ValueError(f"{where}.{name}: got {stage[name]!r}, expected a whole number of at least 1.")
+        if not stage["expansion"] > 0:
+            raise ValueError(f"{where}.expansion: got {stage['expansion']!r}, expected a number above 0.")
+        reduction = stage["reduction"]
+        if reduction is not None and not 1 <= reduction <= self.trunk_width:
+            raise ValueError(f"{where}.reduction: got {reduction!r}, expected 1 to {self.trunk_width}, or None.")
+        return stage
+
+    def _check_shapes(self):
+        if not self.stages:
+            raise ValueError("stages: empty, expected at least one record.")
+        for i, (stage, (_, bins_in, channels, _)) in enumerate(zip(self.stages, self.stage_shapes(), strict=True)):
+            stride = stage["frequency_stride"]
+            if bins_in % stride:
+                raise ValueError(f"stages[{i}].frequency_stride: {bins_in} bins cannot be divided by {stride}.")
+            widths = [int(channels * stage["expansion"])] + ([channels] if stage["expansion"] != 1 else [])
+            for width in widths:
+                groups = conv_groups(width, self.group_divisor)
+                if groups < 1 or width % groups:
+                    raise ValueError(
+                        f"group_divisor: {self.group_divisor} does not fit {width} channels of stages[{i}]."
+                    )
+            if stage["reduction"] is not None and self.block_1d in ("att", "conv+att"):
+                hidden = self.trunk_width // stage["reduction"]
+                if hidden % ATTENTION_HEADS:
+                    raise ValueError(
+                        f"stages[{i}].reduction: hidden width {self.trunk_width} // {stage['reduction']} = {hidden} "
+                        f"cannot be divided among {ATTENTION_HEADS} attention heads."
+                    )
+
+    def _check_matryoshka(self):
+        dims = list(self.matryoshka_dims)
+        if not dims or any(not isinstance(d, int) or d < 1 for d in dims) or sorted(set(dims)) != dims:
+            raise ValueError(f"matryoshka_dims: got {dims}, expected increasing whole numbers.")
+        if dims[-1] != self.embedding_size:
+            raise ValueError(f"matryoshka_dims: must end at embedding_size={self.embedding_size}, got {dims}.")
+        self.matryoshka_dims = dims
+        if self.prefix_weights is not None:
+            weights = [float(w) for w in self.prefix_weights]
+            if len(weights) != len(dims) or min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(f"prefix_weights: got {weights}, expected {len(dims)} numbers >= 0, not all 0.")
+            self.prefix_weights = weights
+
+
+MRLReDimNetConfig.register_for_auto_class()
+
+__all__ = ["MRLReDimNetConfig"]

@@ -1,0 +1,941 @@
+"""ReDimNet speaker encoder (Yakovlev et al. 2024, arXiv 2407.18223) with a Matryoshka head (arXiv 2205.13147).
+
+    waveform [B, T] -> MelFrontEnd [B, frames, bins] -> ReDimNetTrunk [B, frames, channels]
+                    -> statistics pooling [B, P] -> MatryoshkaProjection [B, D]
+
+One memory layout serves the whole trunk: [batch, frames, bins, channels], contiguous. The 1-D view [batch, frames,
+bins * channels] of a feature map is then the same memory as its 2-D view, a frequency stride is a reshape before a
+linear layer, and every norm and 1x1 layer works on the last axis. 3x3 convolutions see it as channels-last images
+with frames as height; convolutions over time alone as channels-last images of height one with frames as width.
+
+An utterance answers the same alone and padded in a batch: whatever looks across frames is told where each one ends.
+
+This file travels beside the weights to the Hub: torch and transformers are all it needs.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+# As a Hub file this module finds its configuration beside itself; installed, under its own name. The relative import
+# comes first, so that Hub code never mixes with an installed version; the checks keep real import errors visible.
+try:
+    if not __package__:
+        raise ImportError("not part of a package")
+    from .configuration_mrl_redimnet import (
+        ATTENTION_HEADS,
+        FFT_SIZE,
+        SAMPLING_RATE,
+        WINDOW_LENGTH,
+        MRLReDimNetConfig,
+        conv_groups,
+    )
+except ImportError:
+    if __package__:
+        raise
+    from configuration_mrl_redimnet import (
+        ATTENTION_HEADS,
+        FFT_SIZE,
+        SAMPLING_RATE,
+        WINDOW_LENGTH,
+        MRLReDimNetConfig,
+        conv_groups,
+    )
+
+MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
+PREEMPHASIS = 0.97
+LOG_FLOOR = 1e-6
+NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded stage
+
+
+@dataclass
+class SpeakerEmbeddingOutput(ModelOutput):
+    """`embeddings` [B, D] (or the prefix that was asked for), not normalised: compare by cosine."""
+
+    embeddings: torch.FloatTensor | None = None
+
+
+@dataclass
+class MatryoshkaXVectorOutput(ModelOutput):
+    """`loss` [] when labels were given, `logits` [B, speakers] (scaled cosines, no margin), `embeddings` [B, D],
+    `prefix_losses` [len(matryoshka_dims)] when labels were given."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+    prefix_losses: torch.FloatTensor | None = None
+
+
+@dataclass
+class SpeakerClassifierOutput(ModelOutput):
+    """`loss` [] when labels were given, `logits` [B, num_labels], `embeddings` [B, D]."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks: `mask` is [B, frames, 1], true where a frame belongs to the utterance, or None when every frame does.
+
+
+def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes the frames after each utterance's end in x [B, frames, ...], as a convolution's own padding is zero."""
+    if mask is None:
+        return x
+    return x * mask.reshape(*mask.shape, *[1] * (x.dim() - 3)).to(x.dtype)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over frames of x [B, frames, C] -> [B, 1, C]."""
+    if mask is None:
+        return x.mean(1, keepdim=True)
+    return zero_padding(x, mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+
+def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Unbiased variance over frames of x [B, frames, C] around mean [B, 1, C] -> [B, 1, C]."""
+    squares = zero_padding((x - mean).square(), mask).sum(1, keepdim=True)
+    frames = x.shape[1] if mask is None else mask.sum(1, keepdim=True)
+    return squares / (frames - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Front end
+
+
+def _mel_filters(config) -> torch.Tensor:
+    """Triangular HTK-mel filters without area norm, [FFT_SIZE // 2 + 1, bins] float32."""
+
+    def to_mel(hz):
+        return 2595.0 * torch.log10(1.0 + hz / 700.0)
+
+    edges_mel = torch.linspace(
+        *to_mel(torch.tensor([MEL_LOW_HZ, MEL_HIGH_HZ], dtype=torch.float64)).tolist(),
+        config.num_mel_bins + 2,
+        dtype=torch.float64,
+    )
+    if config.front_end == "tf_mel":
+        # Slopes on the mel axis, 256 bin centres spread over 0 .. 8000 Hz, bin 0 empty, no Nyquist bin.
+        centres = to_mel(torch.linspace(0, SAMPLING_RATE / 2, FFT_SIZE // 2, dtype=torch.float64))
+        edges = edges_mel
+    else:
+        centres = torch.linspace(0, SAMPLING_RATE / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
+        edges = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    rising = (centres[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - centres[:, None]) / (edges[2:] - edges[1:-1])
+    filters = torch.minimum(rising, falling).clamp(min=0.0)
+    if config.front_end == "tf_mel":
+        filters[0] = 0.0
+        filters = F.pad(filters, (0, 0, 0, 1))  # the dropped Nyquist bin
+    return filters.float()
+
+
+def _analysis_window(config) -> torch.Tensor:
+    """Hamming window of 400 samples in an FFT frame of 512, [512] float32: periodic and centred for "mel",
+    symmetric and at the frame's start for "tf_mel"."""
+    tf_style = config.front_end == "tf_mel"
+    window = torch.hamming_window(WINDOW_LENGTH, periodic=not tf_style, dtype=torch.float64)
+    left = 0 if tf_style else (FFT_SIZE - WINDOW_LENGTH) // 2
+    return F.pad(window, (left, FFT_SIZE - WINDOW_LENGTH - left)).float()
+
+
+class MelFrontEnd(nn.Module):
+    """Waveform [B, T] at 16 kHz to log-mel features [B, frames, bins], in float32 whatever the model's dtype."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # Constants. Built on the CPU even where the model is built on the meta device; `_init_weights` refills them
+        # after loading, because from_pretrained leaves buffers that are not in the file uninitialised.
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+        self.norm = nn.BatchNorm1d(config.num_mel_bins) if config.feature_norm == "batch" else None
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The window [512] and the mel filters [257, bins], computed anew."""
+        with torch.device("cpu"):
+            return {"window": _analysis_window(self.config), "mel_filters": _mel_filters(self.config)}
+
+    def num_frames(self, num_samples):
+        """Frames of a waveform of `num_samples` (an int or an integer tensor)."""
+        hop = self.config.hop_length
+        if self.config.front_end == "tf_mel":
+            return (num_samples + 2 * (hop // 2) - WINDOW_LENGTH) // hop + 1
+        return 1 + num_samples // hop
+
+    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """waveform [B, T], lengths [B] in samples or None -> features [B, frames, bins] float32."""
+        with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
+            x = self._pad(self._condition(waveform.float(), lengths), lengths)
+            spectrum = torch.stft(
+                x, FFT_SIZE, self.config.hop_length, window=self.window.float(), center=False, return_complex=True
+            )
+            power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)  # [B, frames, 257]
+            features = self._log_mel(power)
+            mask = frame_mask(lengths, features.shape[1], self)
+            if self.config.feature_norm in ("mean", "mean_variance"):
+                mean = masked_mean(features, mask)
+                if self.config.feature_norm == "mean_variance":
+                    deviation = masked_variance(features, mean, mask).sqrt() + 1e-8
+                    features = (features - mean) / deviation
+                else:
+                    features = features - mean
+        if self.norm is not None:
+            features = self.norm(features.transpose(1, 2).to(self.norm.weight.dtype)).transpose(1, 2).float()
+        if self.training and self.config.spec_augment:
+            for _ in range(self.config.spec_augment_repeats):
+                features = self._spec_augment(features)
+        return features
+
+    def _condition(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """Optional signal normalisation and pre-emphasis of x [B, T]."""
+        if self.config.normalize_signal:
+            mask = None if lengths is None else sample_mask(lengths, x.shape[1])[..., None]
+            mean = masked_mean(x[..., None], mask)
+            variance = masked_mean((x[..., None] - mean).square(), mask)
+            eps = self.config.front_end_eps if self.config.front_end == "tf_mel" else 1e-6
+            x = (x - mean[..., 0]) / (variance[..., 0].sqrt() + eps)
+        if self.config.preemphasis:
+            x = x - PREEMPHASIS * torch.cat([x[:, 1:2], x[:, :-1]], dim=1)  # x[-1] reflects to x[1]
+        return x
+
+    def _pad(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """Room for the first and last frames: reflection at each utterance's own ends ("mel") or zeros ("tf_mel")."""
+        if self.config.front_end == "tf_mel":
+            half_hop = self.config.hop_length // 2
+            if lengths is not None:
+                x = x * sample_mask(lengths, x.shape[1])
+            return F.pad(x, (half_hop, half_hop + FFT_SIZE - WINDOW_LENGTH))
+        half = FFT_SIZE // 2
+        if lengths is None:
+            return F.pad(x[:, None], (half, half), mode="reflect")[:, 0]
+        # Position n + k behind an utterance of n samples holds sample n - 2 - k:  a b c d | c b a
+        position = torch.arange(x.shape[1] + half, device=x.device)
+        end = lengths[:, None]
+        source = torch.where(position < end, position, 2 * (end - 1) - position).clamp(min=0)
+        return torch.cat([x[:, 1 : half + 1].flip(1), x.gather(1, source)], dim=1)
+
+    def _log_mel(self, power: torch.Tensor) -> torch.Tensor:
+        """Power spectrum [B, frames, 257] -> log-mel [B, frames, bins]."""
+        filters = self.mel_filters.float()
+        if self.config.front_end == "tf_mel":
+            eps = self.config.front_end_eps
+            return ((power.clamp(eps, 1 / eps) @ filters).clamp(eps, 1 / eps) + eps).log()
+        return (power @ filters + LOG_FLOOR).log()
+
+    def _spec_augment(self, x: torch.Tensor) -> torch.Tensor:
+        """One masked stretch of frames and one of bins per utterance (arXiv 1904.08779), x [B, frames, bins]."""
+        for dim, widths, first in (
+            (1, self.config.time_mask_width, 0),
+            (2, self.config.freq_mask_width, self.config.freq_mask_start),
+        ):
+            size = x.shape[dim]
+            width = torch.randint(widths[0], widths[1], (x.shape[0], 1), device=x.device)
+            start = first + (torch.rand(width.shape, device=x.device) * (size - first - width).clamp(min=1)).long()
+            position = torch.arange(size, device=x.device)
+            hidden = (position >= start) & (position < start + width)  # [B, size]
+            x = x.masked_fill(hidden[:, :, None] if dim == 1 else hidden[:, None, :], 0.0)
+        return x
+
+
+def sample_mask(lengths: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """[B] lengths -> [B, num_samples], true inside each utterance."""
+    return torch.arange(num_samples, device=lengths.device) < lengths[:, None]
+
+
+def frame_mask(lengths: torch.Tensor | None, num_frames: int, front_end: MelFrontEnd) -> torch.Tensor | None:
+    """[B] lengths in samples -> [B, frames, 1], true inside each utterance; None stays None."""
+    if lengths is None:
+        return None
+    return sample_mask(front_end.num_frames(lengths), num_frames)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trunk
+
+
+class ChannelBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last axis of [B, frames, C] or [B, frames, bins, C]; padded frames count for nothing."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.training:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+        if mask is None:
+            return super().forward(x.flatten(0, -2)).view_as(x)
+        valid = mask[..., 0]
+        out = torch.zeros_like(x)
+        rows = x[valid]
+        out[valid] = super().forward(rows.flatten(0, -2)).view_as(rows).to(out.dtype)
+        return out
+
+
+def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image."""
+    return conv(zero_padding(x, mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
+    return conv(zero_padding(x, mask).transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+
+def image_conv(channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True) -> nn.Conv2d:
+    """A 3x3 convolution for `conv_image`, grouped over its output channels."""
+    return nn.Conv2d(
+        channels_in, channels_out, 3, padding="same", groups=conv_groups(channels_out, group_divisor), bias=bias
+    )
+
+
+def depthwise_time_conv(channels: int, kernel: int) -> nn.Conv2d:
+    """A depthwise convolution over frames for `conv_time`."""
+    return nn.Conv2d(channels, channels, (1, kernel), padding="same", groups=channels)
+
+
+class ConvNeXtBlock2d(nn.Module):
+    """x + pointwise(act(norm(conv3x3(x)))), x [B, frames, bins, C] ("convnext_like", "convnext_like_relu")."""
+
+    def __init__(self, config, channels: int, bins: int):
+        super().__init__()
+        self.conv = image_conv(channels, channels, config.group_divisor)
+        self.norm = ChannelBatchNorm(channels)
+        self.act = nn.ReLU() if config.block_2d == "convnext_like_relu" else nn.GELU()
+        self.pointwise = nn.Linear(channels, channels)
+
+    def forward(self, x, mask):
+        return x + self.pointwise(self.act(self.norm(conv_image(self.conv, x, mask), mask)))
+
+
+class BinSqueezeExcitation(nn.Module):
+    """Scales each frequency bin of x [B, frames, bins, C] by a gate seen from all bins' means ("_fwse")."""
+
+    def __init__(self, bins: int, hidden: int):
+        super().__init__()
+        self.squeeze = nn.Linear(bins, hidden)
+        self.excite = nn.Linear(hidden, bins)
+
+    def forward(self, x, mask):
+        mean = masked_mean(x.mean(-1), mask)  # [B, 1, bins]
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
+        return x * gate[..., None]
+
+
+class ResNetBlock2d(nn.Module):
+    """Residual block of two 3x3 convolutions, x [B, frames, bins, C] ("basic_resnet", "basic_resnet_fwse").
+
+    The published networks put ReLU before the first norm. Ungrouped blocks have no pointwise layers.
+    """
+
+    def __init__(self, config, channels: int, bins: int):
+        super().__init__()
+        grouped = config.group_divisor is not None
+        self.conv1 = image_conv(channels, channels, config.group_divisor, bias=False)
+        self.pointwise1 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.norm1 = ChannelBatchNorm(channels)
+        self.conv2 = image_conv(channels, channels, config.group_divisor, bias=False)
+        self.pointwise2 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.norm2 = ChannelBatchNorm(channels)
+        squeeze = config.block_2d == "basic_resnet_fwse"
+        self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if squeeze else None
+
+    def forward(self, x, mask):
+        y = self.norm1(F.relu(self.pointwise1(conv_image(self.conv1, x, mask))), mask)
+        y = self.norm2(self.pointwise2(conv_image(self.conv2, y, mask)), mask)
+        if self.bin_gate is not None:
+            y = self.bin_gate(y, mask)
+        return F.relu(y + x)
+
+
+BLOCKS_2D = {
+    "convnext_like": ConvNeXtBlock2d,
+    "convnext_like_relu": ConvNeXtBlock2d,
+    "basic_resnet": ResNetBlock2d,
+    "basic_resnet_fwse": ResNetBlock2d,
+}
+
+
+class Squeeze2d(nn.Module):
+    """Back from an expanded stage's channels to the width of the 1-D view, x [B, frames, bins, C]."""
+
+    def __init__(self, config, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv = image_conv(channels_in, channels_out, config.group_divisor)
+        self.norm = ChannelBatchNorm(channels_out, eps=NORM_EPS)
+        self.pointwise = nn.Linear(channels_out, channels_out)
+
+    def forward(self, x, mask):
+        return self.pointwise(F.gelu(self.norm(conv_image(self.conv, x, mask), mask)))
+
+
+class ConvNeXtBlock1d(nn.Module):
+    """x + pointwise(gelu(norm(depthwise convolutions of x, side by side))), x [B, frames, C]."""
+
+    def __init__(self, channels: int, kernels: tuple[int, ...]):
+        super().__init__()
+        self.convs = nn.ModuleList(depthwise_time_conv(channels, kernel) for kernel in kernels)
+        self.norm = ChannelBatchNorm(channels * len(kernels))
+        self.pointwise = nn.Linear(channels * len(kernels), channels)
+
+    def forward(self, x, mask):
+        y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
+        return x + self.pointwise(F.gelu(self.norm(y, mask)))
+
+
+class ConvPosition(nn.Module):
+    """x + norm(depthwise convolution over 59 frames), x [B, frames, C]: what attention has for positions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = depthwise_time_conv(channels, 59)
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
+
+    def forward(self, x, mask):
+        return x + self.norm(conv_time(self.conv, x, mask))
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm transformer layer of 4 heads, x [B, frames, C]; padded frames are no keys."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
+        self.attention_norm = nn.LayerNorm(channels, eps=NORM_EPS)
+        self.ffn_in = nn.Linear(channels, hidden)
+        self.ffn_out = nn.Linear(hidden, channels)
+        self.ffn_norm = nn.LayerNorm(channels, eps=NORM_EPS)
+
+    def forward(self, x, mask):
+        # [B, frames, C] -> [B, heads, frames, C / heads]
+        q, k, v = (
+            proj(x).unflatten(-1, (ATTENTION_HEADS, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        keys = None if mask is None else mask[:, None, None, :, 0]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        x = self.attention_norm(x + self.out_proj(attended))
+        return self.ffn_norm(x + self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh")))
+
+
+class FeedForward1d(nn.Module):
+    """Frame by frame: linear to twice the width, norm, GELU, linear back, x [B, frames, C] ("fc")."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.widen = nn.Linear(channels, 2 * channels)
+        self.norm = nn.LayerNorm(2 * channels, eps=NORM_EPS)
+        self.narrow = nn.Linear(2 * channels, channels)
+
+    def forward(self, x, mask):
+        return self.narrow(F.gelu(self.norm(self.widen(x))))
+
+
+# What a 1-D block does at its reduced width h.
+BLOCKS_1D = {
+    "fc": lambda h: [FeedForward1d(h)],
+    "conv": lambda h: [ConvNeXtBlock1d(h, (7, 15, 31)) for _ in range(4)],
+    "att": lambda h: [ConvPosition(h), TransformerLayer(h, 2 * h)],
+    "conv+att": lambda h: [*(ConvNeXtBlock1d(h, (kernel,)) for kernel in (7, 19, 31, 59)), TransformerLayer(h, h)],
+}
+
+
+class TimeContext(nn.Module):
+    """The 1-D block: reduce the width, look along time, expand, add; x [B, frames, width]."""
+
+    def __init__(self, config, reduction: int):
+        super().__init__()
+        hidden = config.trunk_width // reduction
+        self.reduce = nn.Linear(config.trunk_width, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.layers = nn.ModuleList(BLOCKS_1D[config.block_1d](hidden))
+        self.expand = nn.Linear(hidden, config.trunk_width)
+
+    def forward(self, x, mask):
+        y = self.norm(self.reduce(x))
+        for layer in self.layers:
+            y = layer(y, mask)
+        return x + self.expand(y)
+
+
+class MapMix(nn.Module):
+    """Softmax-weighted sum of earlier feature maps [B, frames, width], a weight per map and channel."""
+
+    def __init__(self, num_maps: int, width: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_maps, width))
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        weights = self.logits.softmax(0).to(maps[0].dtype)
+        mixed = maps[0] * weights[0]
+        for feature_map, weight in zip(maps[1:], weights[1:], strict=True):
+            mixed.addcmul_(feature_map, weight)  # in place: nothing needs the partial sums again
+        return mixed
+
+
+class Stage(nn.Module):
+    """Mixes all earlier maps, strides over frequency, 2-D blocks, then the 1-D block: the next map [B, frames, width].
+
+    The answer is not added to the input: later mixing does that.
+    """
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        stage = config.stages[index]
+        channels_in, _, channels, self.bins = config.stage_shapes()[index]
+        width = int(channels * stage["expansion"])
+        self.mix = MapMix(index + 1, config.trunk_width) if index > 0 else None  # one map needs no weights
+        # A (stride x 1) convolution with stride (stride, 1) is a linear layer on neighbouring bins side by side.
+        self.stride = nn.Linear(stage["frequency_stride"] * channels_in, width)
+        block = BLOCKS_2D[config.block_2d]
+        self.blocks = nn.ModuleList(block(config, width, self.bins) for _ in range(stage["blocks"]))
+        self.squeeze = Squeeze2d(config, width, channels) if stage["expansion"] != 1 else None
+        self.context = TimeContext(config, stage["reduction"]) if stage["reduction"] is not None else None
+        self.dropout = nn.Dropout(config.map_dropout)
+
+    def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        x = maps[0] if self.mix is None else self.mix(maps)
+        x = self.stride(x.unflatten(-1, (self.bins, -1)))  # [B, frames, bins, width]
+        for block in self.blocks:
+            x = block(x, mask)
+        if self.squeeze is not None:
+            x = self.squeeze(x, mask)
+        x = x.flatten(2)
+        if self.context is not None:
+            x = self.context(x, mask)
+        return self.dropout(x)
+
+
+class Stem(nn.Module):
+    """Features [B, frames, bins] to map 0 [B, frames, width]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.conv = nn.Conv2d(1, config.base_channels, 3, padding="same")
+        self.norm = nn.LayerNorm(config.base_channels, eps=NORM_EPS)
+
+    def forward(self, features, mask):
+        x = features.to(self.conv.weight.dtype)[..., None]
+        return self.norm(conv_image(self.conv, x, mask)).flatten(2)
+
+
+class ReDimNetTrunk(nn.Module):
+    """Features [B, frames, bins] to frame-level speaker features [B, frames, channels]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.stem = Stem(config)
+        self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.stages)))
+        self.mix = MapMix(len(config.stages) + 1, config.trunk_width)
+        wide = config.aggregation_channels
+        self.aggregate = None if wide is None else nn.Linear(config.trunk_width, wide)
+        self.aggregate_norm = None if wide is None else ChannelBatchNorm(wide)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        maps = [self.stem(features, mask)]
+        for stage in self.stages:
+            if self.gradient_checkpointing and self.training:
+                maps.append(self._gradient_checkpointing_func(stage.__call__, list(maps), mask))
+            else:
+                maps.append(stage(maps, mask))
+        x = self.mix(maps)
+        if self.aggregate is not None:
+            x = self.aggregate_norm(self.aggregate(x), mask)
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pooling and projection
+
+
+class StatisticsPooling(nn.Module):
+    """Mean ("TAP"), deviation ("TSDP") or both ("TSTP") over time: [B, frames, C] -> [B, P] float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.pooling
+
+    def forward(self, x, mask):
+        x = x.float()  # sums over thousands of frames
+        mean = masked_mean(x, mask)
+        if self.kind == "TAP":
+            return mean[:, 0]
+        deviation = (masked_variance(x, mean, mask) + 1e-7).sqrt()
+        return (deviation if self.kind == "TSDP" else torch.cat([mean, deviation], dim=-1))[:, 0]
+
+
+class AttentiveStatisticsPooling(nn.Module):
+    """Attention-weighted mean and deviation per channel (arXiv 1803.10963): [B, frames, C] -> [B, 2 C] float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = config.pooling_input
+        self.attention_in = nn.Linear(channels, config.pooling_bottleneck)
+        # The utterance's mean and deviation are the same for all frames: their share is computed once, not per frame.
+        self.context_in = (
+            nn.Linear(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
+        )
+        self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
+
+    def forward(self, x, mask):
+        hidden = self.attention_in(x)
+        stats_x = x.float()  # sums over thousands of frames, differences of squares
+        if self.context_in is not None:
+            mean = masked_mean(stats_x, mask)
+            deviation = (masked_variance(stats_x, mean, mask) + 1e-7).sqrt()
+            hidden = hidden + self.context_in(torch.cat([mean, deviation], dim=-1).to(x.dtype))
+        logits = self.attention_out(torch.tanh(hidden)).float()
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        attention = logits.softmax(1)
+        weighted = attention * stats_x
+        mean = weighted.sum(1)
+        variance = (weighted * stats_x).sum(1) - mean.square()
+        return torch.cat([mean, variance.clamp(min=1e-7).sqrt()], dim=-1)
+
+
+class MatryoshkaProjection(nn.Module):
+    """Pooled vector [B, P] -> embedding [B, D], one linear layer per Matryoshka segment.
+
+    dims (2, 4): segments give [a b] and [c d]; the prefixes are [a b] and [a b c d]. A short prefix computes only its
+    own segments, and an adapter can give each segment its own rank.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dims = config.matryoshka_dims
+        starts = [0, *self.dims[:-1]]
+        self.norm = nn.BatchNorm1d(config.pooled_size)
+        self.segments = nn.ModuleList(
+            nn.Linear(config.pooled_size, end - start) for start, end in zip(starts, self.dims, strict=True)
+        )
+        self.embedding_norm = nn.BatchNorm1d(config.embedding_size) if config.embedding_norm else None
+
+    def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
+        pooled = self.norm(pooled.to(self.norm.weight.dtype))
+        # A batch norm behind the projection knows only the whole embedding; then the prefix is cut at the end.
+        wanted = self.dims[-1] if truncate_dim is None or self.embedding_norm is not None else truncate_dim
+        used = [segment for segment, start in zip(self.segments, [0, *self.dims], strict=False) if start < wanted]
+        embedding = torch.cat([segment(pooled) for segment in used], dim=-1)
+        if self.embedding_norm is not None:
+            embedding = self.embedding_norm(embedding)
+        return embedding if truncate_dim is None else embedding[:, :truncate_dim]
+
+
+class MatryoshkaMarginClassifier(nn.Module):
+    """Additive angular margin softmax (arXiv 1801.07698) over every Matryoshka prefix, one weight matrix for all.
+
+    Embedding e and speaker row w are cut to each prefix and normalised there: cos_d = <e[:d], w[:d]> / |e[:d]| |w[:d]|.
+    Dot products and squared norms of a prefix are those of the one before plus one segment's, so all the cosines cost
+    one full-width product. Computed in float32 whatever the dtype around it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dims = config.matryoshka_dims
+        self.scale, self.margin, self.label_smoothing = config.scale, config.margin, config.label_smoothing
+        weights = config.prefix_weights or [1.0] * len(self.dims)
+        self.prefix_weights = [w / sum(weights) for w in weights]
+        self.weight = nn.Parameter(torch.empty(config.num_speakers, config.embedding_size))
+        nn.init.normal_(self.weight, std=config.embedding_size**-0.5)
+
+    def cosines(self, embeddings: torch.Tensor):
+        """embeddings [B, D] -> for each prefix in turn, cosines [B, speakers] float32."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings, weight = embeddings.float(), self.weight.float()
+            dots, e_squares, w_squares, start = 0.0, 0.0, 0.0, 0
+            for end in self.dims:
+                e, w = embeddings[:, start:end], weight[:, start:end]
+                dots = dots + e @ w.T
+                e_squares = e_squares + e.square().sum(1, keepdim=True)
+                w_squares = w_squares + w.square().sum(1)
+                yield dots * (e_squares + 1e-12).rsqrt() * (w_squares + 1e-12).rsqrt()
+                start = end
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, margin: float | None = None):
+        """embeddings [B, D], labels [B] -> loss [], prefix losses [len(dims)], full-width logits [B, speakers].
+
+        margin: replaces the configured one (a schedule's value at this step), in radians.
+        """
+        margin = self.margin if margin is None else margin
+        losses = []
+        for cosine in self.cosines(embeddings):
+            target = cosine.gather(1, labels[:, None])
+            logits = self.scale * cosine.scatter(1, labels[:, None], angular_margin(target, margin))
+            losses.append(F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing))
+        prefix_losses = torch.stack(losses)
+        loss = (prefix_losses * prefix_losses.new_tensor(self.prefix_weights)).sum()
+        return loss, prefix_losses.detach(), self.scale * cosine.detach()
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """embeddings [B, D] -> scaled cosines at full width [B, speakers], without margin."""
+        *_, cosine = self.cosines(embeddings)
+        return self.scale * cosine
+
+    def extra_repr(self) -> str:
+        return f"speakers={self.weight.shape[0]}, dims={self.dims}, margin={self.margin}, scale={self.scale}"
+
+
+def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
+    """cos(theta + margin) of a cosine; past theta = pi - margin, where that would rise again, a line of the same end.
+
+    The sine's argument stays above zero: its root has an infinite slope there, and a cosine can exceed 1 by rounding.
+    """
+    if margin == 0:
+        return cosine
+    sine = (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
+    moved = cosine * math.cos(margin) - sine * math.sin(margin)
+    return torch.where(cosine > -math.cos(margin), moved, cosine - math.sin(margin) * margin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class MRLReDimNetPreTrainedModel(PreTrainedModel):
+    """Weights, initialisation and loading shared by the models below."""
+
+    config_class = MRLReDimNetConfig
+    base_model_prefix = "redimnet"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """PyTorch's own initialisation (as the published networks were trained from), and the front end's constants."""
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm1d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, MapMix):
+            init.zeros_(module.logits)
+        elif isinstance(module, MatryoshkaMarginClassifier):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, MelFrontEnd):
+            for name, value in module.constants().items():
+                init.copy_(getattr(module, name), value)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """As in transformers; the second forward pass leaves the batch norms' running statistics alone."""
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not kwargs["use_reentrant"]:
+            kwargs.setdefault("context_fn", lambda: (contextlib.nullcontext(), _untracked_batch_norms(self)))
+        super().gradient_checkpointing_enable(kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the saved configuration names all the auto classes that can load it."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_mrl_redimnet.MRLReDimNetConfig",
+            "AutoModel": "modeling_mrl_redimnet.MRLReDimNetModel",
+            "AutoModelForAudioXVector": "modeling_mrl_redimnet.MRLReDimNetForXVector",
+            "AutoModelForAudioClassification": "modeling_mrl_redimnet.MRLReDimNetForSequenceClassification",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def _refuse_extras(kwargs: dict):
+        """Callers such as PEFT pass unused arguments as None; an argument with a value is refused, not ignored."""
+        ignorable = ("return_dict", "output_attentions", "output_hidden_states")
+        given = [name for name, value in kwargs.items() if value is not None and name not in ignorable]
+        if given:
+            raise TypeError(
+                f"forward() got arguments this model has no use for: {', '.join(given)}. "
+                "It takes input_values, attention_mask and truncate_dim (adapter_names only through a PeftModel)."
+            )
+
+
+@contextlib.contextmanager
+def _untracked_batch_norms(model: nn.Module):
+    tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d) and m.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
+    """Speaker embeddings from waveforms: front end, trunk, pooling, Matryoshka projection."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.front_end = MelFrontEnd(config)
+        self.trunk = ReDimNetTrunk(config)
+        attentive = config.pooling == "ASTP"
+        self.pooling = AttentiveStatisticsPooling(config) if attentive else StatisticsPooling(config)
+        self.projection = MatryoshkaProjection(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        truncate_dim: int | None = None,
+        **kwargs,
+    ) -> SpeakerEmbeddingOutput:
+        """input_values [B, T] mono at 16 kHz, attention_mask [B, T] 1 = audio, 0 = padding behind it.
+
+        truncate_dim: one of config.matryoshka_dims; only that prefix is computed and returned.
+        Utterances longer than config.window_seconds are cut into equal windows whose embeddings are averaged.
+
+        Raises ValueError for a wrong shape, a prefix the model was not built for, too short an utterance, or padding
+        in front of audio; TypeError for arguments it has no use for.
+        """
+        self._refuse_extras(kwargs)
+        self._check_input(input_values, truncate_dim)
+        lengths = self._lengths(input_values, attention_mask)
+        window = int(self.config.window_seconds * SAMPLING_RATE)
+        if input_values.shape[1] > window:
+            embeddings = self._embed_windows(input_values, lengths, window, truncate_dim)
+        else:
+            embeddings = self._embed(input_values, lengths, truncate_dim)
+        return SpeakerEmbeddingOutput(embeddings=embeddings)
+
+    def pooled(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """input_values [B, T], lengths [B] in samples or None -> pooled statistics [B, P] float32."""
+        features = self.front_end(input_values, lengths)
+        mask = frame_mask(lengths, features.shape[1], self.front_end)
+        return self.pooling(self.trunk(features, mask), mask)
+
+    def _embed(self, input_values, lengths, truncate_dim):
+        return self.projection(self.pooled(input_values, lengths), truncate_dim)
+
+    def _embed_windows(self, input_values, lengths, window, truncate_dim):
+        """One window at a time, so that memory is bounded by a window whatever the utterance's length."""
+        ends = [input_values.shape[1]] * len(input_values) if lengths is None else lengths.tolist()
+        embeddings = []
+        for row, end in zip(input_values, ends, strict=True):
+            count = math.ceil(end / window)
+            starts = [i * end // count for i in range(count + 1)]
+            parts = [
+                self._embed(row[None, start:stop], None, truncate_dim)
+                for start, stop in zip(starts[:-1], starts[1:], strict=True)
+            ]
+            embeddings.append(torch.cat(parts).mean(0))
+        return torch.stack(embeddings)
+
+    def _check_input(self, input_values, truncate_dim):
+        if input_values.dim() != 2 or not input_values.is_floating_point():
+            raise ValueError(
+                f"input_values: expected floating point [batch, samples], got {input_values.dtype} of shape "
+                f"{tuple(input_values.shape)}. MRLReDimNetFeatureExtractor makes such a batch from arrays."
+            )
+        if input_values.shape[1] < self.config.min_samples:
+            raise ValueError(
+                f"input_values: {input_values.shape[1]} samples, the model needs at least {self.config.min_samples}."
+            )
+        if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
+            raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
+
+    def _lengths(self, input_values, attention_mask) -> torch.Tensor | None:
+        """Samples per utterance [B], or None when nothing is padded (the fast path)."""
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != input_values.shape:
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)} differs from input_values' "
+                f"{tuple(input_values.shape)}."
+            )
+        lengths = attention_mask.to(torch.long).sum(1)
+        if torch.compiler.is_compiling():
+            return lengths  # looking at values would break the graph; the mask is then always used
+        if bool((lengths == input_values.shape[1]).all()):
+            return None
+        if not torch.equal(attention_mask.bool(), sample_mask(lengths, input_values.shape[1])):
+            raise ValueError("attention_mask: padding must follow the audio (ones, then zeros, in every row).")
+        if int(lengths.min()) < self.config.min_samples:
+            row = int(lengths.argmin())
+            raise ValueError(
+                f"attention_mask: utterance {row} has {int(lengths[row])} samples, the model needs "
+                f"{self.config.min_samples}."
+            )
+        return lengths
+
+
+class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
+    """The speaker encoder with its margin classifier: what training from speaker labels needs."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.redimnet = MRLReDimNetModel(config)
+        self.classifier = MatryoshkaMarginClassifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        margin: float | None = None,
+        **kwargs,
+    ) -> MatryoshkaXVectorOutput:
+        """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin as in the classifier's forward."""
+        embeddings = self.redimnet(input_values, attention_mask, **kwargs).embeddings
+        if labels is None:
+            return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
+        loss, prefix_losses, logits = self.classifier(embeddings, labels, margin)
+        return MatryoshkaXVectorOutput(loss=loss, logits=logits, embeddings=embeddings, prefix_losses=prefix_losses)
+
+
+class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
+    """A classifier (gender, language) or, with one label, a regressor (age) on the embedding."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.redimnet = MRLReDimNetModel(config)
+        self.classifier = nn.Linear(config.embedding_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SpeakerClassifierOutput:
+        """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1."""
+        embeddings = self.redimnet(input_values, attention_mask, **kwargs).embeddings
+        logits = self.classifier(embeddings)
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = F.mse_loss(logits[:, 0].float(), labels.float())
+        elif labels is not None:
+            loss = F.cross_entropy(logits.float(), labels)
+        return SpeakerClassifierOutput(loss=loss, logits=logits, embeddings=embeddings)
+
+
+MRLReDimNetModel.register_for_auto_class("AutoModel")
+MRLReDimNetForXVector.register_for_auto_class("AutoModelForAudioXVector")
+MRLReDimNetForSequenceClassification.register_for_auto_class("AutoModelForAudioClassification")
+
+__all__ = [
+    "MRLReDimNetForSequenceClassification",
+    "MRLReDimNetForXVector",
+    "MRLReDimNetModel",
+    "MRLReDimNetPreTrainedModel",
+]

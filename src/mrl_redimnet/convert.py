@@ -1,0 +1,382 @@
+"""Published ReDimNet checkpoints to MRL-ReDimNet models, strictly and whole.
+
+A published file holds `model_config`, which alone decides the architecture, and `state_dict`. Every entry of the
+latter is used or is on the short list of things that are recomputed; every tensor of ours is filled. Anything else
+ends the conversion with the list of what is wrong.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configuration_mrl_redimnet import MRLReDimNetConfig
+from modeling_mrl_redimnet import MRLReDimNetModel
+
+
+class ConversionError(ValueError):
+    """The checkpoint cannot be converted; the message lists what is wrong."""
+
+
+FRONT_ENDS = {"pt": "mel", "pt_mel": "mel", "tf": "tf_mel", "tf_mel": "tf_mel"}
+FEATURE_NORMS = {"mn": "mean", "mvn": "mean_variance", "bn": "batch"}
+# Keys of the wrapper that do not change what the network answers.
+IGNORED_CONFIG = {"num_classes", "class_dropout", "head_activation", "return_all_outputs", "tf_optimized_arch"}
+# The reference wrapper's defaults (IDRnD/redimnet, dd9f519), for keys a file leaves out.
+REFERENCE_DEFAULTS = {
+    "F": 72,
+    "C": 16,
+    "block_1d_type": "att",
+    "block_2d_type": "convnext_like",
+    "stages_setup": [
+        [1, 2, 1, None, 12],
+        [2, 2, 1, None, 12],
+        [1, 3, 1, None, 12],
+        [2, 4, 1, None, 8],
+        [1, 4, 1, None, 8],
+        [2, 4, 1, None, 4],
+    ],
+    "group_divisor": 4,
+    "out_channels": None,
+    "embed_dim": 192,
+    "feat_agg_dropout": 0.0,
+    "hop_length": 160,
+    "pooling_func": "ASTP",
+    "feat_type": "pt",
+    "global_context_att": False,
+    "emb_bn": False,
+    "spec_params": {"do_spec_aug": False, "freq_mask_width": [0, 6], "time_mask_width": [0, 8]},
+}
+SPEC_PARAMS = {  # reference name -> (our field, reference default)
+    "norm_signal": ("normalize_signal", False),
+    "do_preemph": ("preemphasis", True),
+    "do_spec_aug": ("spec_augment", False),
+    "num_apply_spec_aug": ("spec_augment_repeats", 1),
+    "freq_mask_width": ("freq_mask_width", [0, 8]),
+    "time_mask_width": ("time_mask_width", [0, 10]),
+    "freq_start_bin": ("freq_mask_start", 0),
+    "eps": ("front_end_eps", 1e-8),
+}
+# Front-end constants the reference takes as parameters; we have one value of each.
+FIXED_SPEC_PARAMS = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "f_min": 20, "f_max": 7600}
+
+
+def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None = None) -> MRLReDimNetModel:
+    """A published checkpoint, as a path or as the loaded dict, to a model in eval mode that answers as it does.
+
+    embedding_size: more dimensions than the checkpoint's head has; the new rows are zero and change no cosine.
+    Raises ConversionError listing unknown configuration keys and left-over, missing or misshapen tensors.
+    """
+    checkpoint = _read(checkpoint)
+    config = convert_config(checkpoint["model_config"], embedding_size)
+    model = MRLReDimNetModel(config)
+    model.load_state_dict(convert_state_dict(checkpoint["state_dict"], model))
+    return model.eval()
+
+
+def convert_config(model_config: dict, embedding_size: int | None = None) -> MRLReDimNetConfig:
+    """The reference wrapper's keyword arguments as a configuration; unknown keys and values are refused by name."""
+    known = {**REFERENCE_DEFAULTS, **{k: v for k, v in model_config.items() if k not in IGNORED_CONFIG}}
+    problems = [f"model_config.{key}: unknown key" for key in sorted(set(known) - set(REFERENCE_DEFAULTS))]
+    if model_config.get("tf_optimized_arch"):
+        problems.append("model_config.tf_optimized_arch: True is not supported (nor does the reference build it)")
+    if known["feat_type"] not in FRONT_ENDS:
+        problems.append(f"model_config.feat_type: {known['feat_type']!r} is none of {', '.join(FRONT_ENDS)}")
+    stages, stage_problems = _convert_stages(known["stages_setup"])
+    front_end, spec_problems = _convert_spec_params(known["spec_params"], FRONT_ENDS.get(known["feat_type"], "mel"))
+    problems += stage_problems + spec_problems
+    if problems:
+        raise ConversionError("This checkpoint's model_config cannot be converted:\n  " + "\n  ".join(problems))
+    size = known["embed_dim"] if embedding_size is None else embedding_size
+    if size < known["embed_dim"]:
+        raise ConversionError(
+            f"embedding_size: {size} is less than the checkpoint's {known['embed_dim']}; shorter embeddings are "
+            "prefixes of the full one (truncate_dim), best after a rotation."
+        )
+    try:
+        return MRLReDimNetConfig(
+            num_mel_bins=known["F"],
+            base_channels=known["C"],
+            block_1d=known["block_1d_type"],
+            block_2d=known["block_2d_type"],
+            stages=stages,
+            group_divisor=known["group_divisor"],
+            aggregation_channels=known["out_channels"],
+            map_dropout=known["feat_agg_dropout"],
+            hop_length=known["hop_length"],
+            pooling=known["pooling_func"],
+            pooling_context=bool(known["global_context_att"]),
+            embedding_norm=bool(known["emb_bn"]),
+            embedding_size=size,
+            matryoshka_dims=default_dims(size),
+            **front_end,
+        )
+    except ValueError as error:
+        raise ConversionError(f"This checkpoint's model_config cannot be converted: {error}") from error
+
+
+def default_dims(size: int) -> list[int]:
+    """Matryoshka prefixes for an embedding of `size`: the multiples of 64 below it, and itself."""
+    return [*range(64, size, 64), size]
+
+
+def _convert_stages(stages_setup) -> tuple[list[dict], list[str]]:
+    stages, problems = [], []
+    for i, row in enumerate(stages_setup):
+        if len(row) != 5 or not isinstance(row[0], int):
+            problems.append(
+                f"model_config.stages_setup[{i}]: {row!r} is not (stride, blocks, expansion, kernels, reduction)"
+            )
+            continue
+        stride, blocks, expansion, _, reduction = row  # the reference builds 3x3 kernels whatever it says here
+        stages.append(dict(frequency_stride=stride, blocks=blocks, expansion=expansion, reduction=reduction))
+    return stages, problems
+
+
+def _convert_spec_params(spec_params: dict, front_end: str) -> tuple[dict, list[str]]:
+    ours, problems = {"front_end": front_end}, []
+    for name, (field, default) in SPEC_PARAMS.items():
+        value = spec_params.get(name, default)
+        ours[field] = list(value) if isinstance(value, (list, tuple)) else value
+    norm = spec_params.get("spec_norm", "mn")
+    if front_end == "mel":
+        # Whatever the reference does not know, it leaves out: features stay as they are.
+        ours["feature_norm"] = FEATURE_NORMS.get(norm, "none")
+    elif "spec_norm" in spec_params:
+        problems.append("model_config.spec_params.spec_norm: the TensorFlow-style front end has none")
+    for name, value in FIXED_SPEC_PARAMS.items():
+        if spec_params.get(name, value) != value:
+            problems.append(f"model_config.spec_params.{name}: {spec_params[name]!r}, only {value} is supported")
+    for name in sorted(set(spec_params) - set(SPEC_PARAMS) - set(FIXED_SPEC_PARAMS) - {"spec_norm"}):
+        problems.append(f"model_config.spec_params.{name}: unknown key")
+    return ours, problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One reference tensor and where it goes: `place(tensor)` gives {our name: tensor}."""
+
+    key: str
+    place: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def _same(key: str, ours: str) -> Rule:
+    return Rule(key, lambda t: {ours: t})
+
+
+def _image(key: str, ours: str) -> Rule:
+    """A kernel over (bins, frames) to one over (frames, bins)."""
+    return Rule(key, lambda t: {ours: t.transpose(2, 3).contiguous()})
+
+
+def _linear(key: str, ours: str) -> Rule:
+    """A 1x1 convolution's kernel to a linear layer's matrix."""
+    return Rule(key, lambda t: {ours: t.flatten(1)})
+
+
+def _time(key: str, ours: str) -> Rule:
+    """A kernel over frames [out, in, k] to an image kernel of height one [out, in, 1, k]."""
+    return Rule(key, lambda t: {ours: t.unsqueeze(2)})
+
+
+def _both(rule: Callable[[str, str], Rule], key: str, ours: str) -> Iterator[Rule]:
+    """A layer with weight and bias, the weight by `rule`."""
+    yield rule(f"{key}.weight", f"{ours}.weight")
+    yield _same(f"{key}.bias", f"{ours}.bias")
+
+
+def _batch_norm(key: str, ours: str) -> Iterator[Rule]:
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        yield _same(f"{key}.{name}", f"{ours}.{name}")
+
+
+def _block_2d(config, key: str, ours: str) -> Iterator[Rule]:
+    if config.block_2d.startswith("convnext"):
+        yield from _both(_image, f"{key}.dwconvs.0", f"{ours}.conv")
+        yield from _batch_norm(f"{key}.norm", f"{ours}.norm")
+        yield from _both(_linear, f"{key}.pwconv1", f"{ours}.pointwise")
+        return
+    for i in (1, 2):
+        yield _image(f"{key}.conv{i}.weight", f"{ours}.conv{i}.weight")
+        if config.group_divisor is not None:
+            yield from _both(_linear, f"{key}.conv{i}pw", f"{ours}.pointwise{i}")
+        yield from _batch_norm(f"{key}.bn{i}", f"{ours}.norm{i}")
+    if config.block_2d == "basic_resnet_fwse":
+        yield from _both(_same, f"{key}.se.squeeze", f"{ours}.bin_gate.squeeze")
+        yield from _both(_same, f"{key}.se.exitation", f"{ours}.bin_gate.excite")
+
+
+def _conv_unit(key: str, ours: str, kernels: int) -> Iterator[Rule]:
+    for i in range(kernels):
+        yield from _both(_time, f"{key}.dwconvs.{i}", f"{ours}.convs.{i}")
+    yield from _batch_norm(f"{key}.norm", f"{ours}.norm")
+    yield from _both(_linear, f"{key}.pwconv1", f"{ours}.pointwise")
+
+
+def _transformer(key: str, ours: str) -> Iterator[Rule]:
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        yield from _both(_same, f"{key}.attention.{name}", f"{ours}.{name}")
+    yield from _both(_same, f"{key}.layer_norm", f"{ours}.attention_norm")
+    yield from _both(_same, f"{key}.feed_forward.intermediate_dense", f"{ours}.ffn_in")
+    yield from _both(_same, f"{key}.feed_forward.output_dense", f"{ours}.ffn_out")
+    yield from _both(_same, f"{key}.final_layer_norm", f"{ours}.ffn_norm")
+
+
+def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
+    yield from _both(_linear, f"{key}.red_dim_conv.0", f"{ours}.reduce")
+    yield from _both(_same, f"{key}.red_dim_conv.1", f"{ours}.norm")
+    tcm, layers = f"{key}.tcm", f"{ours}.layers"
+    if config.block_1d == "fc":
+        yield from _both(_linear, f"{tcm}.0", f"{layers}.0.widen")
+        yield from _both(_same, f"{tcm}.1", f"{layers}.0.norm")
+        yield from _both(_linear, f"{tcm}.3", f"{layers}.0.narrow")
+    elif config.block_1d == "att":
+        yield from _both(_time, f"{tcm}.0.conv", f"{layers}.0.conv")
+        yield from _both(_same, f"{tcm}.0.norm", f"{layers}.0.norm")
+        yield from _transformer(f"{tcm}.1", f"{layers}.1")
+    else:
+        for i in range(4):
+            yield from _conv_unit(f"{tcm}.{i}", f"{layers}.{i}", kernels=3 if config.block_1d == "conv" else 1)
+        if config.block_1d == "conv+att":
+            yield from _transformer(f"{tcm}.4", f"{layers}.4")
+    yield from _both(_linear, f"{key}.exp_dim_conv", f"{ours}.expand")
+
+
+def _stage(config, index: int) -> Iterator[Rule]:
+    key, ours, stage = f"backbone.stage{index}", f"trunk.stages.{index}", config.stages[index]
+    if index == 0:
+        yield Rule(f"{key}.0.w", lambda t: {})  # a softmax over one map: it weighs nothing
+    else:
+        yield Rule(f"{key}.0.w", lambda t: {f"{ours}.mix.logits": t[0, :, :, 0]})
+    # [out, c, s, 1] -> [out, s * c]: the bins of a stride lie side by side, channels innermost.
+    yield Rule(f"{key}.2.weight", lambda t: {f"{ours}.stride.weight": t[..., 0].transpose(1, 2).flatten(1)})
+    yield _same(f"{key}.2.bias", f"{ours}.stride.bias")
+    position = 3
+    for block in range(stage["blocks"]):
+        yield from _block_2d(config, f"{key}.{position}.conv_block", f"{ours}.blocks.{block}")
+        position += 1
+    if stage["expansion"] != 1:
+        yield from _both(_image, f"{key}.{position}.0", f"{ours}.squeeze.conv")
+        yield from _batch_norm(f"{key}.{position}.1", f"{ours}.squeeze.norm")
+        yield from _both(_linear, f"{key}.{position}.3", f"{ours}.squeeze.pointwise")
+        position += 1
+    if stage["reduction"] is not None:
+        yield from _block_1d(config, f"{key}.{position + 1}", f"{ours}.context")  # behind the reshape to 1-D
+
+
+def _pooling(config) -> Iterator[Rule]:
+    if config.pooling != "ASTP":
+        return
+    width = config.pooling_input
+
+    def split_context(t):  # the columns of (frame, mean, deviation)
+        flat = t.flatten(1)
+        ours = {"pooling.attention_in.weight": flat[:, :width].contiguous()}
+        if config.pooling_context:
+            ours["pooling.context_in.weight"] = flat[:, width:].contiguous()
+        return ours
+
+    yield Rule("pool.linear1.weight", split_context)
+    yield _same("pool.linear1.bias", "pooling.attention_in.bias")
+    yield from _both(_linear, "pool.linear2", "pooling.attention_out")
+
+
+def _head(config) -> Iterator[Rule]:
+    starts = [0, *config.matryoshka_dims[:-1]]
+
+    def segments(kind):
+        def place(t):  # rows the checkpoint does not have start at zero
+            grown = torch.cat([t, t.new_zeros(config.embedding_size - len(t), *t.shape[1:])])
+            return {
+                f"projection.segments.{i}.{kind}": grown[start:end].clone()
+                for i, (start, end) in enumerate(zip(starts, config.matryoshka_dims, strict=True))
+            }
+
+        return place
+
+    yield from _batch_norm("bn", "projection.norm")
+    yield Rule("linear.weight", segments("weight"))
+    yield Rule("linear.bias", segments("bias"))
+    if config.embedding_norm:
+        size = config.embedding_size
+        fill = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of rows that are zero
+        for name, value in fill.items():
+            yield Rule(
+                f"bn2.{name}",
+                lambda t, name=name, value=value: {
+                    f"projection.embedding_norm.{name}": torch.cat([t, t.new_full((size - len(t),), value)])
+                },
+            )
+        yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
+
+
+def _rules(config) -> Iterator[Rule]:
+    if config.feature_norm == "batch":
+        yield from _batch_norm("spec.spec_norm", "front_end.norm")
+    yield from _both(_image, "backbone.stem.0", "trunk.stem.conv")
+    yield from _both(_same, "backbone.stem.1", "trunk.stem.norm")
+    for index in range(len(config.stages)):
+        yield from _stage(config, index)
+    yield Rule("backbone.fin_wght1d.w", lambda t: {"trunk.mix.logits": t[0, :, :, 0]})
+    if config.aggregation_channels is not None:
+        yield from _both(_linear, "backbone.mfa.0", "trunk.aggregate")
+        yield from _batch_norm("backbone.mfa.1", "trunk.aggregate_norm")
+    yield from _pooling(config)
+    yield from _head(config)
+
+
+def _is_recomputed(key: str) -> bool:
+    """Front-end constants, and a classifier of training time."""
+    return key.startswith("cls_head.") or (key.startswith("spec.") and not key.startswith("spec.spec_norm."))
+
+
+def convert_state_dict(state_dict: dict[str, torch.Tensor], model: MRLReDimNetModel) -> dict[str, torch.Tensor]:
+    """Reference tensors as the model's; ConversionError lists every one left over, missing or misshapen."""
+    left = {key: value for key, value in state_dict.items() if not _is_recomputed(key)}
+    expected = model.state_dict()
+    converted, problems = {}, []
+    for rule in _rules(model.config):
+        if rule.key not in left:
+            problems.append(f"missing: {rule.key}")
+            continue
+        tensor = left.pop(rule.key)
+        try:
+            placed = rule.place(tensor)
+        except (IndexError, RuntimeError):
+            problems.append(f"misshapen: {rule.key} {tuple(tensor.shape)}")
+            continue
+        for name, value in placed.items():
+            if value.shape != expected[name].shape:
+                problems.append(
+                    f"misshapen: {rule.key} {tuple(tensor.shape)} gives {name} {tuple(value.shape)}, "
+                    f"expected {tuple(expected[name].shape)}"
+                )
+            converted[name] = value
+    problems += [f"left over: {key} {tuple(value.shape)}" for key, value in left.items()]
+    if not problems:
+        problems += [f"not filled: {name}" for name in sorted(set(expected) - set(converted))]
+    if problems:
+        raise ConversionError(
+            f"The checkpoint does not fit its own model_config ({len(problems)} problems):\n  " + "\n  ".join(problems)
+        )
+    return converted
+
+
+def _read(checkpoint: str | Path | dict) -> dict:
+    if not isinstance(checkpoint, dict):
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise ConversionError(f"No checkpoint file at {path}.")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the unpickler meets
+            raise ConversionError(f"{path} cannot be read as a checkpoint (weights only): {error}") from error
+    if not isinstance(checkpoint, dict) or not {"model_config", "state_dict"} <= set(checkpoint):
+        found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ConversionError(f"Expected a checkpoint with 'model_config' and 'state_dict', got {found}.")
+    return checkpoint

@@ -1,0 +1,70 @@
+"""The rotation that turns every prefix of an embedding into a principal subspace, at no cost to the whole.
+
+Cosine does not change under an orthogonal map. With R the eigenvectors of the second moment of length-normalised
+embeddings, largest eigenvalue first, the rotated embedding R^T e scores exactly as e does at full width, while its
+first d numbers keep as much of the embeddings' energy as any d numbers can (principal components without centring).
+R is folded into the projection, so the rotated model is an ordinary one.
+"""
+
+import numpy as np
+import torch
+
+from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetForXVector, MRLReDimNetPreTrainedModel
+
+
+def principal_rotation(embeddings: np.ndarray) -> np.ndarray:
+    """embeddings [N, D] of some speech -> R [D, D] orthogonal, columns by falling eigenvalue.
+
+    Raises ValueError for fewer than two embeddings, or ones that are zero or not finite.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(f"A rotation needs at least two embeddings [N, D], got shape {embeddings.shape}.")
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError("A rotation needs finite embeddings that are not zero.")
+    unit = embeddings / norms
+    _, vectors = np.linalg.eigh(unit.T @ unit / len(unit))
+    return vectors[:, ::-1].copy()
+
+
+@torch.no_grad()
+def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> MRLReDimNetPreTrainedModel:
+    """Folds the principal rotation of `embeddings` [N, D] (full width, from this model) into the model, in place.
+
+    Cosines at full width stay as they are, and so do the full-width logits of a margin classifier, whose rows turn
+    with the embedding. A batch norm behind the projection is folded in first.
+    """
+    projection = getattr(model, model.base_model_prefix, model).projection
+    width = sum(segment.out_features for segment in projection.segments)
+    if np.shape(embeddings)[1:] != (width,):
+        raise ValueError(f"Expected embeddings of the full width {width}, got shape {np.shape(embeddings)}.")
+    rotation = torch.from_numpy(principal_rotation(embeddings))
+    weight, bias = _affine(projection)
+    _store(projection, rotation.T @ weight, rotation.T @ bias)
+    projection.embedding_norm = None
+    model.config.embedding_norm = False
+    if isinstance(model, MRLReDimNetForXVector):
+        model.classifier.weight.copy_(model.classifier.weight.double().cpu() @ rotation)
+    return model
+
+
+def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection (and the norm behind it, as it is in eval mode) as weight [D, P] and bias [D], float64."""
+    weight = torch.cat([segment.weight for segment in projection.segments]).double().cpu()
+    bias = torch.cat([segment.bias for segment in projection.segments]).double().cpu()
+    norm = projection.embedding_norm
+    if norm is None:
+        return weight, bias
+    scale = norm.weight.double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
+    shift = norm.bias.double().cpu() - norm.running_mean.double().cpu() * scale
+    return weight * scale[:, None], bias * scale + shift
+
+
+def _store(projection: MatryoshkaProjection, weight: torch.Tensor, bias: torch.Tensor):
+    start = 0
+    for segment in projection.segments:
+        end = start + segment.out_features
+        segment.weight.copy_(weight[start:end])
+        segment.bias.copy_(bias[start:end])
+        start = end

@@ -1,0 +1,247 @@
+import json
+import os
+
+import av
+import datasets
+import numpy as np
+import pytest
+import soundfile as sf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrl_redimnet import corpus
+from mrl_redimnet.audio import read_audio
+from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
+
+RATE = 16_000
+COLUMNS = ["audio", "path", "speaker", "session", "seconds", "problem"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def utterance(path, seconds=0.1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, np.zeros(round(seconds * RATE), np.float32), RATE)
+
+
+@pytest.fixture
+def voxceleb1(tmp_path):
+    """vox1/wav/<speaker>/<video>/<utterance>.wav with the lists that lie beside it; returns vox1."""
+    root = tmp_path / "vox1"
+    for speaker, video, name, seconds in [
+        ("id10002", "xTV-jFAUKcw", "00001.wav", 0.3),
+        ("id10001", "J9lHsKG98U8", "00002.wav", 0.2),
+        ("id10001", "J9lHsKG98U8", "00001.wav", 0.1),
+        ("id10001", "1zcIwhmdeo4", "00001.wav", 0.4),
+    ]:
+        utterance(root / "wav" / speaker / video / name, seconds)
+    (root / "vox1_meta.csv").write_text("VoxCeleb1 ID\tName\n")
+    (root / "wav" / "id10001" / "notes.txt").write_text("not audio")
+    return root
+
+
+@pytest.mark.parametrize("inner", ["", "wav"])
+def test_voxceleb1_tree(voxceleb1, tmp_path, inner):
+    data = load_corpus(voxceleb1 / inner, cache_dir=tmp_path / "cache")
+    assert data.column_names == COLUMNS
+    assert data.features["audio"] == datasets.Audio(decode=False)
+    assert data.features["seconds"] == datasets.Value("float64")
+    assert data["path"][:] == [
+        "id10001/1zcIwhmdeo4/00001.wav",
+        "id10001/J9lHsKG98U8/00001.wav",
+        "id10001/J9lHsKG98U8/00002.wav",
+        "id10002/xTV-jFAUKcw/00001.wav",
+    ]
+    assert data["speaker"][:] == ["id10001"] * 3 + ["id10002"]
+    assert data["session"][:] == ["1zcIwhmdeo4", "J9lHsKG98U8", "J9lHsKG98U8", "xTV-jFAUKcw"]
+    assert data["seconds"][:] == [0.4, 0.1, 0.2, 0.3]
+    assert data["problem"][:] == [""] * 4
+    absolute = str(voxceleb1 / "wav" / "id10002" / "xTV-jFAUKcw" / "00001.wav")
+    assert data[3]["audio"] == {"path": absolute, "bytes": None}
+    assert len(read_audio(data[3]["audio"]["path"])) == 4_800
+
+
+def test_voxceleb2_tree(tmp_path):
+    path = tmp_path / "vox2" / "dev" / "aac" / "id00012" / "21Uxsk56VDQ" / "00001.m4a"
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8_000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    (row,) = load_corpus(tmp_path / "vox2" / "dev", cache_dir=tmp_path / "cache")
+    assert (row["speaker"], row["session"], row["problem"]) == ("id00012", "21Uxsk56VDQ", "")
+    assert row["path"] == "id00012/21Uxsk56VDQ/00001.m4a"
+    assert row["seconds"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "layout", "speaker", "session"),
+    [
+        ("ann/one.flac", "speaker/utterance", "ann", "one"),
+        ("ann/far/monday/one.FLAC", "speaker/*/session/utterance", "ann", "monday"),
+        ("part1/monday/ann/one.flac", "*/session/speaker/utterance", "ann", "monday"),
+        ("ann/far/one.flac", "speaker/*/utterance", "ann", "one"),
+        ("wav/ann/one.two.flac", "speaker/utterance", "ann", "one.two"),
+    ],
+)
+def test_other_layouts(tmp_path, path, layout, speaker, session):
+    utterance(tmp_path / "data" / path)
+    (row,) = load_corpus(tmp_path / "data", layout, cache_dir=tmp_path / "cache")
+    assert (row["speaker"], row["session"]) == (speaker, session)
+
+
+@pytest.mark.parametrize("layout", ["", "speaker", "session/utterance", "utterance/speaker", "speaker/spk/utterance"])
+def test_malformed_layouts(tmp_path, layout):
+    with pytest.raises(ValueError, match="'utterance' last"):
+        load_corpus(tmp_path, layout)
+
+
+def test_files_at_another_depth_are_listed_with_the_layout_that_fits(tmp_path):
+    for speaker in "abcd":
+        utterance(tmp_path / "data" / speaker / "one.wav")
+    with pytest.raises(ValueError) as error:
+        load_corpus(tmp_path / "data")
+    assert "4 of 4 audio files" in str(error.value)
+    assert "a/one.wav, b/one.wav, c/one.wav: layout='speaker/utterance'" in str(error.value)
+    utterance(tmp_path / "data" / "a" / "b" / "c" / "one.wav")
+    with pytest.raises(ValueError, match=r"1 of 5 .* a/b/c/one.wav: layout='\*/speaker/session/utterance'"):
+        load_corpus(tmp_path / "data", "speaker/utterance")
+
+
+def test_two_format_folders_are_ambiguous(tmp_path):
+    for inner in ("wav", "aac"):
+        utterance(tmp_path / "data" / inner / "a" / "s" / "one.wav")
+    with pytest.raises(ValueError, match="2 of 2"):
+        load_corpus(tmp_path / "data")
+
+
+def test_roots_without_audio(tmp_path):
+    (tmp_path / "empty" / "speaker").mkdir(parents=True)
+    (tmp_path / "empty" / "speaker" / "list.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="gone is not there"):
+        load_corpus(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"no audio \(\.wav, .* below .*empty"):
+        load_corpus(tmp_path / "empty")
+    with pytest.raises(ValueError, match="is a file"):
+        load_corpus(tmp_path / "empty" / "speaker" / "list.txt")
+
+
+def test_headers_are_read_again_only_when_the_folder_changed(voxceleb1, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(corpus, "audio_info", lambda path, info=corpus.audio_info: calls.append(path) or info(path))
+
+    def load():
+        calls.clear()
+        return load_corpus(voxceleb1, cache_dir=tmp_path / "cache")
+
+    assert len(load()) == 4 and len(calls) == 4
+    assert len(load()) == 4 and not calls
+    added = voxceleb1 / "wav" / "id10003" / "v" / "00001.wav"
+    utterance(added, 0.1)
+    assert load()["speaker"][-1] == "id10003" and len(calls) == 5
+    os.utime(added, ns=(1, 1))
+    assert len(load()) == 5 and len(calls) == 5
+    utterance(added, 0.5)
+    assert load()["seconds"][-1] == 0.5
+    added.unlink()
+    assert len(load()) == 4
+
+
+def test_processes_do_not_change_the_rows(voxceleb1, tmp_path):
+    one = load_corpus(voxceleb1, cache_dir=tmp_path / "one")
+    two = load_corpus(voxceleb1, cache_dir=tmp_path / "two", num_proc=2)
+    assert one[:] == two[:]
+    assert len(two.cache_files) == 2
+
+
+def test_folder_that_changes_between_listing_and_scanning(voxceleb1, tmp_path):
+    builder = corpus.SpeechFolder(cache_dir=str(tmp_path / "cache"), folder=str(voxceleb1), fingerprint="of yesterday")
+    with pytest.raises(RuntimeError, match="changed while"):
+        builder.download_and_prepare()
+
+
+def test_unreadable_and_short_files_leave_with_a_reason(voxceleb1, tmp_path):
+    (voxceleb1 / "wav" / "id10001" / "1zcIwhmdeo4" / "00002.wav").write_bytes(b"")
+    (voxceleb1 / "wav" / "id10001" / "1zcIwhmdeo4" / "00003.wav").symlink_to(tmp_path / "nowhere.wav")
+    data = load_corpus(voxceleb1, cache_dir=tmp_path / "cache")
+    assert data["seconds"][:] == [0.4, 0.0, 0.0, 0.1, 0.2, 0.3]
+    usable, problems = split_usable(data, 0.2)
+    assert usable["seconds"][:] == [0.4, 0.2, 0.3]
+    assert usable.column_names == COLUMNS
+    assert [path.split("/", 1)[1] for path, _ in problems] == [
+        "1zcIwhmdeo4/00002.wav",
+        "1zcIwhmdeo4/00003.wav",
+        "J9lHsKG98U8/00001.wav",
+    ]
+    assert "0 bytes" in problems[0][1]
+    assert "not there" in problems[1][1]
+    assert problems[2][1] == "0.100 s long, shorter than 0.2 s"
+
+
+def test_problems_are_summed_up_and_reported(tmp_path):
+    problems = [(f"s/{i}.wav", f"broken\tin\n{i} ways") for i in range(7)]
+    summary = check_problems(problems, 1_400, 0.005, tmp_path / "problems.tsv")
+    assert summary.startswith("7 of 1,400 files cannot be used (0.50 %): s/0.wav (broken")
+    assert "s/4.wav" in summary and "s/5.wav" not in summary and "2 more" in summary
+    lines = (tmp_path / "problems.tsv").read_text().splitlines()
+    assert lines[0] == "path\treason" and lines[7] == "s/6.wav\tbroken in 6 ways" and len(lines) == 8
+
+
+def test_too_many_problems_raise_after_the_report_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"2 of 10 files cannot be used \(20.00 %\).*At most 10 %"):
+        check_problems([("a", "bad"), ("b", "bad")], 10, 0.1, tmp_path / "problems.tsv")
+    assert len((tmp_path / "problems.tsv").read_text().splitlines()) == 3
+
+
+def test_no_problems(tmp_path):
+    assert check_problems([], 1_199, 0.0, tmp_path / "problems.tsv") == "all 1,199 files can be used"
+    assert not (tmp_path / "problems.tsv").exists()
+
+
+names = st.lists(st.text(min_size=1, max_size=5), unique=True, max_size=8)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(known=names, batches=st.lists(names, max_size=3))
+def test_labels_never_change_as_a_table_grows(known, batches):
+    table = SpeakerTable(known)
+    for batch in batches:
+        grown = table.extended(batch)
+        assert grown.names[: len(table)] == table.names
+        assert set(grown.names) == {*table.names, *batch}
+        assert list(grown.names[len(table) :]) == sorted(set(batch) - set(table.names))
+        assert grown.names == table.extended(list(reversed(batch))).names
+        table = grown
+    assert [table.id(table.name(label)) for label in range(len(table))] == list(range(len(table)))
+
+
+def test_table_survives_saving(tmp_path):
+    table = SpeakerTable(["id2", "id1", "Zoë"])
+    SpeakerTable(["old"]).save(tmp_path / "speakers.json")
+    table.save(tmp_path / "speakers.json")
+    assert SpeakerTable.load(tmp_path / "speakers.json").names == table.names
+    assert json.loads((tmp_path / "speakers.json").read_text(encoding="utf-8")) == ["id2", "id1", "Zoë"]
+    assert os.listdir(tmp_path) == ["speakers.json"]
+
+
+def test_unknown_speakers_and_labels():
+    table = SpeakerTable(["id10001", "id10002", "nobody"])
+    with pytest.raises(ValueError, match="'id1001' is not among the 3 .*id10001, id10002"):
+        table.id("id1001")
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match="outside this table of 3"):
+            table.name(label)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '"ab"', '["a", 1]', '["a", "a"]', "[1"])
+def test_damaged_tables_are_refused(tmp_path, content):
+    (tmp_path / "speakers.json").write_text(content)
+    with pytest.raises(ValueError, match="speakers.json is not a speaker table"):
+        SpeakerTable.load(tmp_path / "speakers.json")

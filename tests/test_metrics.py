@@ -1,0 +1,392 @@
+"""EER, minDCF and the speaker bootstrap against plain loops, exact small cases and invariances."""
+
+import functools
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrl_redimnet import metrics
+from mrl_redimnet.metrics import bootstrap_interval, eer, error_curve, min_dcf
+
+SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+
+# ---------------------------------------------------------------- oracles: loops over every threshold
+
+
+def loop_points(scores, labels, weights=None):
+    """(miss, false alarm) at a threshold below, between and above the distinct scores, by counting."""
+    weights = [1.0] * len(scores) if weights is None else weights
+    trials = list(zip(scores, labels, weights, strict=True))
+    targets = sum(w for _, label, w in trials if label == 1)
+    impostors = sum(w for _, label, w in trials if label == 0)
+    points = []
+    for threshold in [*sorted(set(scores)), math.inf]:
+        missed = sum(w for score, label, w in trials if label == 1 and score < threshold)
+        accepted = sum(w for score, label, w in trials if label == 0 and score >= threshold)
+        points.append((missed / targets, accepted / impostors))
+    return points
+
+
+def loop_eer(scores, labels, weights=None):
+    """Where the polyline through the points meets the line miss = false alarm."""
+    points = loop_points(scores, labels, weights)
+    for (miss, accept), (next_miss, next_accept) in zip(points, points[1:], strict=False):
+        if miss <= accept and next_miss >= next_accept and (miss, accept) != (next_miss, next_accept):
+            # miss + t * rise = accept - t * fall
+            t = (accept - miss) / ((next_miss - miss) + (accept - next_accept))
+            return miss + t * (next_miss - miss)
+    raise AssertionError("the curve runs from (0, 1) to (1, 0) and must cross")
+
+
+def loop_min_dcf(scores, labels, p_target, c_miss, c_fa, weights=None):
+    points = loop_points(scores, labels, weights)
+    costs = [c_miss * p_target * miss + c_fa * (1 - p_target) * accept for miss, accept in points]
+    return min(costs) / min(c_miss * p_target, c_fa * (1 - p_target))
+
+
+@st.composite
+def trial_sets(draw, weighted=False):
+    """Few distinct integer scores, so that ties are frequent; at least one target and one impostor."""
+    row = st.tuples(st.integers(-6, 6), st.integers(0, 1), st.integers(0, 3))
+    rows = draw(st.lists(row, max_size=25))
+    rows += [(draw(st.integers(-6, 6)), label, draw(st.integers(1, 3))) for label in (0, 1)]
+    scores, labels, weights = (list(column) for column in zip(*rows, strict=True))
+    return ([float(s) for s in scores], labels, weights) if weighted else ([float(s) for s in scores], labels)
+
+
+def gaussian_trials(count, shift, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, size=count)
+    return rng.standard_normal(count) + shift * labels, labels
+
+
+# ---------------------------------------------------------------- EER and minDCF
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "expected"),
+    [
+        ([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1], 0.0),  # perfectly separated
+        ([0.1, 0.2, 0.8, 0.9], [1, 1, 0, 0], 1.0),  # perfectly wrong
+        ([1, 2, 3, 1, 2, 3], [0, 0, 0, 1, 1, 1], 0.5),  # identical distributions
+        ([7, 7, 7], [1, 0, 0], 0.5),  # one tie: a straight line from (0, 1) to (1, 0)
+        ([1, 2, 3, 4], [0, 1, 0, 1], 0.5),  # an operating point with miss = false alarm = 1/2
+        ([1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 1], 1 / 3),  # likewise 1/3
+        # (miss, fa) = (0, 1/3) at threshold 2, then the tie at 2 moves to (1/2, 0): crossing at t = 2/5
+        ([0, 1, 2, 2, 3], [0, 0, 0, 1, 1], 0.2),
+        # no tie: (0, 1/3) then (1/2, 1/3), a straight rise that crosses at 1/3
+        ([0, 1, 2, 3, 4], [0, 0, 1, 0, 1], 1 / 3),
+    ],
+)
+def test_eer_known_values(scores, labels, expected):
+    assert eer(scores, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_min_dcf_known_values():
+    assert min_dcf([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]) == 0.0
+    assert min_dcf([0.1, 0.2, 0.8, 0.9], [1, 1, 0, 0]) == 1.0
+    # impostors 1, 3 and targets 2, 4: rejecting all but 4 misses 1/2 without a false alarm
+    assert min_dcf([1, 3, 2, 4], [0, 0, 1, 1], p_target=0.01) == pytest.approx(0.5)
+    # p = 0.9: the default cost is 0.1 (false alarms); accepting 2, 3, 4 costs 0.1 * 1/2
+    assert min_dcf([1, 3, 2, 4], [0, 0, 1, 1], p_target=0.9) == pytest.approx(0.5)
+    # equal costs: 1/2 * 1/2 over 1/2
+    assert min_dcf([1, 3, 2, 4], [0, 0, 1, 1], p_target=0.5) == pytest.approx(0.5)
+    # SRE 2008 costs, p = 0.01, c_miss = 10, c_fa = 1: default 0.1; miss 1/2 costs 0.05
+    assert min_dcf([1, 3, 2, 4], [0, 0, 1, 1], 0.01, 10.0, 1.0) == pytest.approx(0.5)
+
+
+def test_two_gaussians_have_the_theoretical_rates():
+    # targets N(2, 1), impostors N(0, 1): EER = Phi(-1); minDCF minimises over the threshold in closed form
+    normal = NormalDist()
+    scores, labels = gaussian_trials(400_000, 2.0, seed=1)
+    assert eer(scores, labels) == pytest.approx(normal.cdf(-1.0), abs=0.002)
+    threshold = 1.0 + math.log(0.95 / 0.05) / 2.0  # likelihood ratio = (1 - p) / p
+    exact = (0.05 * normal.cdf(threshold - 2.0) + 0.95 * normal.cdf(-threshold)) / 0.05
+    assert min_dcf(scores, labels, p_target=0.05) == pytest.approx(exact, abs=0.01)
+
+
+@SETTINGS
+@given(trial_sets(weighted=True))
+def test_curve_equals_the_loops(trials):
+    scores, labels, weights = trials
+    miss, false_alarm = error_curve(scores, labels, weights)
+    np.testing.assert_allclose(np.column_stack([miss, false_alarm]), loop_points(*trials), atol=1e-12)
+    assert (miss[0], false_alarm[0], miss[-1], false_alarm[-1]) == (0.0, 1.0, 1.0, 0.0)
+
+
+@SETTINGS
+@given(trial_sets(weighted=True), st.floats(0.001, 0.999), st.floats(0.1, 10.0), st.floats(0.1, 10.0))
+def test_metrics_equal_the_loops(trials, p_target, c_miss, c_fa):
+    scores, labels, weights = trials
+    assert eer(scores, labels) == pytest.approx(loop_eer(scores, labels), abs=1e-12)
+    assert eer(scores, labels, weights) == pytest.approx(loop_eer(scores, labels, weights), abs=1e-12)
+    for trial_weights in (None, weights):
+        cost = min_dcf(scores, labels, p_target, c_miss, c_fa, trial_weights)
+        assert cost == pytest.approx(loop_min_dcf(scores, labels, p_target, c_miss, c_fa, trial_weights), abs=1e-9)
+        assert 0.0 <= cost <= 1.0 + 1e-12
+
+
+@SETTINGS
+@given(trial_sets(), st.randoms(use_true_random=False))
+def test_invariances(trials, random):
+    scores, labels = np.array(trials[0]), np.array(trials[1])
+    both = eer(scores, labels), min_dcf(scores, labels, p_target=0.3)
+    for increasing in (scores**3 + 2 * scores, np.exp(scores / 4), 5 * scores - 100):
+        assert (eer(increasing, labels), min_dcf(increasing, labels, p_target=0.3)) == both
+    order = list(range(len(scores)))
+    random.shuffle(order)
+    assert (eer(scores[order], labels[order]), min_dcf(scores[order], labels[order], p_target=0.3)) == both
+    # swapping the roles of targets and impostors swaps misses and false alarms
+    assert eer(-scores, 1 - labels) == pytest.approx(both[0], abs=1e-12)
+    assert min_dcf(-scores, 1 - labels, p_target=0.7) == pytest.approx(both[1], abs=1e-12)
+    # turning the decision round turns the rates round
+    assert eer(-scores, labels) == pytest.approx(1.0 - both[0], abs=1e-12)
+
+
+@SETTINGS
+@given(trial_sets(weighted=True))
+def test_integer_weights_repeat_trials(trials):
+    scores, labels, weights = (np.array(column) for column in trials)
+    repeated = np.repeat(scores, weights), np.repeat(labels, weights)
+    assert eer(scores, labels, weights) == pytest.approx(eer(*repeated), abs=1e-12)
+    assert min_dcf(scores, labels, weights=weights) == pytest.approx(min_dcf(*repeated), abs=1e-12)
+    assert eer(scores, labels, weights * 0.37) == pytest.approx(eer(*repeated), abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int32])
+def test_any_number_type_and_label_type(dtype):
+    scores = np.array([1, 3, 2, 4], dtype=dtype)
+    for labels in ([0, 0, 1, 1], np.array([False, False, True, True]), np.array([0.0, 0.0, 1.0, 1.0])):
+        assert eer(scores, labels) == 0.5
+    assert isinstance(eer(scores, [0, 0, 1, 1]), float) and isinstance(min_dcf(scores, [0, 0, 1, 1]), float)
+
+
+def test_inputs_are_not_changed():
+    scores, labels, weights = np.array([3.0, 1.0, 2.0]), np.array([1, 0, 0]), np.array([1.0, 2.0, 3.0])
+    kept = scores.copy(), labels.copy(), weights.copy()
+    eer(scores, labels, weights)
+    for now, before in zip((scores, labels, weights), kept, strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
+def test_agrees_with_the_kaldi_conventions():
+    """Kaldi's compute_min_dcf.py puts a threshold after each sorted trial, its compute-eer takes the target rank
+    where the impostor of the mirrored rank is below: same minDCF without ties, EER within a step of both ranks.
+    """
+    for seed in range(5):
+        scores, labels = gaussian_trials(300, 1.5, seed)
+        ranked = [int(label) for _, label in sorted(zip(scores, labels, strict=True))]
+        targets, impostors = sum(ranked), len(ranked) - sum(ranked)
+        costs = []
+        for seen in range(1, len(ranked) + 1):
+            rejected = sum(ranked[:seen])
+            costs.append(0.05 * rejected / targets + 0.95 * (1 - (seen - rejected) / impostors))
+        assert min_dcf(scores, labels, p_target=0.05) == pytest.approx(min(costs) / 0.05, abs=1e-12)
+
+        target, impostor = sorted(scores[labels == 1]), sorted(scores[labels == 0])
+        rank = 0
+        while impostor[impostors - 1 - impostors * rank // targets] >= target[rank]:
+            rank += 1
+        assert eer(scores, labels) == pytest.approx(rank / targets, abs=1 / targets + 1 / impostors)
+
+
+@pytest.mark.parametrize("metric", [eer, min_dcf, error_curve])
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([1.0, 2.0], [1, 0, 1], "differ in length: 2 and 3"),
+        ([[1.0, 2.0]], [[1, 0]], r"must be 1-D, got shapes \(1, 2\) and \(1, 2\)"),
+        (1.0, 1, r"must be 1-D, got shapes \(\) and \(\)"),
+        ([], [], "no trials"),
+        ([1.0, 2.0, 3.0], [1, 2, -1], r"labels must be 1 .* 2 of 3 trials break this, first at index 1 \(2\)"),
+        ([1.0, 2.0], [1, math.nan], r"labels must be .* 1 of 2 trials break this, first at index 1 \(nan\)"),
+        ([1.0, 2.0], ["1", "0"], "labels must be .* 2 of 2 trials break this, first at index 0"),
+        ([1.0, 2.0], [1, 1], "all 2 trials are target trials; at least one impostor trial is needed"),
+        ([1.0, 2.0], [0, 0], "all 2 trials are impostor trials; at least one target trial is needed"),
+        ([1.0, math.nan, math.inf], [1, 0, 1], r"finite: 2 of 3 trials break this, first at index 1 \(nan\)"),
+        ([1.0, 0.0, -math.inf], [1, 0, 1], r"finite: 1 of 3 trials break this, first at index 2 \(-inf\)"),
+    ],
+)
+def test_bad_trials(metric, scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        metric(scores, labels)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 1.0], r"one number per trial, shape \(3,\), got \(2,\)"),
+        ([1.0, -1.0, 1.0], r"not negative: 1 of 3 trials break this, first at index 1 \(-1.0\)"),
+        ([1.0, math.nan, math.inf], r"finite and not negative: 2 of 3 trials break this, first at index 1 \(nan\)"),
+        ([0.0, 1.0, 1.0], "weights of the target trials must have a positive, finite sum, got 0.0"),
+        ([1.0, 0.0, 0.0], "weights of the impostor trials must have a positive, finite sum, got 0.0"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        eer([1.0, 2.0, 3.0], [1, 0, 0], weights)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"p_target": 0.0}, "p_target must be between 0 and 1"),
+        ({"p_target": 1.0}, "p_target must be between 0 and 1"),
+        ({"p_target": math.nan}, "p_target must be between 0 and 1"),
+        ({"c_miss": 0.0}, "c_miss must be positive and finite, got 0.0"),
+        ({"c_fa": -1.0}, "c_fa must be positive and finite, got -1.0"),
+        ({"c_fa": math.inf}, "c_fa must be positive and finite, got inf"),
+    ],
+)
+def test_bad_costs(setting, message):
+    with pytest.raises(ValueError, match=message):
+        min_dcf([1.0, 2.0], [0, 1], **setting)
+
+
+# ---------------------------------------------------------------- bootstrap over speakers
+
+
+def speaker_trials(speakers, utterances=3, seed=0):
+    """All pairs of utterances; the score falls with the distance of points around a centre per speaker."""
+    rng = np.random.default_rng(seed)
+    centres = np.repeat(rng.standard_normal((speakers, 6)), utterances, axis=0)
+    points = centres + 0.5 * rng.standard_normal(centres.shape)
+    names = np.repeat([f"id{speaker:05d}" for speaker in range(speakers)], utterances)
+    one, two = np.triu_indices(len(names), k=1)
+    scores = -np.linalg.norm(points[one] - points[two], axis=1)
+    return scores, (names[one] == names[two]).astype(int), names[one], names[two]
+
+
+def loop_bootstrap(scores, labels, enrol, test, metric, resamples, confidence, seed):
+    """Literal resampling: list the drawn speakers, and every trial between every two places in that list."""
+    speakers = sorted({*enrol, *test})
+    rng = np.random.default_rng(seed)
+    values = []
+    while len(values) < resamples:
+        drawn = [speakers[index] for index in rng.integers(len(speakers), size=len(speakers))]
+        kept_scores, kept_labels = [], []
+        for score, label, one, two in zip(scores, labels, enrol, test, strict=True):
+            if label == 1:
+                places = [place for place in drawn if place == one]
+            else:
+                places = [(a, b) for a in drawn for b in drawn if a == one and b == two]
+            kept_scores += [score] * len(places)
+            kept_labels += [label] * len(places)
+        if 0 < sum(kept_labels) < len(kept_labels):
+            values.append(metric(kept_scores, kept_labels))
+    return tuple(np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]))
+
+
+@pytest.mark.parametrize("metric", [eer, functools.partial(min_dcf, p_target=0.2)])
+@pytest.mark.parametrize("speakers", [2, 9])
+def test_bootstrap_equals_literal_resampling(metric, speakers):
+    # with 2 speakers half the resamples have no impostors and are drawn again
+    trials = speaker_trials(speakers, seed=speakers)
+    interval = bootstrap_interval(*trials, metric=metric, resamples=40, confidence=0.8, seed=3)
+    assert interval == pytest.approx(loop_bootstrap(*trials, metric, 40, 0.8, 3), abs=1e-12)
+    assert speakers == 2 or 0.0 < interval[0] < interval[1] < 1.0  # not a case where every resample agrees
+
+
+@pytest.mark.parametrize("metric", [eer, min_dcf])
+def test_interval_holds_the_point(metric):
+    trials = speaker_trials(40)
+    low, high = bootstrap_interval(*trials, metric=metric, resamples=200)
+    assert 0.0 <= low < metric(*trials[:2]) < high <= 1.0
+
+
+def test_interval_is_set_by_the_seed_not_by_the_order():
+    trials = speaker_trials(12)
+    interval = bootstrap_interval(*trials, resamples=50, seed=5)
+    assert interval == bootstrap_interval(*trials, resamples=50, seed=5)
+    assert interval != bootstrap_interval(*trials, resamples=50, seed=6)
+    order = np.random.default_rng(0).permutation(len(trials[0]))
+    assert interval == bootstrap_interval(*(column[order] for column in trials), resamples=50, seed=5)
+    as_lists = (column.tolist() for column in trials)
+    assert interval == bootstrap_interval(*as_lists, resamples=50, seed=5)
+
+
+def test_interval_narrows_with_speakers_and_widens_with_confidence():
+    def width(speakers, confidence=0.95):
+        low, high = bootstrap_interval(*speaker_trials(speakers), resamples=200, confidence=confidence)
+        return high - low
+
+    assert width(60) < 0.6 * width(10)
+    assert width(10, confidence=0.5) < width(10, confidence=0.9)
+
+
+def true_eer_of_speaker_trials():
+    """Squared distances are 0.5 chi2(6) for targets and 2.5 chi2(6) for impostors: bisect for equal tails."""
+
+    def above(x):  # P(chi2(6) > x)
+        return math.exp(-x / 2) * (1 + x / 2 + x * x / 8)
+
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if above(middle / 0.5) > 1 - above(middle / 2.5):
+            low = middle
+        else:
+            high = middle
+    return above(low / 0.5)
+
+
+def test_interval_covers_the_true_eer():
+    truth = true_eer_of_speaker_trials()
+    held = 0
+    for seed in range(40):
+        low, high = bootstrap_interval(*speaker_trials(25, seed=seed), resamples=100, confidence=0.9, seed=seed)
+        held += low <= truth <= high
+    assert 31 <= held  # 36 expected at exact coverage, standard deviation 1.9
+
+
+def test_interval_over_speakers_is_wider_than_over_trials():
+    scores, labels, enrol, test = speaker_trials(20, utterances=6)
+    rng = np.random.default_rng(0)
+    over_trials = []
+    for _ in range(100):
+        weights = np.bincount(rng.integers(len(scores), size=len(scores)), minlength=len(scores))
+        over_trials.append(eer(scores, labels, weights))
+    low, high = np.quantile(over_trials, [0.025, 0.975])
+    speaker_low, speaker_high = bootstrap_interval(scores, labels, enrol, test, resamples=100)
+    assert speaker_high - speaker_low > 1.5 * (high - low)
+
+
+def test_perfect_scores_have_a_point_interval():
+    scores, labels, enrol, test = speaker_trials(6)
+    assert bootstrap_interval(labels * 1.0, labels, enrol, test, resamples=20) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resamples": 0}, "resamples must be at least 1, got 0"),
+        ({"confidence": 0.0}, "confidence must be between 0 and 1"),
+        ({"confidence": 1.0}, "confidence must be between 0 and 1"),
+        ({"scores": [1.0, math.nan, 3.0]}, "scores must be finite"),
+        ({"labels": [1, 1, 1]}, "at least one impostor trial is needed"),
+        ({"enrol_speakers": ["a", "b"]}, r"enrol_speakers must have one speaker per trial, shape \(3,\), got \(2,\)"),
+        ({"test_speakers": []}, r"test_speakers must have one speaker per trial, shape \(3,\), got \(0,\)"),
+        ({"test_speakers": ["a", "a", "b"]}, r"speakers are equal: 1 of 3 trials break this, first at index 1 \(0\)"),
+        ({"test_speakers": ["b", "b", "b"]}, r"speakers are equal: 1 of 3 trials break this, first at index 0 \(1\)"),
+    ],
+)
+def test_bad_bootstrap_arguments(change, message):
+    arguments = {
+        "scores": [3.0, 1.0, 2.0],
+        "labels": [1, 0, 0],
+        "enrol_speakers": ["a", "a", "a"],
+        "test_speakers": ["a", "b", "b"],
+    }
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(**{**arguments, **change})
+
+
+def test_redrawing_is_bounded(monkeypatch):
+    monkeypatch.setattr(metrics, "_MAX_DRAWS", 1)  # half the resamples of two speakers have no impostors
+    with pytest.raises(ValueError, match="1 resamples of 2 speakers in a row had no target or no impostor trial"):
+        bootstrap_interval(*speaker_trials(2), resamples=50)

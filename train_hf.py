@@ -1,0 +1,352 @@
+"""Train a Matryoshka ReDimNet with Accelerate.
+
+    accelerate launch train_hf.py                                     # nano on a synthetic corpus, minutes on a CPU
+    accelerate launch train_hf.py recipes/FILE.yaml --output runs/x   # a recipe, single settings replaced
+    accelerate launch train_hf.py recipes/FILE.yaml --resume          # go on after a stop, to the same weights
+
+Several CPU processes: torchrun --nproc_per_node 2 train_hf.py (accelerate launch starts one on CPUs).
+
+The loop reads from top to bottom in `main`: data, model, optimiser, steps, evaluation, save. A run writes checkpoints/,
+best/ and last/ (complete Hub folders), results.json and tracker logs below `output`.
+"""
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import mrl_redimnet  # noqa: F401  registers the models with transformers
+from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
+from modeling_mrl_redimnet import MRLReDimNetForXVector
+from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, collate
+from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
+from mrl_redimnet.evaluation import as_records, embed_files, evaluate_trials, format_table
+from mrl_redimnet.recipe import Recipe, parse_command_line
+from mrl_redimnet.rotation import rotate
+from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.training import (
+    ChanceGuard,
+    Progress,
+    build_optimizer,
+    chance_loss,
+    learning_rate_at,
+    load_checkpoint,
+    margin_at,
+    save_checkpoint,
+    save_model,
+)
+from mrl_redimnet.trials import Trials, make_trials, read_trials
+
+ROTATION_UTTERANCES = 2000  # enough to estimate a 256 x 256 second moment
+
+
+def main(argv: list[str] | None = None):
+    """Runs the training described by the command line `argv` (None: the process's own)."""
+    recipe, resume = parse_command_line(argv, __doc__)
+    output = Path(recipe.output)
+    accelerator = build_accelerator(recipe)
+    set_seed(recipe.seed)
+
+    # Data: training rows, a development trial list of other speakers, batches as a function of the step.
+    with accelerator.main_process_first():
+        recipe = with_embedded_corpus(recipe)
+        corpus = load_training_speech(recipe, accelerator)
+    corpus, dev_trials, dev_folder = development_set(corpus, recipe)
+    speakers = speaker_table(corpus, recipe)
+    dataset = CropDataset(
+        corpus,
+        speakers,
+        crop_seconds=recipe.crop_seconds,
+        sampler=recipe.sampler,
+        speeds=tuple(recipe.speeds),
+        augmentations=[AddNoise(recipe.noise, recipe.noise_snr, recipe.noise_probability)] if recipe.noise else [],
+        seed=recipe.seed,
+    )
+
+    # Model and optimiser.
+    model, fresh_classifier = build_model(recipe, dataset.num_labels)
+    optimizer = build_optimizer(model, recipe)
+    guard = ChanceGuard(*chance_loss(model.classifier, margin_at(0, recipe, model.config.margin)), deadline(recipe))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model)
+    describe(accelerator, recipe, plain_model, dataset, dev_trials)
+
+    progress = (load_checkpoint(accelerator, output / "checkpoints", recipe) if resume else None) or Progress()
+    if progress.step:
+        accelerator.print(f"Resuming at step {progress.step} of {recipe.steps}.")
+    batches = iter(build_loader(dataset, recipe, accelerator, progress.step))
+    history = History(accelerator, recipe, progress.step, plain_model.config.matryoshka_dims)
+
+    # Steps.
+    model.train()
+    for step in range(progress.step, recipe.steps):
+        torch.manual_seed(recipe.seed + 1_000_003 * (step + 1) + accelerator.process_index)  # dropout, spec-augment
+        if step in [int(share * recipe.steps) for share in recipe.rotate_at]:
+            rotate_in_training(plain_model, optimizer, corpus, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, recipe)
+        margin = margin_at(step, recipe, plain_model.config.margin)
+        for _ in range(recipe.accumulation):
+            batch = next(batches)
+            progress.problems += batch["problems"]
+            with accelerator.accumulate(model):
+                answer = model(
+                    batch["input_values"].to(accelerator.device),
+                    labels=batch["labels"].to(accelerator.device),
+                    margin=margin,
+                )
+                accelerator.backward(answer.loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        if step == 0 and fresh_classifier:
+            guard.check_start(float(answer.loss))
+        history.add(step, answer, optimizer.param_groups[0]["lr"], margin)
+        if fresh_classifier and history.loss is not None:
+            guard.check_progress(step, history.loss)
+
+        # Evaluation and checkpoints.
+        progress.step = step + 1
+        if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:
+            rows = evaluate_trials(plain_model, dev_trials, dev_folder)
+            history.report(f"step {progress.step}, development trials", rows)
+            if rows[-1].eer < progress.best_eer:
+                progress.best_eer, progress.best_step = rows[-1].eer, progress.step
+                if accelerator.is_main_process:
+                    save_model(plain_model, output / "best", speakers)
+        if progress.step % recipe.checkpoint_every == 0 or progress.step == recipe.steps:
+            save_checkpoint(accelerator, output / "checkpoints", progress, recipe)
+
+    # Save and report.
+    history.close()
+    if accelerator.is_main_process:
+        save_model(plain_model, output / "last", speakers)
+    final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, speakers)
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the order of use
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Devices, precision, accumulation, trackers."""
+    if recipe.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ModuleNotFoundError("tracker: wandb is not installed: pip install 'mrl-redimnet[wandb]'.")
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.accumulation,
+        log_with=None if recipe.tracker == "none" else recipe.tracker,
+        project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=str(Path(recipe.output) / "logs")),
+    )
+    settings = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in asdict(recipe).items()}
+    accelerator.init_trackers("mrl-redimnet", config=settings)
+    return accelerator
+
+
+def with_embedded_corpus(recipe: Recipe) -> Recipe:
+    """Without a training folder: the synthetic corpus, made on first use, and its trial list as the test."""
+    if recipe.train is not None:
+        return recipe
+    root = make_corpus(Path("data") / "synthetic")
+    print(f"No training folder given: using the synthetic corpus in {root}. Its EERs say nothing about real voices.")
+    recipe.train = str(root / "train")
+    recipe.tests = recipe.tests or {
+        "synthetic": {"trials": str(root / "test" / "trials.txt"), "folder": str(root / "test" / "wav")}
+    }
+    return recipe
+
+
+def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
+    """The usable rows of the training folder; the others are counted, listed, and too many of them stop the run."""
+    corpus = load_corpus(recipe.train, recipe.layout)
+    usable, problems = split_usable(corpus, recipe.min_seconds)
+    report = Path(recipe.output) / "unusable_files.tsv"
+    summary = check_problems(problems, len(corpus), recipe.max_problem_share, report)
+    if problems:
+        accelerator.print(summary)
+    return usable
+
+
+def development_set(corpus: Dataset, recipe: Recipe) -> tuple[Dataset, Trials, Path]:
+    """Training rows without the held-out speakers, and the development trials with the folder of their paths."""
+    if recipe.dev_trials is not None:
+        return corpus, read_trials(recipe.dev_trials), Path(recipe.dev_folder)
+    names, counts = np.unique(corpus["speaker"], return_counts=True)
+    eligible = names[counts > 1]  # a target trial needs two utterances
+    if len(eligible) <= recipe.dev_speakers:
+        raise ValueError(
+            f"dev_speakers: {recipe.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
+            f"{len(names)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
+        )
+    held_out = set(np.random.default_rng([recipe.seed, 2]).choice(eligible, recipe.dev_speakers, replace=False))
+    is_dev = np.array([speaker in held_out for speaker in corpus["speaker"]])
+    dev, training = corpus.select(np.flatnonzero(is_dev)), corpus.select(np.flatnonzero(~is_dev))
+    trials = make_trials(dev["path"], dev["speaker"], dev["session"], seed=recipe.seed)
+    first = dev[0]
+    return training, trials, Path(first["audio"]["path"].removesuffix(first["path"]))
+
+
+def speaker_table(corpus: Dataset, recipe: Recipe) -> SpeakerTable:
+    """Speakers to label ids: those of the model started from, or of this run so far, keep theirs."""
+    known = SpeakerTable([])
+    for folder in (Path(recipe.output), Path(recipe.model)):
+        if (folder / "speakers.json").is_file():
+            known = SpeakerTable.load(folder / "speakers.json")
+            break
+    table = known.extended(corpus.unique("speaker"))
+    Path(recipe.output).mkdir(parents=True, exist_ok=True)
+    table.save(Path(recipe.output) / "speakers.json")
+    return table
+
+
+def build_model(recipe: Recipe, num_speakers: int) -> tuple[MRLReDimNetForXVector, bool]:
+    """The model, and whether its classifier is fresh."""
+    if recipe.model in SIZES:
+        config = MRLReDimNetConfig.from_size(recipe.model, num_speakers=num_speakers, **recipe.model_options)
+        return MRLReDimNetForXVector(config), True
+    model, info = MRLReDimNetForXVector.from_pretrained(
+        recipe.model,
+        num_speakers=num_speakers,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **recipe.model_options,
+    )
+    replaced = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    if replaced - {"classifier.weight"}:
+        raise ValueError(
+            f"{recipe.model} lacks or misshapes {len(replaced)} tensors: {', '.join(sorted(replaced)[:5])}."
+        )
+    return model, bool(replaced)
+
+
+def deadline(recipe: Recipe) -> int:
+    """The step by which the loss must have left chance level."""
+    return int(recipe.warmup * recipe.steps) + recipe.chance_steps
+
+
+def describe(accelerator: Accelerator, recipe: Recipe, model, dataset: CropDataset, dev_trials: Trials):
+    """What is about to be trained, on what."""
+    encoder, head = (sum(p.numel() for p in part.parameters()) for part in (model.redimnet, model.classifier))
+    hours = sum(dataset.corpus["seconds"]) / 3600
+    accelerator.print(
+        f"{recipe.model}: {encoder:,} parameters and a classifier of {head:,} for {dataset.num_labels:,} classes, all "
+        f"trained; {len(dataset.corpus):,} utterances of {len(dataset.speakers):,} speakers, {hours:.1f} h; "
+        f"development: {len(dev_trials):,} trials.\n{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x "
+        f"{accelerator.num_processes} crops of {recipe.crop_seconds} s on {accelerator.device}."
+    )
+
+
+def build_loader(dataset: CropDataset, recipe: Recipe, accelerator: Accelerator, first_step: int) -> DataLoader:
+    """Batches from `first_step` on. Not prepared by Accelerate: each process already draws its own share, and a resumed
+    run begins at its step instead of skipping batches."""
+    batches = DrawBatches(
+        recipe.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        first=first_step * recipe.accumulation,
+        stop=recipe.steps * recipe.accumulation,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=recipe.workers,
+        generator=torch.Generator().manual_seed(recipe.seed),  # else the loader draws from the global one
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+class History:
+    """Losses on the device until a log line is due; progress bar and trackers."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, first_step: int, dims: list[int]):
+        self.accelerator, self.recipe, self.dims = accelerator, recipe, dims
+        self.pending: list[torch.Tensor] = []
+        self.loss: float | None = None
+        self.clock = time.perf_counter()
+        self.bar = tqdm(total=recipe.steps, initial=first_step, disable=not accelerator.is_main_process, unit="step")
+
+    def add(self, step: int, answer, learning_rate: float, margin: float):
+        """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
+        self.bar.update()
+        self.pending.append(torch.cat([answer.loss.detach()[None], answer.prefix_losses]))
+        if (step + 1) % self.recipe.log_every:
+            return
+        self.loss, *prefixes = torch.stack(self.pending).mean(0).tolist()
+        crops = len(self.pending) * self.recipe.batch_size * self.recipe.accumulation * self.accelerator.num_processes
+        rate = crops / (time.perf_counter() - self.clock)
+        self.pending, self.clock = [], time.perf_counter()
+        self.bar.set_postfix_str(f"loss {self.loss:.2f}, lr {learning_rate:.1e}, {rate:.0f} crops/s")
+        named = {f"loss/{d}": v for d, v in zip(self.dims, prefixes, strict=True)}
+        values = {"loss": self.loss, **named, "learning_rate": learning_rate, "margin": margin, "crops_per_s": rate}
+        self.accelerator.log(values, step=step + 1)
+
+    def report(self, title: str, rows):
+        """Prints a table of verification results and logs it."""
+        self.accelerator.log({f"dev_eer/{row.dim}": row.eer for row in rows}, step=self.bar.n)
+        if self.accelerator.is_main_process:
+            self.bar.write(format_table({title: rows}))
+        self.clock = time.perf_counter()
+
+    def close(self):
+        """Ends the progress bar."""
+        self.bar.close()
+
+
+def training_embeddings(model, corpus: Dataset, recipe: Recipe) -> np.ndarray:
+    """Embeddings of (a drawn share of) the training utterances, for the rotation, [N, D]."""
+    rows = np.random.default_rng([recipe.seed, 3]).permutation(len(corpus))[:ROTATION_UTTERANCES]
+    return embed_files(model, [corpus[int(row)]["audio"]["path"] for row in sorted(rows)], progress="rotation")
+
+
+def rotate_in_training(model, optimizer, corpus: Dataset, recipe: Recipe):
+    """Turns the basis mid-run; the optimiser forgets the moments of the turned tensors, which were of the old basis."""
+    rotate(model, training_embeddings(model, corpus, recipe))
+    for parameter in (*model.redimnet.projection.segments.parameters(), model.classifier.weight):
+        optimizer.state.pop(parameter, None)
+
+
+def final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, speakers):
+    """Evaluates the best model as trained and rotated, saves it rotated, writes results.json and prints the tables."""
+    output = Path(recipe.output)
+    model = MRLReDimNetForXVector.from_pretrained(output / "best").to(accelerator.device)
+    dims = sorted({*model.config.matryoshka_dims, *recipe.report_dims})
+    lists = {name: (read_trials(test["trials"]), test["folder"]) for name, test in recipe.tests.items()}
+    lists = lists or {"development": (dev_trials, dev_folder)}
+    results: dict[str, dict] = {name: {} for name in lists}
+    for state in ("as trained", "rotated"):
+        if state == "rotated":
+            rotate(model, training_embeddings(model, corpus, recipe))
+        for name, (trials, folder) in lists.items():
+            results[name][state] = evaluate_trials(model, trials, folder, dims, recipe.resamples, progress=name)
+    if not accelerator.is_main_process:
+        return
+    save_model(model, output / "best", speakers)
+    record = {
+        "recipe": asdict(recipe),
+        "best_step": progress.best_step,
+        "development_eer": progress.best_eer,
+        "results": {name: {state: as_records(rows) for state, rows in r.items()} for name, r in results.items()},
+    }
+    (output / "results.json").write_text(json.dumps(record, indent=1))
+    for name, tables in results.items():
+        print(f"\n{name}: best model (step {progress.best_step}); 95 % intervals over speakers")
+        print(format_table(tables))
+    if progress.problems:
+        print(check_problems(progress.problems, recipe.steps * recipe.batch_size, 1.0, output / "unreadable_crops.tsv"))
+    print(f"\nSaved: {output}/best (rotated), {output}/last, {output}/results.json")
+
+
+if __name__ == "__main__":
+    main()
