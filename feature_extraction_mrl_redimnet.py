@@ -74,13 +74,14 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
         bad = ~np.isfinite(array)
         if bad.any():
             raise ValueError(
-                f"{where}: {int(bad.sum())} of {array.size} samples are NaN or infinite, the first at {int(bad.argmax())}."
+                f"{where}: {int(bad.sum())} of {array.size} samples are NaN or infinite, the first at "
+                f"{int(bad.argmax())}."
             )
         peak = float(np.abs(array).max())
         if peak > 10:
             raise ValueError(
-                f"{where}: values up to {peak:.0f}, expected -1 .. 1. If these are 16-bit samples, pass them as int16 or "
-                "divide by 32768."
+                f"{where}: values up to {peak:.0f}, expected -1 .. 1. If these are 16-bit samples, pass them as int16 "
+                "or divide by 32768."
             )
         return array
 

@@ -32,6 +32,7 @@ from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split
 from mrl_redimnet.evaluation import as_records, embed_files, evaluate_trials, format_table
 from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import rotate
+from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.training import (
     ChanceGuard,
@@ -42,7 +43,6 @@ from mrl_redimnet.training import (
     load_checkpoint,
     margin_at,
     save_checkpoint,
-    save_model,
 )
 from mrl_redimnet.trials import Trials, make_trials, read_trials
 

@@ -71,7 +71,8 @@ def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None
     checkpoint = _read(checkpoint)
     config = convert_config(checkpoint["model_config"], embedding_size)
     model = MRLReDimNetModel(config)
-    model.load_state_dict(convert_state_dict(checkpoint["state_dict"], model))
+    embed_dim = checkpoint["model_config"].get("embed_dim", REFERENCE_DEFAULTS["embed_dim"])
+    model.load_state_dict(convert_state_dict(checkpoint["state_dict"], model, embed_dim))
     return model.eval()
 
 
@@ -286,14 +287,19 @@ def _pooling(config) -> Iterator[Rule]:
     yield from _both(_linear, "pool.linear2", "pooling.attention_out")
 
 
-def _head(config) -> Iterator[Rule]:
+def _head(config, embed_dim: int) -> Iterator[Rule]:
     starts = [0, *config.matryoshka_dims[:-1]]
+
+    def grown(t, value):
+        if t.shape[:1] != (embed_dim,):
+            raise IndexError("not the number of rows that model_config says")
+        return torch.cat([t, t.new_full((config.embedding_size - embed_dim, *t.shape[1:]), value)])
 
     def segments(kind):
         def place(t):  # rows the checkpoint does not have start at zero
-            grown = torch.cat([t, t.new_zeros(config.embedding_size - len(t), *t.shape[1:])])
+            rows = grown(t, 0.0)
             return {
-                f"projection.segments.{i}.{kind}": grown[start:end].clone()
+                f"projection.segments.{i}.{kind}": rows[start:end].clone()
                 for i, (start, end) in enumerate(zip(starts, config.matryoshka_dims, strict=True))
             }
 
@@ -303,19 +309,16 @@ def _head(config) -> Iterator[Rule]:
     yield Rule("linear.weight", segments("weight"))
     yield Rule("linear.bias", segments("bias"))
     if config.embedding_norm:
-        size = config.embedding_size
         fill = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of rows that are zero
         for name, value in fill.items():
             yield Rule(
                 f"bn2.{name}",
-                lambda t, name=name, value=value: {
-                    f"projection.embedding_norm.{name}": torch.cat([t, t.new_full((size - len(t),), value)])
-                },
+                lambda t, name=name, value=value: {f"projection.embedding_norm.{name}": grown(t, value)},
             )
         yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
 
 
-def _rules(config) -> Iterator[Rule]:
+def _rules(config, embed_dim: int) -> Iterator[Rule]:
     if config.feature_norm == "batch":
         yield from _batch_norm("spec.spec_norm", "front_end.norm")
     yield from _both(_image, "backbone.stem.0", "trunk.stem.conv")
@@ -327,7 +330,7 @@ def _rules(config) -> Iterator[Rule]:
         yield from _both(_linear, "backbone.mfa.0", "trunk.aggregate")
         yield from _batch_norm("backbone.mfa.1", "trunk.aggregate_norm")
     yield from _pooling(config)
-    yield from _head(config)
+    yield from _head(config, embed_dim)
 
 
 def _is_recomputed(key: str) -> bool:
@@ -335,12 +338,17 @@ def _is_recomputed(key: str) -> bool:
     return key.startswith("cls_head.") or (key.startswith("spec.") and not key.startswith("spec.spec_norm."))
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor], model: MRLReDimNetModel) -> dict[str, torch.Tensor]:
-    """Reference tensors as the model's; ConversionError lists every one left over, missing or misshapen."""
+def convert_state_dict(
+    state_dict: dict[str, torch.Tensor], model: MRLReDimNetModel, embed_dim: int
+) -> dict[str, torch.Tensor]:
+    """Reference tensors as the model's; ConversionError lists every one left over, missing or misshapen.
+
+    embed_dim: rows of the checkpoint's head; the model's may have more.
+    """
     left = {key: value for key, value in state_dict.items() if not _is_recomputed(key)}
     expected = model.state_dict()
     converted, problems = {}, []
-    for rule in _rules(model.config):
+    for rule in _rules(model.config, embed_dim):
         if rule.key not in left:
             problems.append(f"missing: {rule.key}")
             continue

@@ -12,8 +12,8 @@ import torch
 from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetForXVector, MRLReDimNetPreTrainedModel
 
 
-def principal_rotation(embeddings: np.ndarray) -> np.ndarray:
-    """embeddings [N, D] of some speech -> R [D, D] orthogonal, columns by falling eigenvalue.
+def principal_rotation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """embeddings [N, D] of some speech -> R [D, D] orthogonal and eigenvalues [D], both by falling eigenvalue.
 
     Raises ValueError for fewer than two embeddings, or ones that are zero or not finite.
     """
@@ -24,13 +24,15 @@ def principal_rotation(embeddings: np.ndarray) -> np.ndarray:
     if not np.isfinite(norms).all() or (norms == 0).any():
         raise ValueError("A rotation needs finite embeddings that are not zero.")
     unit = embeddings / norms
-    _, vectors = np.linalg.eigh(unit.T @ unit / len(unit))
-    return vectors[:, ::-1].copy()
+    values, vectors = np.linalg.eigh(unit.T @ unit / len(unit))
+    return vectors[:, ::-1].copy(), values[::-1].clip(min=0)
 
 
 @torch.no_grad()
-def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> MRLReDimNetPreTrainedModel:
+def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndarray:
     """Folds the principal rotation of `embeddings` [N, D] (full width, from this model) into the model, in place.
+
+    Returns the share of these embeddings' energy that the first 1, 2, ... D numbers now hold, [D].
 
     Cosines at full width stay as they are, and so do the full-width logits of a margin classifier, whose rows turn
     with the embedding. A batch norm behind the projection is folded in first.
@@ -39,14 +41,15 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> MRLReDi
     width = sum(segment.out_features for segment in projection.segments)
     if np.shape(embeddings)[1:] != (width,):
         raise ValueError(f"Expected embeddings of the full width {width}, got shape {np.shape(embeddings)}.")
-    rotation = torch.from_numpy(principal_rotation(embeddings))
+    turn, energies = principal_rotation(embeddings)
+    rotation = torch.from_numpy(turn)
     weight, bias = _affine(projection)
     _store(projection, rotation.T @ weight, rotation.T @ bias)
     projection.embedding_norm = None
     model.config.embedding_norm = False
     if isinstance(model, MRLReDimNetForXVector):
         model.classifier.weight.copy_(model.classifier.weight.double().cpu() @ rotation)
-    return model
+    return np.cumsum(energies) / energies.sum()
 
 
 def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tensor]:

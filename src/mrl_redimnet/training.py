@@ -1,11 +1,10 @@
-"""Parts of the training loop in `train_hf.py`: schedules, guards, checkpoints and saved models."""
+"""Parts of the training loop in `train_hf.py`: schedules, guards and checkpoints."""
 
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -13,9 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import MatryoshkaMarginClassifier, MRLReDimNetForXVector
-from mrl_redimnet.corpus import SpeakerTable
+from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 from mrl_redimnet.recipe import Recipe
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,27 +184,3 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir())
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]):
-    """Fills a temporary folder with `write(folder)`, then puts it in the place of `target`."""
-    temporary, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save_model(model: MRLReDimNetForXVector, folder: Path, speakers: SpeakerTable):
-    """A complete Hub folder: weights, configuration, feature extractor, their code, and the classifier's speakers."""
-
-    def write(target: Path):
-        model.save_pretrained(target)
-        MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
-        speakers.save(target / "speakers.json")
-
-    replace_folder(folder, write)

@@ -1,0 +1,270 @@
+"""Conversion against what the reference implementation answered (benchmarks/record_reference.py), and its strictness."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from reference_weights import flattened, reference_tensor, reference_waveform, spread
+
+from mrl_redimnet.convert import ConversionError, convert_checkpoint, convert_config
+
+RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
+
+
+def reference_checkpoint(name: str) -> dict:
+    """The checkpoint that a recording's answers belong to, as a published file holds it."""
+    recording = RECORDINGS[name]
+    shapes = flattened(recording["state_dict"])
+    return {
+        "model_config": json.loads(json.dumps(recording["model_config"])),
+        "state_dict": {key: reference_tensor(key, shape) for key, shape in shapes.items()},
+    }
+
+
+@pytest.fixture
+def checkpoint() -> dict:
+    return reference_checkpoint("single_stage")
+
+
+def with_config(checkpoint: dict, **changes) -> dict:
+    return {**checkpoint, "model_config": {**checkpoint["model_config"], **changes}}
+
+
+def with_spec(checkpoint: dict, **changes) -> dict:
+    return with_config(checkpoint, spec_params={**checkpoint["model_config"].get("spec_params", {}), **changes})
+
+
+def assert_matches(summary: dict, ours: torch.Tensor):
+    assert list(ours.shape) == summary["shape"]
+    assert ours.norm().item() == pytest.approx(summary["norm"], rel=1e-5)
+    assert relative_error(spread(ours), torch.tensor(summary["spread"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_answers_as_the_reference_does(name):
+    model = convert_checkpoint(reference_checkpoint(name))
+    for length, answer in RECORDINGS[name]["answers"].items():
+        wave = reference_waveform(int(length))
+        with torch.inference_mode():
+            assert_matches(answer["features"], model.front_end(wave).transpose(1, 2))
+            assert_matches(answer["pooled"], model.pooled(wave))
+            assert relative_error(model(wave).embeddings, torch.tensor(answer["embedding"])) < 1e-5
+
+
+def test_recordings_cover_every_kind():
+    """Every value of every choice is in some recording, so that none is converted on faith."""
+    seen = [{**r["model_config"], **r["model_config"].get("spec_params", {})} for r in RECORDINGS.values()]
+    for key, values in {
+        "block_1d_type": {"att", "conv+att", "conv", "fc"},
+        "block_2d_type": {"convnext_like", "convnext_like_relu", "basic_resnet", "basic_resnet_fwse"},
+        "pooling_func": {"ASTP", "TAP", "TSDP", "TSTP"},
+        "feat_type": {"pt", "pt_mel", "tf", "tf_mel"},
+        "spec_norm": {"mvn", "bn", "none"},
+    }.items():
+        assert values <= {recording.get(key) for recording in seen}, key
+
+
+def test_file_and_dict_give_the_same_model(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "b9-vox2-ptn.pt")
+    from_file = convert_checkpoint(tmp_path / "b9-vox2-ptn.pt").state_dict()
+    from_dict = convert_checkpoint(checkpoint).state_dict()
+    assert all(torch.equal(from_file[name], tensor) for name, tensor in from_dict.items())
+
+
+def test_converted_model_is_in_eval_mode(checkpoint):
+    assert not any(module.training for module in convert_checkpoint(checkpoint).modules())
+
+
+def test_missing_keys_take_the_reference_defaults():
+    config = convert_config({})
+    assert (config.num_mel_bins, config.base_channels, config.group_divisor) == (72, 16, 4)
+    assert (config.block_1d, config.block_2d, config.pooling) == ("att", "convnext_like", "ASTP")
+    assert (config.embedding_size, config.hop_length, config.front_end) == (192, 160, "mel")
+    assert (config.pooling_context, config.embedding_norm, config.aggregation_channels) == (False, False, None)
+    assert [stage["reduction"] for stage in config.stages] == [12, 12, 12, 8, 8, 4]
+    assert (config.feature_norm, config.normalize_signal, config.preemphasis) == ("mean", False, True)
+
+
+def test_fixed_constants_may_be_spelt_out(checkpoint):
+    fixed = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "f_min": 20, "f_max": 7600}
+    assert convert_checkpoint(with_spec(checkpoint, **fixed)).config.num_mel_bins == 24
+
+
+def test_training_only_keys_are_ignored(checkpoint):
+    config = dict(num_classes=5994, class_dropout=0.1, head_activation="nn.ReLU()", return_all_outputs=True)
+    convert_checkpoint(with_config(checkpoint, tf_optimized_arch=False, **config))
+
+
+def test_classifier_and_front_end_constants_are_dropped(checkpoint):
+    checkpoint["state_dict"] |= {
+        "cls_head.2.weight": torch.zeros(10, 32),
+        "spec.torchfbank.2.mel_scale.fb": torch.zeros(257, 24),
+    }
+    convert_checkpoint(checkpoint)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Strictness
+
+
+def test_every_wrong_tensor_is_named(checkpoint):
+    tensors = checkpoint["state_dict"]
+    del tensors["backbone.stem.0.weight"], tensors["pool.linear1.weight"]
+    tensors["linear.bias"] = torch.zeros(31)
+    tensors["backbone.stem.1.weight"] = torch.zeros(5)
+    tensors["backbone.stage7.0.w"] = torch.zeros(1, 8, 96, 1)
+    tensors["extra"] = torch.zeros(3)
+    with pytest.raises(ConversionError) as error:
+        convert_checkpoint(checkpoint)
+    message = str(error.value)
+    for line in (
+        "missing: backbone.stem.0.weight",
+        "missing: pool.linear1.weight",
+        "misshapen: linear.bias (31,)",
+        "misshapen: backbone.stem.1.weight (5,)",
+        "left over: backbone.stage7.0.w (1, 8, 96, 1)",
+        "left over: extra (3,)",
+    ):
+        assert line in message
+    assert "6 problems" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["backbone.stem.0.weight", "backbone.fin_wght1d.w", "backbone.stage0.2.weight", "linear.weight"]
+)
+def test_a_tensor_of_another_rank_is_misshapen(checkpoint, key):
+    checkpoint["state_dict"][key] = torch.zeros(3)
+    with pytest.raises(ConversionError, match=f"misshapen: {key}"):
+        convert_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("fwse_fc", "bn2.weight"),
+        ("spec_bn", "spec.spec_norm.running_var"),
+        ("aggregation_att", "backbone.mfa.0.weight"),
+    ],
+)
+def test_optional_layers_must_be_whole(name, key):
+    checkpoint = reference_checkpoint(name)
+    del checkpoint["state_dict"][key]
+    with pytest.raises(ConversionError, match=f"missing: {key}"):
+        convert_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["fwse_fc", "aggregation_att", "fractional_expansion"])
+def test_every_missing_tensor_is_noticed(name):
+    """Each key of a checkpoint counts: without any one of them there is no model."""
+    checkpoint = reference_checkpoint(name)
+    for key in checkpoint["state_dict"]:
+        rest = {k: v for k, v in checkpoint["state_dict"].items() if k != key}
+        with pytest.raises(ConversionError, match="1 problems"):
+            convert_checkpoint({**checkpoint, "state_dict": rest})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(surprise=1), "model_config.surprise: unknown key"),
+        (dict(feat_type="tf_spec"), "model_config.feat_type: 'tf_spec'"),
+        (dict(tf_optimized_arch=True), "model_config.tf_optimized_arch: True"),
+        (dict(pooling_func="MHASTP"), "pooling: got 'MHASTP'"),
+        (dict(block_1d_type="gru"), "block_1d: got 'gru'"),
+        (dict(stages_setup=[[1, 2, 1, None]]), r"model_config.stages_setup\[0\]"),
+        (dict(stages_setup=[[1, 1, 1, [[3, 3]], None], [5, 1, 1, [[3, 3]], None]]), "24 bins cannot be divided by 5"),
+    ],
+)
+def test_unknown_architectures_are_named(checkpoint, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(with_config(checkpoint, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(surprise=1), "model_config.spec_params.surprise: unknown key"),
+        (dict(n_fft=1024), "model_config.spec_params.n_fft: 1024, only 512"),
+        (dict(f_max=8000), "model_config.spec_params.f_max: 8000, only 7600"),
+    ],
+)
+def test_unknown_front_ends_are_named(checkpoint, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(with_spec(checkpoint, **changes))
+
+
+def test_tensorflow_front_end_has_no_spec_norm():
+    with pytest.raises(ConversionError, match="spec_params.spec_norm"):
+        convert_checkpoint(with_spec(reference_checkpoint("tf"), spec_norm="mvn"))
+
+
+def test_all_configuration_problems_are_listed_at_once(checkpoint):
+    with pytest.raises(ConversionError, match="(?s)one: unknown.*feat_type.*spec_params.two"):
+        convert_checkpoint(with_spec(with_config(checkpoint, one=1, feat_type="x"), two=2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("code ran while a checkpoint was read",)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConversionError, match="No checkpoint file at .*nothing.pt"):
+        convert_checkpoint(tmp_path / "nothing.pt")
+
+
+def test_file_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
+    with pytest.raises(ConversionError, match="notes.pt cannot be read"):
+        convert_checkpoint(tmp_path / "notes.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_pickled_code_is_not_run(tmp_path, capsys, write):
+    write({"model_config": {}, "state_dict": RunsCode()}, tmp_path / "code.pt")
+    with pytest.raises(ConversionError, match="code.pt cannot be read"):
+        convert_checkpoint(tmp_path / "code.pt")
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "found"), [({"weights": 1}, "weights"), ([1, 2], "list")])
+def test_file_with_other_content(tmp_path, content, found):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ConversionError, match=f"'model_config' and 'state_dict', got .*{found}"):
+        convert_checkpoint(tmp_path / "other.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embedding size
+
+
+@pytest.mark.parametrize("name", ["single_stage", "fwse_fc"])  # without and with a norm behind the projection
+def test_a_larger_embedding_keeps_every_cosine(name):
+    small = convert_checkpoint(reference_checkpoint(name))
+    large = convert_checkpoint(reference_checkpoint(name), embedding_size=100)
+    assert (large.config.embedding_size, large.config.matryoshka_dims) == (100, [64, 100])
+    with torch.inference_mode():
+        cosines = [
+            torch.cosine_similarity(*model(reference_waveform(16_000)).embeddings, dim=0) for model in (small, large)
+        ]
+    assert cosines[0].item() == pytest.approx(cosines[1].item(), abs=1e-6)
+
+
+def test_a_smaller_embedding_is_refused(checkpoint):
+    with pytest.raises(ConversionError, match="embedding_size: 16 is less than the checkpoint's 32"):
+        convert_checkpoint(checkpoint, embedding_size=16)
+
+
+def test_grown_rows_can_learn(checkpoint):
+    """They are zero, but their gradient is not."""
+    model = convert_checkpoint(checkpoint, embedding_size=64)
+    model(reference_waveform(16_000)).embeddings.sum().backward()
+    assert model.projection.segments[0].weight.grad[32:].abs().min() > 0
