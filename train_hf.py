@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None):
                 optimizer.step()
                 optimizer.zero_grad()
         if step == 0 and fresh_classifier:
-            guard.check_start(float(answer.loss))
+            guard.check_start(float(answer.loss.detach()))
         history.add(step, answer, optimizer.param_groups[0]["lr"], margin)
         if fresh_classifier and history.loss is not None:
             guard.check_progress(step, history.loss)
@@ -242,8 +242,8 @@ def describe(accelerator: Accelerator, recipe: Recipe, model, dataset: CropDatas
     accelerator.print(
         f"{recipe.model}: {encoder:,} parameters and a classifier of {head:,} for {dataset.num_labels:,} classes, all "
         f"trained; {len(dataset.corpus):,} utterances of {len(dataset.speakers):,} speakers, {hours:.1f} h; "
-        f"development: {len(dev_trials):,} trials.\n{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x "
-        f"{accelerator.num_processes} crops of {recipe.crop_seconds} s on {accelerator.device}."
+        f"development: {len(dev_trials):,} trials.\n{recipe.steps} steps of {recipe.batch_size} x "
+        f"{recipe.accumulation} x {accelerator.num_processes} crops of {recipe.crop_seconds} s on {accelerator.device}."
     )
 
 
@@ -332,7 +332,9 @@ def final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, 
             results[name][state] = evaluate_trials(model, trials, folder, dims, recipe.resamples, progress=name)
     if not accelerator.is_main_process:
         return
-    save_model(model, output / "best", speakers)
+    training = training_sentence(accelerator, recipe, corpus, progress)
+    best = {name: states["rotated"] for name, states in results.items()}
+    save_model(model, output / "best", speakers, training=training, results=best)
     record = {
         "recipe": asdict(recipe),
         "best_step": progress.best_step,
@@ -346,6 +348,17 @@ def final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, 
     if progress.problems:
         print(check_problems(progress.problems, recipe.steps * recipe.batch_size, 1.0, output / "unreadable_crops.tsv"))
     print(f"\nSaved: {output}/best (rotated), {output}/last, {output}/results.json")
+
+
+def training_sentence(accelerator, recipe: Recipe, corpus: Dataset, progress: Progress) -> str:
+    """What the model card says about the training."""
+    crops = recipe.batch_size * recipe.accumulation * accelerator.num_processes
+    return (
+        f"Trained from {'random weights' if recipe.model in SIZES else recipe.model} by `train_hf.py`: {recipe.steps} "
+        f"steps of {crops} crops of {recipe.crop_seconds} s from {len(corpus):,} utterances of "
+        f"{len(corpus.unique('speaker')):,} speakers ({sum(corpus['seconds']) / 3600:.1f} h). Step {progress.best_step} "
+        "was best on the development trials; the embedding was then rotated."
+    )
 
 
 if __name__ == "__main__":

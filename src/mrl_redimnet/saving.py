@@ -10,17 +10,21 @@ from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.hub_cards import base_card
 
 
-def save_model(model: MRLReDimNetPreTrainedModel, folder: str | Path, speakers: SpeakerTable | None = None):
-    """Writes weights, configuration, feature extractor, their code and the classifier's speakers to `folder`.
+def save_model(
+    model: MRLReDimNetPreTrainedModel, folder: str | Path, speakers: SpeakerTable | None = None, **card_facts
+):
+    """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
 
-    What was there before is replaced at the end, in one rename.
+    card_facts: what `hub_cards.base_card` may state. What was there before is replaced at the end, in one rename.
     """
 
     def write(target: Path):
         model.save_pretrained(target)
         MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
+        base_card(model, **{"name": Path(folder).name, **card_facts}).save(target / "README.md")
         if speakers is not None:
             speakers.save(target / "speakers.json")
 
