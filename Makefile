@@ -6,7 +6,8 @@ BIN := .venv/bin
 .PHONY: demo test
 
 demo: .venv/ready
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_hf.py
+	rm -rf runs/demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_hf.py --output runs/demo
 
 test: .venv/ready
 	$(BIN)/ruff check .

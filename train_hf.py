@@ -13,7 +13,7 @@ best/ and last/ (complete Hub folders), results.json and tracker logs below `out
 import importlib.util
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 import mrl_redimnet  # noqa: F401  registers the models with transformers
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
@@ -52,87 +53,76 @@ ROTATION_UTTERANCES = 2000  # enough to estimate a 256 x 256 second moment
 def main(argv: list[str] | None = None):
     """Runs the training described by the command line `argv` (None: the process's own)."""
     recipe, resume = parse_command_line(argv, __doc__)
+    disable_progress_bar()  # of saving; the steps have their own
     output = Path(recipe.output)
     accelerator = build_accelerator(recipe)
     set_seed(recipe.seed)
 
-    # Data: training rows, a development trial list of other speakers, batches as a function of the step.
-    with accelerator.main_process_first():
-        recipe = with_embedded_corpus(recipe)
-        corpus = load_training_speech(recipe, accelerator)
-    corpus, dev_trials, dev_folder = development_set(corpus, recipe)
-    speakers = speaker_table(corpus, recipe)
-    dataset = CropDataset(
-        corpus,
-        speakers,
-        crop_seconds=recipe.crop_seconds,
-        sampler=recipe.sampler,
-        speeds=tuple(recipe.speeds),
-        augmentations=[AddNoise(recipe.noise, recipe.noise_snr, recipe.noise_probability)] if recipe.noise else [],
-        seed=recipe.seed,
-    )
+    # Data: training rows, development trials of other speakers; batches are a function of the step.
+    speech = prepare_speech(recipe, accelerator)
+    dataset = build_dataset(recipe, speech)
 
     # Model and optimiser.
     model, fresh_classifier = build_model(recipe, dataset.num_labels)
+    guard = chance_guard(recipe, model) if fresh_classifier else None
     optimizer = build_optimizer(model, recipe)
-    guard = ChanceGuard(*chance_loss(model.classifier, margin_at(0, recipe, model.config.margin)), deadline(recipe))
     model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model)
-    describe(accelerator, recipe, plain_model, dataset, dev_trials)
+    describe(accelerator, recipe, speech, model, dataset)
 
-    progress = (load_checkpoint(accelerator, output / "checkpoints", recipe) if resume else None) or Progress()
-    if progress.step:
-        accelerator.print(f"Resuming at step {progress.step} of {recipe.steps}.")
+    # Steps, with evaluation and checkpoints in between.
+    progress = start_or_resume(recipe, accelerator, resume)
+    train(recipe, accelerator, speech, dataset, model, optimizer, guard, progress)
+
+    # Save and report.
+    if accelerator.is_main_process:
+        save_model(accelerator.unwrap_model(model), output / "last", speech.speakers)
+    final_report(recipe, accelerator, speech, progress)
+    accelerator.end_training()
+
+
+def train(recipe, accelerator, speech, dataset, model, optimizer, guard, progress):
+    """The steps from `progress.step` on; `model` is trained in place, `progress` kept up to date."""
+    output, plain_model = Path(recipe.output), accelerator.unwrap_model(model)
     batches = iter(build_loader(dataset, recipe, accelerator, progress.step))
     history = History(accelerator, recipe, progress.step, plain_model.config.matryoshka_dims)
-
-    # Steps.
+    rotations = {int(share * recipe.steps) for share in recipe.rotate_at}
     model.train()
     for step in range(progress.step, recipe.steps):
         torch.manual_seed(recipe.seed + 1_000_003 * (step + 1) + accelerator.process_index)  # dropout, spec-augment
-        if step in [int(share * recipe.steps) for share in recipe.rotate_at]:
-            rotate_in_training(plain_model, optimizer, corpus, recipe)
+        if step in rotations:
+            rotate_in_training(plain_model, optimizer, speech.corpus, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe)
         margin = margin_at(step, recipe, plain_model.config.margin)
         for _ in range(recipe.accumulation):
             batch = next(batches)
             progress.problems += batch["problems"]
+            inputs, labels = (batch[key].to(accelerator.device) for key in ("input_values", "labels"))
             with accelerator.accumulate(model):
-                answer = model(
-                    batch["input_values"].to(accelerator.device),
-                    labels=batch["labels"].to(accelerator.device),
-                    margin=margin,
-                )
+                answer = model(inputs, labels=labels, margin=margin)
                 accelerator.backward(answer.loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        if step == 0 and fresh_classifier:
-            guard.check_start(float(answer.loss.detach()))
         history.add(step, answer, optimizer.param_groups[0]["lr"], margin)
-        if fresh_classifier and history.loss is not None:
+        if guard is not None and step == 0:
+            guard.check_start(float(answer.loss.detach()))
+        if guard is not None and history.loss is not None:
             guard.check_progress(step, history.loss)
 
-        # Evaluation and checkpoints.
         progress.step = step + 1
         if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:
-            rows = evaluate_trials(plain_model, dev_trials, dev_folder)
+            report_unreadable(recipe, accelerator, progress)
+            rows = evaluate_trials(plain_model, speech.dev_trials, speech.dev_folder)
             history.report(f"step {progress.step}, development trials", rows)
             if rows[-1].eer < progress.best_eer:
                 progress.best_eer, progress.best_step = rows[-1].eer, progress.step
                 if accelerator.is_main_process:
-                    save_model(plain_model, output / "best", speakers)
+                    save_model(plain_model, output / "best", speech.speakers)
         if progress.step % recipe.checkpoint_every == 0 or progress.step == recipe.steps:
             save_checkpoint(accelerator, output / "checkpoints", progress, recipe)
-
-    # Save and report.
     history.close()
-    if accelerator.is_main_process:
-        save_model(plain_model, output / "last", speakers)
-    final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, speakers)
-    accelerator.end_training()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,17 +144,34 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def with_embedded_corpus(recipe: Recipe) -> Recipe:
+@dataclass(frozen=True)
+class Speech:
+    """Training rows, the table of their speakers, and development trials with the folder of their paths."""
+
+    corpus: Dataset
+    speakers: SpeakerTable
+    dev_trials: Trials
+    dev_folder: Path
+
+
+def prepare_speech(recipe: Recipe, accelerator: Accelerator) -> Speech:
+    """Reads the training folder, the main process first, the others from its cache; splits off development trials."""
+    with accelerator.main_process_first():
+        with_embedded_corpus(recipe)
+        corpus, dev_trials, dev_folder = development_set(load_training_speech(recipe, accelerator), recipe)
+        return Speech(corpus, speaker_table(corpus, recipe), dev_trials, dev_folder)
+
+
+def with_embedded_corpus(recipe: Recipe):
     """Without a training folder: the synthetic corpus, made on first use, and its trial list as the test."""
     if recipe.train is not None:
-        return recipe
+        return
     root = make_corpus(Path("data") / "synthetic")
     print(f"No training folder given: using the synthetic corpus in {root}. Its EERs say nothing about real voices.")
     recipe.train = str(root / "train")
     recipe.tests = recipe.tests or {
         "synthetic": {"trials": str(root / "test" / "trials.txt"), "folder": str(root / "test" / "wav")}
     }
-    return recipe
 
 
 def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
@@ -210,6 +217,20 @@ def speaker_table(corpus: Dataset, recipe: Recipe) -> SpeakerTable:
     return table
 
 
+def build_dataset(recipe: Recipe, speech: Speech) -> CropDataset:
+    """Training crops with the recipe's augmentations."""
+    noise = [AddNoise(recipe.noise, tuple(recipe.noise_snr), recipe.noise_probability)] if recipe.noise else []
+    return CropDataset(
+        speech.corpus,
+        speech.speakers,
+        crop_seconds=recipe.crop_seconds,
+        sampler=recipe.sampler,
+        speeds=tuple(recipe.speeds),
+        augmentations=noise,
+        seed=recipe.seed,
+    )
+
+
 def build_model(recipe: Recipe, num_speakers: int) -> tuple[MRLReDimNetForXVector, bool]:
     """The model, and whether its classifier is fresh."""
     if recipe.model in SIZES:
@@ -230,26 +251,49 @@ def build_model(recipe: Recipe, num_speakers: int) -> tuple[MRLReDimNetForXVecto
     return model, bool(replaced)
 
 
-def deadline(recipe: Recipe) -> int:
-    """The step by which the loss must have left chance level."""
-    return int(recipe.warmup * recipe.steps) + recipe.chance_steps
+def chance_guard(recipe: Recipe, model: MRLReDimNetForXVector) -> ChanceGuard:
+    """Knows the loss of a classifier that has learnt nothing, and the step by which it must have."""
+    mean, deviation = chance_loss(model.classifier, margin_at(0, recipe, model.config.margin))
+    return ChanceGuard(mean, deviation, deadline=int(recipe.warmup * recipe.steps) + recipe.chance_steps)
 
 
-def describe(accelerator: Accelerator, recipe: Recipe, model, dataset: CropDataset, dev_trials: Trials):
+def describe(accelerator: Accelerator, recipe: Recipe, speech: Speech, model, dataset: CropDataset):
     """What is about to be trained, on what."""
-    encoder, head = (sum(p.numel() for p in part.parameters()) for part in (model.redimnet, model.classifier))
-    hours = sum(dataset.corpus["seconds"]) / 3600
+    plain = accelerator.unwrap_model(model)
+    encoder, head = (sum(p.numel() for p in part.parameters()) for part in (plain.redimnet, plain.classifier))
     accelerator.print(
         f"{recipe.model}: {encoder:,} parameters and a classifier of {head:,} for {dataset.num_labels:,} classes, all "
-        f"trained; {len(dataset.corpus):,} utterances of {len(dataset.speakers):,} speakers, {hours:.1f} h; "
-        f"development: {len(dev_trials):,} trials.\n{recipe.steps} steps of {recipe.batch_size} x "
-        f"{recipe.accumulation} x {accelerator.num_processes} crops of {recipe.crop_seconds} s on {accelerator.device}."
+        f"trained; {len(speech.corpus):,} utterances of {len(speech.speakers):,} speakers, "
+        f"{sum(speech.corpus['seconds']) / 3600:.1f} h; development: {len(speech.dev_trials):,} trials.\n"
+        f"{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x {accelerator.num_processes} crops of "
+        f"{recipe.crop_seconds} s on {accelerator.device}."
     )
 
 
+def start_or_resume(recipe: Recipe, accelerator: Accelerator, resume: bool) -> Progress:
+    """Step 0, or the newest checkpoint when resuming; an earlier run's checkpoints are never overwritten."""
+    folder = Path(recipe.output) / "checkpoints"
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output: {recipe.output} holds checkpoints of an earlier run: --resume goes on with it, another --output "
+                "begins anew."
+            )
+        return Progress()
+    progress = load_checkpoint(accelerator, folder, recipe)
+    if progress is None:
+        accelerator.print(f"No checkpoint below {folder}: starting from the beginning.")
+        return Progress()
+    accelerator.print(f"Resuming at step {progress.step} of {recipe.steps}.")
+    return progress
+
+
 def build_loader(dataset: CropDataset, recipe: Recipe, accelerator: Accelerator, first_step: int) -> DataLoader:
-    """Batches from `first_step` on. Not prepared by Accelerate: each process already draws its own share, and a resumed
-    run begins at its step instead of skipping batches."""
+    """Batches from `first_step` on.
+
+    Not prepared by Accelerate: each process draws its own share already, and a resumed run begins at its step instead
+    of skipping batches.
+    """
     batches = DrawBatches(
         recipe.batch_size,
         rank=accelerator.process_index,
@@ -317,24 +361,32 @@ def rotate_in_training(model, optimizer, corpus: Dataset, recipe: Recipe):
         optimizer.state.pop(parameter, None)
 
 
-def final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, speakers):
+def report_unreadable(recipe: Recipe, accelerator: Accelerator, progress: Progress):
+    """Lists the crops that could not be read so far; too large a share of them stops the run."""
+    if progress.problems:
+        crops = progress.step * recipe.batch_size * recipe.accumulation
+        listing = Path(recipe.output) / f"unreadable_crops_{accelerator.process_index}.tsv"
+        print(check_problems(progress.problems, crops, recipe.max_problem_share, listing))
+
+
+def final_report(recipe: Recipe, accelerator: Accelerator, speech: Speech, progress: Progress):
     """Evaluates the best model as trained and rotated, saves it rotated, writes results.json and prints the tables."""
     output = Path(recipe.output)
     model = MRLReDimNetForXVector.from_pretrained(output / "best").to(accelerator.device)
     dims = sorted({*model.config.matryoshka_dims, *recipe.report_dims})
     lists = {name: (read_trials(test["trials"]), test["folder"]) for name, test in recipe.tests.items()}
-    lists = lists or {"development": (dev_trials, dev_folder)}
+    lists = lists or {"development": (speech.dev_trials, speech.dev_folder)}
     results: dict[str, dict] = {name: {} for name in lists}
     for state in ("as trained", "rotated"):
         if state == "rotated":
-            rotate(model, training_embeddings(model, corpus, recipe))
+            rotate(model, training_embeddings(model, speech.corpus, recipe))
         for name, (trials, folder) in lists.items():
             results[name][state] = evaluate_trials(model, trials, folder, dims, recipe.resamples, progress=name)
     if not accelerator.is_main_process:
         return
-    training = training_sentence(accelerator, recipe, corpus, progress)
     best = {name: states["rotated"] for name, states in results.items()}
-    save_model(model, output / "best", speakers, training=training, results=best)
+    sentence = training_sentence(accelerator, recipe, speech, progress)
+    save_model(model, output / "best", speech.speakers, training=sentence, results=best)
     record = {
         "recipe": asdict(recipe),
         "best_step": progress.best_step,
@@ -345,19 +397,18 @@ def final_report(accelerator, recipe, corpus, dev_trials, dev_folder, progress, 
     for name, tables in results.items():
         print(f"\n{name}: best model (step {progress.best_step}); 95 % intervals over speakers")
         print(format_table(tables))
-    if progress.problems:
-        print(check_problems(progress.problems, recipe.steps * recipe.batch_size, 1.0, output / "unreadable_crops.tsv"))
     print(f"\nSaved: {output}/best (rotated), {output}/last, {output}/results.json")
 
 
-def training_sentence(accelerator, recipe: Recipe, corpus: Dataset, progress: Progress) -> str:
+def training_sentence(accelerator: Accelerator, recipe: Recipe, speech: Speech, progress: Progress) -> str:
     """What the model card says about the training."""
+    start = "random weights" if recipe.model in SIZES else recipe.model
     crops = recipe.batch_size * recipe.accumulation * accelerator.num_processes
     return (
-        f"Trained from {'random weights' if recipe.model in SIZES else recipe.model} by `train_hf.py`: {recipe.steps} "
-        f"steps of {crops} crops of {recipe.crop_seconds} s from {len(corpus):,} utterances of "
-        f"{len(corpus.unique('speaker')):,} speakers ({sum(corpus['seconds']) / 3600:.1f} h). Step {progress.best_step} "
-        "was best on the development trials; the embedding was then rotated."
+        f"Trained from {start} by `train_hf.py`: {recipe.steps} steps of {crops} crops of {recipe.crop_seconds} s from "
+        f"{len(speech.corpus):,} utterances of {len(speech.speakers):,} speakers "
+        f"({sum(speech.corpus['seconds']) / 3600:.1f} h). Step {progress.best_step} was best on the development "
+        "trials; the embedding was then rotated."
     )
 
 

@@ -1,4 +1,4 @@
-"""Conversion against what the reference implementation answered (benchmarks/record_reference.py), and its strictness."""
+"""Conversion against recorded answers of the reference (benchmarks/record_reference.py), and its strictness."""
 
 import json
 import pickle
