@@ -276,7 +276,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         if not stage["expansion"] > 0:
             raise ValueError(f"{where}.expansion: got {stage['expansion']!r}, expected a number above 0.")
         reduction = stage["reduction"]
-        if reduction is not None and not 1 <= reduction <= self.trunk_width:
+        if reduction is not None and not (isinstance(reduction, int) and 1 <= reduction <= self.trunk_width):
             raise ValueError(f"{where}.reduction: got {reduction!r}, expected 1 to {self.trunk_width}, or None.")
         return stage
 
@@ -287,12 +287,13 @@ class MRLReDimNetConfig(PretrainedConfig):
             stride = stage["frequency_stride"]
             if bins_in % stride:
                 raise ValueError(f"stages[{i}].frequency_stride: {bins_in} bins cannot be divided by {stride}.")
-            widths = [int(channels * stage["expansion"])] + ([channels] if stage["expansion"] != 1 else [])
-            for width in widths:
-                groups = conv_groups(width, self.group_divisor)
-                if groups < 1 or width % groups:
+            width = int(channels * stage["expansion"])
+            for width_out in [width] + ([channels] if stage["expansion"] != 1 else []):
+                groups = conv_groups(width_out, self.group_divisor)
+                if width < 1 or groups < 1 or width % groups or width_out % groups:
                     raise ValueError(
-                        f"group_divisor: {self.group_divisor} does not fit {width} channels of stages[{i}]."
+                        f"group_divisor: {self.group_divisor} does not fit {width_out} channels of stages[{i}] "
+                        f"({width} with its expansion)."
                     )
             if stage["reduction"] is not None and self.block_1d in ("att", "conv+att"):
                 hidden = self.trunk_width // stage["reduction"]

@@ -14,12 +14,14 @@ This file travels beside the weights to the Hub: torch and transformers are all 
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
@@ -157,7 +159,7 @@ class MelFrontEnd(nn.Module):
         # after loading, because from_pretrained leaves buffers that are not in the file uninitialised.
         for name, value in self.constants().items():
             self.register_buffer(name, value, persistent=False)
-        self.norm = nn.BatchNorm1d(config.num_mel_bins) if config.feature_norm == "batch" else None
+        self.norm = ChannelBatchNorm(config.num_mel_bins) if config.feature_norm == "batch" else None
 
     def constants(self) -> dict[str, torch.Tensor]:
         """The window [512] and the mel filters [257, bins], computed anew."""
@@ -189,7 +191,7 @@ class MelFrontEnd(nn.Module):
                 else:
                     features = features - mean
         if self.norm is not None:
-            features = self.norm(features.transpose(1, 2).to(self.norm.weight.dtype)).transpose(1, 2).float()
+            features = self.norm(features.to(self.norm.weight.dtype), mask).float()
         if self.training and self.config.spec_augment:
             for _ in range(self.config.spec_augment_repeats):
                 features = self._spec_augment(features)
@@ -735,12 +737,15 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """As in transformers; the second forward pass leaves the batch norms' running statistics alone."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if not kwargs["use_reentrant"]:
-            kwargs.setdefault("context_fn", lambda: (contextlib.nullcontext(), _untracked_batch_norms(self)))
-        super().gradient_checkpointing_enable(kwargs)
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As in transformers; the second forward pass leaves the batch norms' running statistics alone.
+
+        Overridden here because all of transformers' public ways to switch it on and off end here.
+        """
+        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
+        if not options["use_reentrant"]:
+            options.setdefault("context_fn", lambda: (contextlib.nullcontext(), _untracked_batch_norms(self)))
+        super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the saved configuration names all the auto classes that can load it."""
@@ -766,14 +771,19 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
 
 @contextlib.contextmanager
 def _untracked_batch_norms(model: nn.Module):
-    tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d) and m.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
+    """Batch norms compute as always, but keep their running statistics.
+
+    Switching off `track_running_stats` would not do: checkpointing counts the tensors that each layer saves.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for norm, values in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = values
 
 
 class MRLReDimNetModel(MRLReDimNetPreTrainedModel):

@@ -30,7 +30,7 @@ from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, collate
 from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
-from mrl_redimnet.evaluation import as_records, embed_files, evaluate_trials, format_table
+from mrl_redimnet.evaluation import as_records, check_present, embed_files, evaluate_trials, format_table
 from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import rotate
 from mrl_redimnet.saving import save_model
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None):
     recipe, resume = parse_command_line(argv, __doc__)
     disable_progress_bar()  # of saving; the steps have their own
     output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
     set_seed(recipe.seed)
 
@@ -116,8 +117,9 @@ def train(recipe, accelerator, speech, dataset, model, optimizer, guard, progres
             report_unreadable(recipe, accelerator, progress)
             rows = evaluate_trials(plain_model, speech.dev_trials, speech.dev_folder)
             history.report(f"step {progress.step}, development trials", rows)
-            if rows[-1].eer < progress.best_eer:
-                progress.best_eer, progress.best_step = rows[-1].eer, progress.step
+            mean_eer = sum(row.eer for row in rows) / len(rows)  # every dimension is to be good
+            if mean_eer <= progress.best_eer:  # of equals the later, longer trained one
+                progress.best_eer, progress.best_step = mean_eer, progress.step
                 if accelerator.is_main_process:
                     save_model(plain_model, output / "best", speech.speakers)
         if progress.step % recipe.checkpoint_every == 0 or progress.step == recipe.steps:
@@ -134,6 +136,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ModuleNotFoundError("tracker: wandb is not installed: pip install 'mrl-redimnet[wandb]'.")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes without an accelerator each train on their own
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.accumulation,
         log_with=None if recipe.tracker == "none" else recipe.tracker,
@@ -146,12 +149,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
 @dataclass(frozen=True)
 class Speech:
-    """Training rows, the table of their speakers, and development trials with the folder of their paths."""
+    """Training rows, the table of their speakers, development trials with the folder of their paths, test trials."""
 
     corpus: Dataset
     speakers: SpeakerTable
     dev_trials: Trials
     dev_folder: Path
+    tests: dict[str, tuple[Trials, str]]
 
 
 def prepare_speech(recipe: Recipe, accelerator: Accelerator) -> Speech:
@@ -159,7 +163,10 @@ def prepare_speech(recipe: Recipe, accelerator: Accelerator) -> Speech:
     with accelerator.main_process_first():
         with_embedded_corpus(recipe)
         corpus, dev_trials, dev_folder = development_set(load_training_speech(recipe, accelerator), recipe)
-        return Speech(corpus, speaker_table(corpus, recipe), dev_trials, dev_folder)
+        tests = {name: (read_trials(test["trials"]), test["folder"]) for name, test in recipe.tests.items()}
+        for trials, folder in (*tests.values(), (dev_trials, dev_folder)):
+            check_present(trials, folder)  # now, not after the training
+        return Speech(corpus, speaker_table(corpus, recipe), dev_trials, dev_folder, tests)
 
 
 def with_embedded_corpus(recipe: Recipe):
@@ -212,7 +219,6 @@ def speaker_table(corpus: Dataset, recipe: Recipe) -> SpeakerTable:
             known = SpeakerTable.load(folder / "speakers.json")
             break
     table = known.extended(corpus.unique("speaker"))
-    Path(recipe.output).mkdir(parents=True, exist_ok=True)
     table.save(Path(recipe.output) / "speakers.json")
     return table
 
@@ -253,7 +259,8 @@ def build_model(recipe: Recipe, num_speakers: int) -> tuple[MRLReDimNetForXVecto
 
 def chance_guard(recipe: Recipe, model: MRLReDimNetForXVector) -> ChanceGuard:
     """Knows the loss of a classifier that has learnt nothing, and the step by which it must have."""
-    mean, deviation = chance_loss(model.classifier, margin_at(0, recipe, model.config.margin))
+    crops = min(recipe.batch_size, 64)  # what more of them would change is small
+    mean, deviation = chance_loss(model.classifier, margin_at(0, recipe, model.config.margin), crops)
     return ChanceGuard(mean, deviation, deadline=int(recipe.warmup * recipe.steps) + recipe.chance_steps)
 
 
@@ -276,8 +283,8 @@ def start_or_resume(recipe: Recipe, accelerator: Accelerator, resume: bool) -> P
     if not resume:
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(
-                f"output: {recipe.output} holds checkpoints of an earlier run: --resume goes on with it, another --output "
-                "begins anew."
+                f"output: {recipe.output} holds checkpoints of an earlier run: --resume goes on with it, another "
+                "--output begins anew."
             )
         return Progress()
     progress = load_checkpoint(accelerator, folder, recipe)
@@ -374,8 +381,7 @@ def final_report(recipe: Recipe, accelerator: Accelerator, speech: Speech, progr
     output = Path(recipe.output)
     model = MRLReDimNetForXVector.from_pretrained(output / "best").to(accelerator.device)
     dims = sorted({*model.config.matryoshka_dims, *recipe.report_dims})
-    lists = {name: (read_trials(test["trials"]), test["folder"]) for name, test in recipe.tests.items()}
-    lists = lists or {"development": (speech.dev_trials, speech.dev_folder)}
+    lists = speech.tests or {"development": (speech.dev_trials, speech.dev_folder)}
     results: dict[str, dict] = {name: {} for name in lists}
     for state in ("as trained", "rotated"):
         if state == "rotated":
@@ -390,7 +396,7 @@ def final_report(recipe: Recipe, accelerator: Accelerator, speech: Speech, progr
     record = {
         "recipe": asdict(recipe),
         "best_step": progress.best_step,
-        "development_eer": progress.best_eer,
+        "development_mean_eer": progress.best_eer,
         "results": {name: {state: as_records(rows) for state, rows in r.items()} for name, r in results.items()},
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))

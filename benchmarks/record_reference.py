@@ -92,6 +92,8 @@ CONFIGS = {
     "tf": {"feat_type": "tf", "spec_params": {}},
     "tf_mel_embedding_norm": {**PLAIN, "feat_type": "tf_mel", "emb_bn": True},
     "tf_norm_signal": {**PLAIN, "feat_type": "tf", "spec_params": {"norm_signal": True}},
+    # So large an eps shows each of the places where it is used.
+    "tf_eps": {**PLAIN, "feat_type": "tf", "spec_params": {"norm_signal": True, "eps": 0.03}},
     "tf_hop_240": {
         **PLAIN,
         "feat_type": "tf_mel",

@@ -141,6 +141,16 @@ def test_a_tensor_of_another_rank_is_misshapen(checkpoint, key):
         convert_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("embedding_size", [None, 64])
+def test_a_head_of_another_size_than_the_configuration_says(checkpoint, rows, embedding_size):
+    """Growing the head must not hide that rows are missing."""
+    checkpoint["state_dict"]["linear.weight"] = torch.zeros(rows, 192)
+    checkpoint["state_dict"]["linear.bias"] = torch.zeros(rows)
+    with pytest.raises(ConversionError, match=rf"(?s)misshapen: linear.weight \({rows}, 192\).*linear.bias"):
+        convert_checkpoint(checkpoint, embedding_size)
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [

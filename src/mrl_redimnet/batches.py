@@ -154,9 +154,9 @@ class CropDataset(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class DrawBatches:
-    """Batches of draw numbers for one process: micro-batches from `first` on, without end in sight.
+    """Batches of draw numbers for one process: micro-batches from `first` to before `stop`.
 
-    Micro-batch k of all processes together holds the draws k * B * world ... ; each process has its share of B.
+    Micro-batch k of all processes together holds B * world draws from k * B * world on; each process has its B.
     """
 
     batch_size: int

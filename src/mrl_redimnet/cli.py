@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.convert import convert_checkpoint
@@ -21,6 +22,7 @@ ROTATION_FILES = 2000
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status, 2 for an error that is told in one message."""
     arguments = _parser().parse_args(argv)
+    disable_progress_bar()  # of reading and writing models
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:

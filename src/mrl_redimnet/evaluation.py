@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
@@ -46,6 +46,7 @@ def embed_files(
     extractor = MRLReDimNetFeatureExtractor(min_samples=encoder.config.min_samples)
     device, training, state = encoder.device, encoder.training, PartialState()
     encoder.eval()
+    broadcast(list(encoder.buffers()))  # running statistics differ between processes; the first one's are saved
     seconds = [audio_info(file).seconds for file in files]
     batches = list(_length_batches(seconds, batch_seconds))[state.process_index :: state.num_processes]
     embedded = []
@@ -108,15 +109,20 @@ def evaluate_trials(
 
     Raises FileNotFoundError listing utterances that are not there.
     """
+    check_present(trials, folder)
+    utterances = trials.utterances
+    embeddings = embed_files(model, [Path(folder) / path for path in utterances], progress=progress)
+    return score_trials(trials, utterances, embeddings, dims or model.config.matryoshka_dims, resamples)
+
+
+def check_present(trials: Trials, folder: str | Path):
+    """Raises FileNotFoundError listing utterances of the trials that are not below `folder`."""
     missing = missing_utterances(trials, folder)
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the trial list's {len(trials.utterances)} utterances are not below {folder}: "
             + ", ".join(missing[:5])
         )
-    utterances = trials.utterances
-    embeddings = embed_files(model, [Path(folder) / path for path in utterances], progress=progress)
-    return score_trials(trials, utterances, embeddings, dims or model.config.matryoshka_dims, resamples)
 
 
 def format_table(tables: dict[str, list[VerificationRow]]) -> str:

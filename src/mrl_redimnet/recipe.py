@@ -12,7 +12,11 @@ import yaml
 
 
 def _setting(default, text: str):
-    made = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
+    made = (
+        {"default_factory": lambda: type(default)(default)}
+        if isinstance(default, (list, dict))
+        else {"default": default}
+    )
     return field(metadata={"help": text}, **made)
 
 
@@ -63,9 +67,9 @@ class Recipe:
     resamples: int = _setting(1000, "bootstrap resamples of the intervals in the final report")
 
     def __post_init__(self):
-        for name, low in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("evaluate_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {low}.")
+        for name in ("steps", "batch_size", "accumulation", "evaluate_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1.")
         if not self.speeds or self.speeds[0] != 1.0:
             raise ValueError(f"speeds: got {self.speeds}, expected a list that begins with 1.0.")
         if len(self.margin_rise) != 2 or not 0 <= self.margin_rise[0] <= self.margin_rise[1] <= 1:
@@ -100,27 +104,21 @@ def read_recipe(file: str | Path | None = None, overrides: dict | None = None) -
 def parse_command_line(argv: list[str] | None, description: str) -> tuple[Recipe, bool]:
     """`[recipe.yaml] [--key value ...] [--resume]` -> the recipe, and whether to resume."""
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Settings (in the YAML file, or --key value):\n"
-        + "\n".join(f"  {f.name:<22}{f.metadata['help']} [{_shown(f)}]" for f in FIELDS.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", nargs="?", help="YAML file of settings; without one, the defaults")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
+    settings = parser.add_argument_group("settings", "In the YAML file as `key: value`, or here, read as YAML:")
+    for f in FIELDS.values():
+        text = f"{f.metadata['help']} [{_shown(f)}]".replace("%", "%%")
+        settings.add_argument(f"--{f.name}", metavar="", default=argparse.SUPPRESS, help=text)
     known, rest = parser.parse_known_args(argv)
-    overrides, i = {}, 0
-    while i < len(rest):
-        if not rest[i].startswith("--"):
-            parser.error(f"expected --key value, got {rest[i]!r}")
-        key, equals, value = rest[i][2:].partition("=")
-        if not equals:
-            if i + 1 == len(rest):
-                parser.error(f"--{key}: a value is missing")
-            i, value = i + 1, rest[i + 1]
-        overrides[key] = yaml.safe_load(value)
-        i += 1
+    overrides = {key: value for key, value in vars(known).items() if key in FIELDS}
     try:
+        for unknown in rest:
+            _known(unknown.removeprefix("--").partition("=")[0], "command line")
+            raise ValueError(f"command line: got {unknown!r}, expected --key value.")
+        overrides = {key: yaml.safe_load(value) for key, value in overrides.items()}
         return read_recipe(known.recipe, overrides), known.resume
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
@@ -135,7 +133,8 @@ def _known(key: str, where: str) -> str:
 
 
 def _typed(key: str, value, where: str):
-    """The value, if it has the setting's type; whole numbers pass as floats, "1e-3" (a string in YAML) as a number."""
+    """The value, if it has the setting's type; whole numbers pass as floats, "1e-3" (a string in YAML) as a number,
+    `no` (false in YAML) as a string."""
     wanted = typing.get_type_hints(Recipe)[key]
     allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if float in allowed and not isinstance(value, bool):
@@ -143,6 +142,8 @@ def _typed(key: str, value, where: str):
             return float(value)
         except (TypeError, ValueError):
             pass
+    if value is False and str in allowed:
+        return "no"  # what a bare `no` is to YAML
     if type(value) in allowed:
         return value
     names = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)

@@ -9,7 +9,7 @@ R is folded into the projection, so the rotated model is an ordinary one.
 import numpy as np
 import torch
 
-from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetForXVector, MRLReDimNetPreTrainedModel
+from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetPreTrainedModel
 
 
 def principal_rotation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +34,11 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
 
     Returns the share of these embeddings' energy that the first 1, 2, ... D numbers now hold, [D].
 
-    Cosines at full width stay as they are, and so do the full-width logits of a margin classifier, whose rows turn
-    with the embedding. A batch norm behind the projection is folded in first.
+    Cosines at full width stay as they are, and so do the full-width logits of a classifier, whose rows turn with the
+    embedding. A batch norm behind the projection is folded in first.
     """
-    projection = getattr(model, model.base_model_prefix, model).projection
+    encoder = getattr(model, model.base_model_prefix, model)
+    projection = encoder.projection
     width = sum(segment.out_features for segment in projection.segments)
     if np.shape(embeddings)[1:] != (width,):
         raise ValueError(f"Expected embeddings of the full width {width}, got shape {np.shape(embeddings)}.")
@@ -47,7 +48,7 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
     _store(projection, rotation.T @ weight, rotation.T @ bias)
     projection.embedding_norm = None
     model.config.embedding_norm = False
-    if isinstance(model, MRLReDimNetForXVector):
+    if model is not encoder:
         model.classifier.weight.copy_(model.classifier.weight.double().cpu() @ rotation)
     return np.cumsum(energies) / energies.sum()
 

@@ -69,8 +69,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def chance_loss(classifier: MatryoshkaMarginClassifier, margin: float) -> tuple[float, float]:
-    """The loss of embeddings that know nothing, mean and standard deviation over random directions.
+def chance_loss(classifier: MatryoshkaMarginClassifier, margin: float, crops: int = 64) -> tuple[float, float]:
+    """The loss of `crops` embeddings that know nothing, mean and standard deviation over random directions and labels.
 
     For N speakers, prefix d, scale s and margin m this is about ln N + s^2 / (2 d) + s sin m; it is measured here with
     the classifier's own rows, because the second term holds only where N is large. All of a batch point one way, as
@@ -79,9 +79,9 @@ def chance_loss(classifier: MatryoshkaMarginClassifier, margin: float) -> tuple[
     generator = torch.Generator().manual_seed(0)
     speakers, width = classifier.weight.shape
     losses = []
-    for _ in range(32):
-        direction = torch.randn(1, width, generator=generator).expand(64, width)
-        labels = torch.randint(speakers, (64,), generator=generator)
+    for _ in range(64):
+        direction = torch.randn(1, width, generator=generator).expand(crops, width)
+        labels = torch.randint(speakers, (crops,), generator=generator)
         losses.append(
             classifier(direction.to(classifier.weight.device), labels.to(classifier.weight.device), margin)[0]
         )
@@ -97,8 +97,8 @@ class ChanceGuard:
     deadline: int
 
     def check_start(self, loss: float):
-        """At the first step of a fresh classifier the loss is chance level, within 5 % (or what directions explain)."""
-        if abs(loss - self.mean) > max(0.05 * self.mean, 4 * self.deviation):
+        """At the first step of a fresh classifier the loss is chance level, within 5 % (or what chance explains)."""
+        if not abs(loss - self.mean) <= max(0.05 * self.mean, 4 * self.deviation):  # nor is it NaN
             raise RuntimeError(
                 f"The first loss is {loss:.2f}, a fresh classifier's is {self.mean:.2f} +- {self.deviation:.2f}: "
                 "labels, scale or normalisation of the loss are not what they should be."
@@ -106,9 +106,9 @@ class ChanceGuard:
 
     def check_progress(self, step: int, loss: float):
         """From the deadline on the loss must have left chance level."""
-        if step >= self.deadline and loss > 0.95 * self.mean:
+        if step >= self.deadline and not loss <= 0.95 * self.mean:  # nor is it NaN
             raise RuntimeError(
-                f"After {step} steps the loss is {loss:.2f}, still at chance level ({self.mean:.2f}): nothing is being "
+                f"After {step} steps the loss is {loss:.2f}, not below chance level ({self.mean:.2f}): nothing is being "
                 "learnt. Check the labels, the learning rate and the audio (chance_steps moves this check)."
             )
 

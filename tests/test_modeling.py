@@ -1,0 +1,533 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EXPANDED, VARIANTS, padded, relative_error, tiny_config, tiny_model, waves
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from modeling_mrl_redimnet import (
+    MatryoshkaMarginClassifier,
+    MRLReDimNetForSequenceClassification,
+    MRLReDimNetForXVector,
+    MRLReDimNetModel,
+    angular_margin,
+)
+
+MODELS = (MRLReDimNetModel, MRLReDimNetForXVector, MRLReDimNetForSequenceClassification)
+
+
+def assert_equal(ours, expected):
+    """Bit for bit; unlike `assert_equal(...)` a failure says by how much."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def embed(model, *args, **kwargs) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(*args, **kwargs).embeddings
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers, those that are not saved included."""
+    return {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def assert_same_tensors(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]):
+    assert before.keys() == after.keys()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def assert_padding_changes_nothing(model, utterances, limit=1e-5, **batch_options):
+    before = tensors(model)
+    together = embed(model, **padded(utterances, **batch_options))
+    for row, utterance in zip(together, utterances, strict=True):
+        assert relative_error(row, embed(model, utterance[None])[0]) < limit
+    assert_same_tensors(before, tensors(model))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_short_and_long_utterances_in_one_batch(variant):
+    """0.3 s and 20 s, noise as padding: each answers as it does alone, and evaluation changes no buffer."""
+    assert_padding_changes_nothing(tiny_model(tiny_config(variant)), waves(4_800, 320_000), garbage=1.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shortest_utterance_in_a_batch(variant):
+    model = tiny_model(tiny_config(variant))
+    assert_padding_changes_nothing(model, waves(model.config.min_samples, 8_000), garbage=1.0, extra=100, limit=1e-4)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    lengths=st.lists(st.integers(4_800, 32_000), min_size=1, max_size=4),
+    extra=st.integers(0, 500),
+    garbage=st.sampled_from([0.0, 1.0, 100.0]),
+)
+def test_any_lengths_in_one_batch(variant, lengths, extra, garbage):
+    assert_padding_changes_nothing(tiny_model(tiny_config(variant)), waves(*lengths), extra=extra, garbage=garbage)
+
+
+def test_mask_of_ones_is_no_mask(model):
+    batch = torch.stack(waves(16_000, 16_000))
+    assert_equal(embed(model, batch, torch.ones(2, 16_000)), embed(model, batch))
+
+
+def test_masks_may_be_of_any_type(model):
+    batch = padded(waves(8_000, 12_000))
+    answers = [
+        embed(model, batch["input_values"], batch["attention_mask"].to(dtype))
+        for dtype in (torch.bool, torch.int64, torch.float32)
+    ]
+    assert_equal(answers[0], answers[1])
+    assert_equal(answers[0], answers[2])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_does_not_see_padding(variant):
+    """More padding changes neither a training batch's answer, nor the running statistics that it leaves behind."""
+    utterances = waves(4_800, 9_000, 12_345)
+    tight, loose = (tiny_model(tiny_config(variant)).train() for _ in range(2))
+    answers = [
+        tight(**padded(utterances)).embeddings,
+        loose(**padded(utterances, extra=5_000, garbage=1.0)).embeddings,
+    ]
+    assert relative_error(answers[1], answers[0]) < 1e-4
+    for name, buffer in tight.named_buffers():
+        torch.testing.assert_close(dict(loose.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_training_statistics_are_those_of_the_audio():
+    """Padding behind utterances of one length: the same as the batch without it."""
+    plain, behind = tiny_model().train(), tiny_model().train()
+    utterances = waves(8_000, 8_000)
+    plain(torch.stack(utterances))
+    behind(**padded(utterances, extra=4_000, garbage=1.0))
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(behind.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prefixes
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm"])
+@pytest.mark.parametrize("dim", [8, 16, 32])
+def test_truncated_embedding_is_a_prefix_of_the_full_one(variant, dim):
+    model, batch = tiny_model(tiny_config(variant)), padded(waves(8_000, 12_000))
+    assert_equal(embed(model, **batch, truncate_dim=dim), embed(model, **batch)[:, :dim])
+
+
+def test_wrong_prefix(model):
+    with pytest.raises(ValueError, match=r"truncate_dim: got 12, the model has \[8, 16, 32\]"):
+        model(torch.randn(1, 8_000), truncate_dim=12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.randn(8_000), r"input_values: expected floating point \[batch, samples\], got .* \(8000,\)"),
+        (torch.randn(1, 1, 8_000), r"shape \(1, 1, 8000\)"),
+        (torch.ones(1, 8_000, dtype=torch.int16), "got torch.int16"),
+        (torch.randn(1, 256), "input_values: 256 samples, the model needs at least 257"),
+    ],
+)
+def test_wrong_waveforms(model, values, message):
+    with pytest.raises(ValueError, match=message):
+        model(values)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 7_999), r"attention_mask: shape \(2, 7999\) differs from input_values' \(2, 8000\)"),
+        (torch.ones(2, 8_000).index_fill(1, torch.arange(100), 0), "padding must follow the audio"),
+        (torch.ones(2, 8_000).index_fill(1, torch.arange(100, 200), 0), "padding must follow the audio"),
+        (torch.tensor([[1] * 8_000, [1] * 200 + [0] * 7_800]), "utterance 1 has 200 samples, the model needs 257"),
+    ],
+)
+def test_wrong_masks(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(2, 8_000), mask)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_unknown_arguments_are_refused(kind):
+    """`adapter_names` in particular: without PEFT around the model it would silently do nothing."""
+    with pytest.raises(TypeError, match=r"no use for: adapter_names\. .*only through a PeftModel"):
+        tiny_model(kind=kind)(torch.randn(1, 8_000), adapter_names=["far"])
+
+
+def test_arguments_that_callers_pass_as_none_are_fine(model):
+    model(torch.randn(1, 8_000), input_ids=None, inputs_embeds=None, output_attentions=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long audio
+
+
+def test_long_audio_is_the_mean_of_equal_windows():
+    model, whole = tiny_model(tiny_config(window_seconds=0.5)), tiny_model()
+    (utterance,) = waves(20_000)  # three windows of at most 8000 samples
+    windows = [utterance[None, start:end] for start, end in ((0, 6_666), (6_666, 13_333), (13_333, 20_000))]
+    expected = torch.stack([embed(whole, window) for window in windows]).mean(0)
+    assert relative_error(embed(model, utterance[None]), expected) < 1e-5
+
+
+def test_audio_of_one_window_is_not_cut():
+    (utterance,) = waves(8_000)
+    assert_equal(
+        embed(tiny_model(tiny_config(window_seconds=0.5)), utterance[None]), embed(tiny_model(), utterance[None])
+    )
+
+
+def test_padding_of_long_audio():
+    """Windows are those of each utterance alone: one window, just two, and more."""
+    model = tiny_model(tiny_config(window_seconds=0.5))
+    assert_padding_changes_nothing(model, waves(4_800, 8_000, 8_001, 21_000), extra=123, garbage=1.0)
+
+
+def test_prefix_of_long_audio():
+    model, batch = tiny_model(tiny_config(window_seconds=0.5)), padded(waves(8_000, 21_000))
+    assert_equal(embed(model, **batch, truncate_dim=8), embed(model, **batch)[:, :8])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "fwse_att"])
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"preserve_rng_state": True}])
+def test_gradient_checkpointing_changes_nothing(variant, options):
+    """Least of all the running statistics, which a second forward pass would update twice."""
+    config = tiny_config(variant, map_dropout=0.1)
+    plain, saving = (tiny_model(config, kind=MRLReDimNetForXVector).train() for _ in range(2))
+    saving.activation_checkpointing_enable(options)
+    assert saving.redimnet.trunk.gradient_checkpointing
+    batch = padded(waves(6_000, 8_000, 8_000))
+    losses = []
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        losses.append(model(**batch, labels=torch.tensor([0, 3, 1])).loss)
+        losses[-1].backward()
+    assert_equal(*losses)
+    assert_same_tensors(dict(plain.named_buffers()), dict(saving.named_buffers()))
+    gradients = dict(saving.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=name)
+
+
+def test_running_statistics_still_move_under_gradient_checkpointing():
+    model = tiny_model().train()
+    model.activation_checkpointing_enable()
+    before = tensors(model)
+    model(torch.stack(waves(8_000, 8_000))).embeddings.sum().backward()
+    norms = [name for name in before if name.endswith("running_mean")]
+    assert not any(torch.equal(before[name], tensors(model)[name]) for name in norms)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_by_its_older_name_and_off_again(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.trunk.gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.trunk.gradient_checkpointing
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient(variant):
+    model = tiny_model(tiny_config(variant), kind=MRLReDimNetForXVector).train()
+    model(**padded(waves(8_000, 6_000, 7_000)), labels=torch.tensor([0, 1, 2])).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert without == []
+
+
+def test_spec_augment_hides_stretches_in_training_only():
+    config = tiny_config(spec_augment=True, freq_mask_width=[5, 6], time_mask_width=[7, 8], freq_mask_start=3)
+    front_end = tiny_model(config).front_end
+    wave = torch.stack(waves(8_000, 8_000))
+    assert (front_end(wave) != 0).all()
+    hidden = front_end.train()(wave) == 0
+    assert hidden.all(2).sum(1).tolist() == [7, 7]
+    assert hidden.all(1).sum(1).tolist() == [5, 5]
+    assert not hidden.all(1)[:, :3].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and precision
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "norm_batch", "tf_mel"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_save_and_load(kind, variant, tmp_path):
+    """Every tensor bit for bit, the front end's constants included, which are not in the file.
+
+    Answers may differ in the last digit: tensors of a file lie elsewhere in memory, where sums have another order.
+    """
+    model = tiny_model(tiny_config(variant, num_labels=3), kind=kind)
+    model.save_pretrained(tmp_path)
+    loaded, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same_tensors(tensors(model), tensors(loaded))
+    batch = padded(waves(8_000, 12_000))
+    assert relative_error(embed(loaded, **batch), embed(model, **batch)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS[1:])
+def test_encoder_alone_from_a_saved_head_model(kind, tmp_path):
+    model = tiny_model(kind=kind)
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(tensors(model.redimnet), tensors(MRLReDimNetModel.from_pretrained(tmp_path)))
+
+
+def test_head_on_a_saved_encoder_starts_fresh(model, tmp_path):
+    """What the file lacks is initialised, not left as the memory was."""
+    model.save_pretrained(tmp_path)
+    loaded = MRLReDimNetForXVector.from_pretrained(tmp_path, num_speakers=500)
+    assert_same_tensors(tensors(model), tensors(loaded.redimnet))
+    assert loaded.classifier.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+
+
+def test_loading_in_bfloat16(model, tmp_path):
+    """Weights in bfloat16, but a front end in float32: log-mel features need its digits."""
+    model.save_pretrained(tmp_path)
+    half = MRLReDimNetModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.trunk.stem.conv.weight.dtype == torch.bfloat16
+    assert_same_tensors(tensors(model.front_end), tensors(half.front_end))
+    batch = padded(waves(8_000, 16_000))
+    assert relative_error(embed(half, **batch), embed(model, **batch)) < 0.05
+
+
+def test_front_end_of_a_model_cast_as_a_whole(model):
+    """`model.to(bfloat16)` casts buffers as well: features lose digits, but stay float32 and finite."""
+    wave = torch.stack(waves(8_000))
+    features = model.front_end(wave)
+    cast = copy.deepcopy(model).to(torch.bfloat16).front_end(wave)
+    assert cast.dtype == torch.float32
+    assert relative_error(cast, features) < 0.05
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "fwse_att", "norm_batch", "tf_mel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close_to_float32(variant, dtype):
+    model, batch = tiny_model(tiny_config(variant)), padded(waves(8_000, 16_000))
+    exact = embed(model, **batch)
+    with torch.autocast("cpu", dtype=dtype):
+        assert relative_error(embed(model, **batch), exact) < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_training_step_under_autocast():
+    model = tiny_model(kind=MRLReDimNetForXVector).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**padded(waves(8_000, 6_000)), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_trunk_compiles_as_one_graph(model, masked):
+    features = torch.randn(2, 51, 24)
+    mask = (torch.arange(51) < torch.tensor([[51], [30]]))[..., None] if masked else None
+    compiled = torch.compile(model.trunk, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        assert_equal(compiled(features, mask), model.trunk(features, mask))
+
+
+def test_tuple_output(model):
+    wave = torch.stack(waves(8_000))
+    with torch.inference_mode():
+        assert_equal(model(wave, return_dict=False)[0], model(wave).embeddings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def oracle(classifier, embeddings, labels, margin):
+    """The loss as papers write it, prefix by prefix and utterance by utterance, in float64."""
+    weight, losses = classifier.weight.double(), []
+    for dim in classifier.dims:
+        rows = []
+        for embedding, label in zip(embeddings.double(), labels.tolist(), strict=True):
+            cosines = F.normalize(weight[:, :dim], dim=1) @ F.normalize(embedding[:dim], dim=0)
+            theta = torch.acos(cosines[label])
+            if theta + margin < math.pi:
+                target = torch.cos(theta + margin)
+            else:
+                target = cosines[label] - margin * math.sin(margin)
+            logits = [target if speaker == label else cosine for speaker, cosine in enumerate(cosines)]
+            log_p = F.log_softmax(classifier.scale * torch.stack(logits), dim=0)
+            smoothing = classifier.label_smoothing
+            rows.append(-(1 - smoothing) * log_p[label] - smoothing * log_p.mean())
+        losses.append(torch.stack(rows).mean())
+    return torch.stack(losses)
+
+
+def margin_classifier(**changes) -> MatryoshkaMarginClassifier:
+    torch.manual_seed(0)
+    return MatryoshkaMarginClassifier(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5, 1.4])
+@pytest.mark.parametrize("changes", [{}, dict(label_smoothing=0.1), dict(prefix_weights=[1, 2, 5]), dict(scale=8.0)])
+def test_loss_and_gradients_against_a_plain_loop(margin, changes):
+    classifier = margin_classifier(margin=margin, **changes)
+    embeddings, labels = torch.randn(6, 32), torch.tensor([0, 4, 1, 1, 2, 3])
+    embeddings[0] = -3 * classifier.weight[0].detach() + 0.1 * torch.randn(32)  # its angle and a margin exceed pi
+    embeddings.requires_grad_()
+    loss, prefix_losses, _ = classifier(embeddings, labels)
+    weights = torch.tensor(changes.get("prefix_weights", [1, 1, 1]), dtype=torch.float64)
+    expected = oracle(classifier, embeddings, labels, margin)
+    torch.testing.assert_close(prefix_losses, expected.float().detach(), rtol=1e-4, atol=1e-5)
+    total = (expected * weights).sum() / weights.sum()
+    torch.testing.assert_close(loss, total.float(), rtol=1e-4, atol=1e-5)
+    inputs = (embeddings, classifier.weight)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(total, inputs), strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+def test_without_margin_it_is_a_softmax_of_scaled_cosines():
+    classifier, embeddings, labels = margin_classifier(margin=0.0), torch.randn(4, 32), torch.tensor([0, 1, 2, 3])
+    _, prefix_losses, logits = classifier(embeddings, labels)
+    cosines = F.cosine_similarity(embeddings[:, None], classifier.weight[None], dim=-1)
+    torch.testing.assert_close(logits, 32.0 * cosines)
+    torch.testing.assert_close(prefix_losses[-1], F.cross_entropy(32.0 * cosines, labels))
+
+
+def test_a_margin_passed_in_replaces_the_configured_one():
+    embeddings, labels = torch.randn(4, 32), torch.tensor([0, 1, 2, 3])
+    given_margin = margin_classifier(margin=0.0)(embeddings, labels, margin=0.4)[0]
+    assert_equal(given_margin, margin_classifier(margin=0.4)(embeddings, labels)[0])
+
+
+def test_a_prefix_of_weight_zero_does_not_count():
+    classifier = margin_classifier(prefix_weights=[1, 0, 0])
+    embeddings = torch.randn(2, 32, requires_grad=True)
+    classifier(embeddings, torch.tensor([0, 1]))[0].backward()
+    assert (embeddings.grad[:, :8] != 0).all()
+    assert (embeddings.grad[:, 8:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 1e-6, 1e4])
+def test_loss_is_finite_at_the_ends(dtype, factor):
+    """Embeddings that are a speaker's row, or its opposite, or nothing: where an arccos or a norm has no slope."""
+    classifier = margin_classifier().to(dtype)
+    embeddings = (factor * classifier.weight[:3].detach()).requires_grad_()
+    loss = classifier(embeddings, torch.tensor([0, 1, 2]))[0]
+    loss.backward()
+    assert loss.isfinite()
+    assert embeddings.grad.isfinite().all()
+    assert classifier.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 1.4])
+def test_margin_makes_every_angle_harder(margin):
+    """The target's logit falls with the angle all the way to pi, and is below the plain cosine."""
+    cosine = torch.linspace(-1, 1, 2_001)
+    moved = angular_margin(cosine, margin)
+    assert (moved < cosine).all()
+    assert (moved.diff() > 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+def test_xvector_without_labels():
+    model = tiny_model(kind=MRLReDimNetForXVector)
+    wave = torch.stack(waves(8_000, 8_000))
+    answer = model(wave)
+    assert answer.loss is None and answer.prefix_losses is None
+    assert_equal(answer.embeddings, model.redimnet(wave).embeddings)
+    cosines = F.cosine_similarity(answer.embeddings[:, None], model.classifier.weight[None], dim=-1)
+    torch.testing.assert_close(answer.logits, 32.0 * cosines)
+
+
+def test_xvector_with_labels():
+    model = tiny_model(tiny_config(prefix_weights=[1, 1, 2]), kind=MRLReDimNetForXVector)
+    batch, labels = padded(waves(8_000, 6_000)), torch.tensor([4, 0])
+    answer = model(**batch, labels=labels)
+    loss, prefix_losses, logits = model.classifier(model.redimnet(**batch).embeddings, labels)
+    assert_equal(answer.loss, loss)
+    assert_equal(answer.prefix_losses, prefix_losses)
+    assert_equal(answer.logits, logits)
+    assert not torch.equal(answer.loss, model(**batch, labels=labels, margin=0.0).loss)
+
+
+def test_classification():
+    model = tiny_model(tiny_config(num_labels=3), kind=MRLReDimNetForSequenceClassification)
+    labels = torch.tensor([2, 0])
+    answer = model(**padded(waves(8_000, 6_000)), labels=labels)
+    assert answer.logits.shape == (2, 3)
+    torch.testing.assert_close(answer.loss, F.cross_entropy(model.classifier(answer.embeddings), labels))
+
+
+def test_regression():
+    model = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    labels = torch.tensor([25, 60])
+    answer = model(**padded(waves(8_000, 6_000)), labels=labels)
+    torch.testing.assert_close(answer.loss, (answer.logits[:, 0] - labels).square().mean())
+    assert model(**padded(waves(8_000))).loss is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+LINEAR = r".*\.(q_proj|v_proj|ffn_in|ffn_out|reduce|expand|pointwise|stride|attention_in)|projection\.segments\.\d"
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "fwse_att"])
+def test_lora(variant):
+    """A LoRA adapter changes the answer, and merged into the weights it gives the same one."""
+    model, batch = tiny_model(tiny_config(variant, stages=EXPANDED)), padded(waves(8_000, 6_000))
+    base = embed(model, **batch)
+    torch.manual_seed(0)
+    adapter = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=LINEAR, r=4, init_lora_weights=False)
+    adapted = get_peft_model(model, adapter).eval()
+    unmerged = embed(adapted, **batch)
+    assert relative_error(unmerged, base) > 1e-2
+    assert relative_error(embed(adapted.merge_and_unload(), **batch), unmerged) < 1e-5
+
+
+def test_lora_trains_nothing_else():
+    adapted = get_peft_model(tiny_model(), LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=LINEAR))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    adapted.train()(input_values=torch.stack(waves(8_000, 8_000))).embeddings.sum().backward()
+
+
+def test_adapters_chosen_per_utterance():
+    """One batch, the second utterance with an adapter, the first without."""
+    model, wave = tiny_model(), torch.stack(waves(8_000, 8_000))
+    base = embed(model, wave)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=LINEAR, init_lora_weights=False)
+    adapted = get_peft_model(model, config, adapter_name="far").eval()
+    mixed = embed(adapted, input_values=wave, adapter_names=["__base__", "far"])
+    assert relative_error(mixed[0], base[0]) < 1e-5
+    assert relative_error(mixed[1], embed(adapted, input_values=wave)[1]) < 1e-5
+
+
+def test_norms_fold_into_the_last_axis():
+    """Evaluation computes a batch norm as one multiply-add: the same as PyTorch's own."""
+    model = tiny_model()
+    norm = next(m for m in model.trunk.modules() if isinstance(m, nn.BatchNorm1d))
+    x = torch.randn(2, 5, 3, norm.num_features)
+    expected = F.batch_norm(
+        x.movedim(-1, 1), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    ).movedim(1, -1)
+    torch.testing.assert_close(norm(x), expected)

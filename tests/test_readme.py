@@ -1,0 +1,62 @@
+"""What the documents tell users to type works as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+import train_hf  # noqa: F401  the commands below name it
+from mrl_redimnet import cli
+from mrl_redimnet.hub_cards import base_card
+from mrl_redimnet.recipe import parse_command_line
+from mrl_redimnet.saving import save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_readme_python(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def commands(program: str) -> list[list[str]]:
+    """The README's shell lines that run `program`, as the arguments behind it."""
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize("arguments", commands("mrl-redimnet"), ids=" ".join)
+def test_readme_commands_parse(arguments):
+    assert cli._parser().parse_args(arguments).run
+
+
+@pytest.mark.parametrize("arguments", commands("accelerate launch"), ids=" ".join)
+def test_readme_training_lines_parse(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert arguments[:2] == ["launch", "train_hf.py"]
+    recipe, resume = parse_command_line(arguments[2:], "")
+    assert recipe.steps > 0 and not resume
+
+
+def test_readme_names_files_that_exist():
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tests/\w+\.py|recipes/\w+\.yaml)`", README)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_card_snippet_runs(tmp_path):
+    """The usage block of a saved model's card, with the folder in the place of its Hub id."""
+    model = tiny_model()
+    save_model(model, tmp_path / "model")
+    card = base_card(model, repository=str(tmp_path / "model")).content
+    (code,) = blocks(card, "python")
+    names: dict = {}
+    exec(compile(code.replace(":64", ":8"), "card", "exec"), names)
+    assert names["embeddings"].shape == (2, 32)
