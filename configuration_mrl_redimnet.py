@@ -273,7 +273,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         for name in ("frequency_stride", "blocks"):
             if not isinstance(stage[name], int) or stage[name] < 1:
                 raise ValueError(f"{where}.{name}: got {stage[name]!r}, expected a whole number of at least 1.")
-        if not stage["expansion"] > 0:
+        if not isinstance(stage["expansion"], (int, float)) or not stage["expansion"] > 0:
             raise ValueError(f"{where}.expansion: got {stage['expansion']!r}, expected a number above 0.")
         reduction = stage["reduction"]
         if reduction is not None and not (isinstance(reduction, int) and 1 <= reduction <= self.trunk_width):

@@ -92,7 +92,7 @@ def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeroes the frames after each utterance's end in x [B, frames, ...], as a convolution's own padding is zero."""
     if mask is None:
         return x
-    return x * mask.reshape(*mask.shape, *[1] * (x.dim() - 3)).to(x.dtype)
+    return x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.dim() - 3)), 0.0)  # not a product: padding may be NaN
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -214,7 +214,7 @@ class MelFrontEnd(nn.Module):
         if self.config.front_end == "tf_mel":
             half_hop = self.config.hop_length // 2
             if lengths is not None:
-                x = x * sample_mask(lengths, x.shape[1])
+                x = x.masked_fill(~sample_mask(lengths, x.shape[1]), 0.0)
             return F.pad(x, (half_hop, half_hop + FFT_SIZE - WINDOW_LENGTH))
         half = FFT_SIZE // 2
         if lengths is None:
@@ -764,8 +764,8 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
         given = [name for name, value in kwargs.items() if value is not None and name not in ignorable]
         if given:
             raise TypeError(
-                f"forward() got arguments this model has no use for: {', '.join(given)}. "
-                "It takes input_values, attention_mask and truncate_dim (adapter_names only through a PeftModel)."
+                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
+                "belongs to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
             )
 
 
@@ -904,7 +904,8 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         **kwargs,
     ) -> MatryoshkaXVectorOutput:
         """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin as in the classifier's forward."""
-        embeddings = self.redimnet(input_values, attention_mask, **kwargs).embeddings
+        self._refuse_extras(kwargs)
+        embeddings = self.redimnet(input_values, attention_mask).embeddings
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
         loss, prefix_losses, logits = self.classifier(embeddings, labels, margin)
@@ -929,7 +930,8 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
         **kwargs,
     ) -> SpeakerClassifierOutput:
         """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1."""
-        embeddings = self.redimnet(input_values, attention_mask, **kwargs).embeddings
+        self._refuse_extras(kwargs)
+        embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)
         loss = None
         if labels is not None and self.config.num_labels == 1:

@@ -6,10 +6,12 @@
 
 Several CPU processes: torchrun --nproc_per_node 2 train_hf.py (accelerate launch starts one on CPUs).
 
-The loop reads from top to bottom in `main`: data, model, optimiser, steps, evaluation, save. A run writes checkpoints/,
-best/ and last/ (complete Hub folders), results.json and tracker logs below `output`.
+The run reads from top to bottom in `main` and `train`: data, model, optimiser, steps, evaluation, save. Below `output`
+it writes checkpoints/, the models best_as_trained/, last/ and at the end best/ (complete Hub folders), results.json and
+tracker logs.
 """
 
+import copy
 import importlib.util
 import json
 import time
@@ -30,7 +32,14 @@ from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, collate
 from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
-from mrl_redimnet.evaluation import as_records, check_present, embed_files, evaluate_trials, format_table
+from mrl_redimnet.evaluation import (
+    VerificationRow,
+    as_records,
+    check_present,
+    embed_files,
+    evaluate_trials,
+    format_table,
+)
 from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import rotate
 from mrl_redimnet.saving import save_model
@@ -117,11 +126,10 @@ def train(recipe, accelerator, speech, dataset, model, optimizer, guard, progres
             report_unreadable(recipe, accelerator, progress)
             rows = evaluate_trials(plain_model, speech.dev_trials, speech.dev_folder)
             history.report(f"step {progress.step}, development trials", rows)
-            mean_eer = sum(row.eer for row in rows) / len(rows)  # every dimension is to be good
-            if mean_eer <= progress.best_eer:  # of equals the later, longer trained one
-                progress.best_eer, progress.best_step = mean_eer, progress.step
+            if mean_eer(rows) <= progress.best_eer:  # of equals the later, longer trained one
+                progress.best_eer, progress.best_step = mean_eer(rows), progress.step
                 if accelerator.is_main_process:
-                    save_model(plain_model, output / "best", speech.speakers)
+                    save_model(plain_model, output / "best_as_trained", speech.speakers)
         if progress.step % recipe.checkpoint_every == 0 or progress.step == recipe.steps:
             save_checkpoint(accelerator, output / "checkpoints", progress, recipe)
     history.close()
@@ -355,6 +363,11 @@ class History:
         self.bar.close()
 
 
+def mean_eer(rows: list[VerificationRow]) -> float:
+    """The mean over dimensions, what models are chosen by: every dimension is to be good."""
+    return sum(row.eer for row in rows) / len(rows)
+
+
 def training_embeddings(model, corpus: Dataset, recipe: Recipe) -> np.ndarray:
     """Embeddings of (a drawn share of) the training utterances, for the rotation, [N, D]."""
     rows = np.random.default_rng([recipe.seed, 3]).permutation(len(corpus))[:ROTATION_UTTERANCES]
@@ -377,36 +390,45 @@ def report_unreadable(recipe: Recipe, accelerator: Accelerator, progress: Progre
 
 
 def final_report(recipe: Recipe, accelerator: Accelerator, speech: Speech, progress: Progress):
-    """Evaluates the best model as trained and rotated, saves it rotated, writes results.json and prints the tables."""
+    """Evaluates the best model as trained and rotated, saves the better, writes results.json and prints the tables.
+
+    At full width the two score alike. Prefixes gain much by the rotation when they were not trained as prefixes of a
+    rotated basis, and little or nothing after `rotate_at`: the development trials decide.
+    """
     output = Path(recipe.output)
-    model = MRLReDimNetForXVector.from_pretrained(output / "best").to(accelerator.device)
-    dims = sorted({*model.config.matryoshka_dims, *recipe.report_dims})
-    lists = speech.tests or {"development": (speech.dev_trials, speech.dev_folder)}
-    results: dict[str, dict] = {name: {} for name in lists}
-    for state in ("as trained", "rotated"):
-        if state == "rotated":
-            rotate(model, training_embeddings(model, speech.corpus, recipe))
-        for name, (trials, folder) in lists.items():
-            results[name][state] = evaluate_trials(model, trials, folder, dims, recipe.resamples, progress=name)
+    trained = MRLReDimNetForXVector.from_pretrained(output / "best_as_trained").to(accelerator.device)
+    rotated = copy.deepcopy(trained)
+    rotate(rotated, training_embeddings(trained, speech.corpus, recipe))
+    models = {"as trained": trained, "rotated": rotated}
+    development = (speech.dev_trials, speech.dev_folder)
+    score = {state: mean_eer(evaluate_trials(model, *development)) for state, model in models.items()}
+    saved = "rotated" if score["rotated"] <= score["as trained"] else "as trained"
+
+    dims = sorted({*trained.config.matryoshka_dims, *recipe.report_dims})
+    results = {
+        name: {s: evaluate_trials(m, trials, folder, dims, recipe.resamples, name) for s, m in models.items()}
+        for name, (trials, folder) in (speech.tests or {"development": development}).items()
+    }
     if not accelerator.is_main_process:
         return
-    best = {name: states["rotated"] for name, states in results.items()}
-    sentence = training_sentence(accelerator, recipe, speech, progress)
-    save_model(model, output / "best", speech.speakers, training=sentence, results=best)
+    sentence = training_sentence(accelerator, recipe, speech, progress, saved)
+    best = {name: states[saved] for name, states in results.items()}
+    save_model(models[saved], output / "best", speech.speakers, training=sentence, results=best)
     record = {
         "recipe": asdict(recipe),
         "best_step": progress.best_step,
-        "development_mean_eer": progress.best_eer,
+        "saved": saved,
+        "development_mean_eer": score,
         "results": {name: {state: as_records(rows) for state, rows in r.items()} for name, r in results.items()},
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
     for name, tables in results.items():
         print(f"\n{name}: best model (step {progress.best_step}); 95 % intervals over speakers")
         print(format_table(tables))
-    print(f"\nSaved: {output}/best (rotated), {output}/last, {output}/results.json")
+    print(f"\nSaved: {output}/best ({saved}: better on the development trials), {output}/last, {output}/results.json")
 
 
-def training_sentence(accelerator: Accelerator, recipe: Recipe, speech: Speech, progress: Progress) -> str:
+def training_sentence(accelerator: Accelerator, recipe: Recipe, speech: Speech, progress: Progress, saved: str) -> str:
     """What the model card says about the training."""
     start = "random weights" if recipe.model in SIZES else recipe.model
     crops = recipe.batch_size * recipe.accumulation * accelerator.num_processes
@@ -414,7 +436,7 @@ def training_sentence(accelerator: Accelerator, recipe: Recipe, speech: Speech, 
         f"Trained from {start} by `train_hf.py`: {recipe.steps} steps of {crops} crops of {recipe.crop_seconds} s from "
         f"{len(speech.corpus):,} utterances of {len(speech.speakers):,} speakers "
         f"({sum(speech.corpus['seconds']) / 3600:.1f} h). Step {progress.best_step} was best on the development "
-        "trials; the embedding was then rotated."
+        f"trials. Prefixes are {saved}."
     )
 
 

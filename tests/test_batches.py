@@ -1,4 +1,4 @@
-"""Training crops: signal-to-noise ratios, lengths, determinism, epochs, speeds, unreadable files, and who draws what."""
+"""Training crops: signal-to-noise ratios, lengths, determinism, epochs, speeds, unreadable files, who draws what."""
 
 from pathlib import Path
 
@@ -63,9 +63,7 @@ def power_ratio(signal: np.ndarray, mixed: np.ndarray) -> float:
 
 
 @SETTINGS
-@given(
-    st.integers(0, 10**6), st.integers(200, 3000), st.floats(-20, 40), st.floats(0.001, 1.0), st.floats(0.001, 1.0)
-)
+@given(st.integers(0, 10**6), st.integers(200, 3000), st.floats(-20, 40), st.floats(0.001, 1.0), st.floats(0.001, 1.0))
 def test_the_ratio_is_the_one_asked_for(seed, samples, snr, signal_level, noise_level):
     rng = np.random.default_rng(seed)
     signal, noise = rng.standard_normal((2, samples), dtype=np.float32) * np.float32([[signal_level], [noise_level]])

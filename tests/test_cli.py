@@ -221,4 +221,3 @@ def test_an_incomplete_command_is_explained(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and "usage: mrl-redimnet" in capsys.readouterr().err
-

@@ -65,6 +65,12 @@ def test_shortest_utterance_in_a_batch(variant):
     assert_padding_changes_nothing(model, waves(model.config.min_samples, 8_000), garbage=1.0, extra=100, limit=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tf_mel_normalized", "norm_mean_variance"])
+def test_padding_may_be_nan(variant):
+    """An uninitialised buffer's tail must not reach the answer."""
+    assert_padding_changes_nothing(tiny_model(tiny_config(variant)), waves(5_000, 8_000), garbage=float("nan"))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     variant=st.sampled_from(sorted(VARIANTS)),
@@ -163,10 +169,16 @@ def test_wrong_masks(model, mask, message):
         model(torch.randn(2, 8_000), mask)
 
 
+@pytest.mark.parametrize("kind", MODELS[1:])
+def test_heads_take_no_prefix(kind):
+    with pytest.raises(TypeError, match="truncate_dim belongs to MRLReDimNetModel"):
+        tiny_model(kind=kind)(torch.randn(1, 8_000), truncate_dim=8)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_unknown_arguments_are_refused(kind):
     """`adapter_names` in particular: without PEFT around the model it would silently do nothing."""
-    with pytest.raises(TypeError, match=r"no use for: adapter_names\. .*only through a PeftModel"):
+    with pytest.raises(TypeError, match=r"no use for: adapter_names\. .*adapter_names to a PeftModel"):
         tiny_model(kind=kind)(torch.randn(1, 8_000), adapter_names=["far"])
 
 

@@ -108,8 +108,8 @@ class ChanceGuard:
         """From the deadline on the loss must have left chance level."""
         if step >= self.deadline and not loss <= 0.95 * self.mean:  # nor is it NaN
             raise RuntimeError(
-                f"After {step} steps the loss is {loss:.2f}, not below chance level ({self.mean:.2f}): nothing is being "
-                "learnt. Check the labels, the learning rate and the audio (chance_steps moves this check)."
+                f"After {step} steps the loss is {loss:.2f}, not below chance level ({self.mean:.2f}): nothing is "
+                "being learnt. Check the labels, the learning rate and the audio (chance_steps moves this check)."
             )
 
 
