@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None):
 
     # Model and optimiser.
     model, fresh_classifier = build_model(recipe, dataset.num_labels)
+    check_fit(recipe, model.config)
     guard = chance_guard(recipe, model) if fresh_classifier else None
     optimizer = build_optimizer(model, recipe)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -263,6 +264,15 @@ def build_model(recipe: Recipe, num_speakers: int) -> tuple[MRLReDimNetForXVecto
             f"{recipe.model} lacks or misshapes {len(replaced)} tensors: {', '.join(sorted(replaced)[:5])}."
         )
     return model, bool(replaced)
+
+
+def check_fit(recipe: Recipe, config: MRLReDimNetConfig):
+    """Raises ValueError for settings that this model cannot meet."""
+    wrong = [dim for dim in recipe.report_dims if not 1 <= dim <= config.embedding_size]
+    if wrong:
+        raise ValueError(f"report_dims: {wrong} are not between 1 and the embedding's {config.embedding_size}.")
+    if recipe.rotate_at and config.embedding_norm:
+        raise ValueError("rotate_at: a rotation folds embedding_norm in, which training still needs; leave out either.")
 
 
 def chance_guard(recipe: Recipe, model: MRLReDimNetForXVector) -> ChanceGuard:

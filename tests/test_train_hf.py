@@ -59,6 +59,7 @@ def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[st
 def start(corpus: Path, argv: list[str], *, processes: int = 1) -> subprocess.Popen:
     """The script in processes of its own, without an accelerator: there the same steps give the same bits."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher += ["--log-dir", str(corpus.parent / "elastic")]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *argv],
         env={
@@ -227,6 +228,27 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(train):
     with pytest.raises(ValueError, match=r"other settings: batch_size \(was 4, is 5\)"):
         train("--resume", batch_size=5)
     assert (output / "last/model.safetensors").read_bytes() == before
+
+
+def test_a_complete_run_is_left_alone(train, capsys):
+    """Its best model is rotated by now, and would be reported as it was trained."""
+    output = train()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    train("--resume", report_dims=[5])
+    assert "is complete, see its results.json" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(report_dims=[8, 64]), r"report_dims: \[64\] are not between 1 and the embedding's 32"),
+        (dict(model_options=TINY[:-1] + ", embedding_norm: true}", rotate_at=[0.5]), "rotate_at: .* embedding_norm"),
+    ],
+)
+def test_settings_the_model_cannot_meet_are_refused_before_the_first_step(train, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(**settings)
 
 
 def test_a_converted_model_is_trained_further(train, tmp_path, capsys):
