@@ -45,7 +45,7 @@ class Recipe:
     noise_probability: float = _setting(0.6, "share of crops with noise")
     workers: int = _setting(1, "processes that read and augment")
 
-    steps: int = _setting(400, "optimiser steps")
+    steps: int = _setting(200, "optimiser steps")
     batch_size: int = _setting(48, "crops per process and micro-batch")
     accumulation: int = _setting(1, "micro-batches per optimiser step")
     learning_rate: float = _setting(2e-3, "highest learning rate")
@@ -58,7 +58,7 @@ class Recipe:
     mixed_precision: str = _setting("no", "no, bf16 or fp16")
     seed: int = _setting(0, "of weights, batches and dropout")
 
-    evaluate_every: int = _setting(100, "steps between evaluations on the development trials")
+    evaluate_every: int = _setting(50, "steps between evaluations on the development trials")
     checkpoint_every: int = _setting(100, "steps between checkpoints to resume from")
     log_every: int = _setting(10, "steps between log lines")
     chance_steps: int = _setting(300, "steps after warm-up by which the loss must have left chance level")
