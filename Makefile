@@ -7,7 +7,8 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	rm -rf runs/demo
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_hf.py --output runs/demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $$(nproc) train_hf.py --output runs/demo
 
 test: .venv/ready
 	$(BIN)/ruff check .

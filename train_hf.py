@@ -14,6 +14,7 @@ tracker logs.
 import copy
 import importlib.util
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def train(recipe, accelerator, speech, dataset, model, optimizer, guard, progres
         if guard is not None and step == 0:
             guard.check_start(float(answer.loss.detach()))
         if guard is not None and history.loss is not None:
-            guard.check_progress(step, history.loss)
+            guard.check_progress(step, history.loss, plain_model.config.scale * math.sin(margin))
 
         progress.step = step + 1
         if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:

@@ -176,6 +176,7 @@ def test_guard_stops_a_run_that_learns_nothing_from_the_deadline_on():
     guard = ChanceGuard(mean=10.0, deviation=0.1, deadline=100)
     guard.check_progress(99, 10.0)
     guard.check_progress(100, 9.0)
+    guard.check_progress(100, 12.0, margin_cost=3.0)
     with pytest.raises(RuntimeError, match=r"After 100 steps the loss is 9.90, not below chance level \(10.00\)"):
         guard.check_progress(100, 9.9)
 

@@ -104,11 +104,12 @@ class ChanceGuard:
                 "labels, scale or normalisation of the loss are not what they should be."
             )
 
-    def check_progress(self, step: int, loss: float):
-        """From the deadline on the loss must have left chance level."""
-        if step >= self.deadline and not loss <= 0.95 * self.mean:  # nor is it NaN
+    def check_progress(self, step: int, loss: float, margin_cost: float = 0.0):
+        """From the deadline on the loss must have left chance level, which a margin raises by scale * sin(margin)."""
+        chance = self.mean + margin_cost
+        if step >= self.deadline and not loss <= 0.95 * chance:  # nor is it NaN
             raise RuntimeError(
-                f"After {step} steps the loss is {loss:.2f}, not below chance level ({self.mean:.2f}): nothing is "
+                f"After {step} steps the loss is {loss:.2f}, not below chance level ({chance:.2f}): nothing is "
                 "being learnt. Check the labels, the learning rate and the audio (chance_steps moves this check)."
             )
 
