@@ -159,7 +159,7 @@ class MRLReDimNetConfig(PretrainedConfig):
     embedding_size: int = 256
     embedding_norm: bool = False
     matryoshka_dims: list[int] = field(default_factory=lambda: [64, 128, 192, 256])
-    window_seconds: float = 120.0
+    window_seconds: float = 60.0
 
     num_speakers: int = 2
     margin: float = 0.2

@@ -287,7 +287,10 @@ def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> t
 
 def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
-    return conv(zero_padding(x, mask).transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+    image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
+    if conv.in_channels < 20:  # so few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns
+        image = image.contiguous()
+    return conv(image)[:, :, 0].transpose(1, 2)
 
 
 def image_conv(channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True) -> nn.Conv2d:

@@ -1,5 +1,7 @@
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -543,3 +545,15 @@ def test_norms_fold_into_the_last_axis():
         x.movedim(-1, 1), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
     ).movedim(1, -1)
     torch.testing.assert_close(norm(x), expected)
+
+
+def test_narrow_time_convolutions_return_in_bfloat16():
+    """In a process of its own: where the library's kernel hangs, it cannot be interrupted."""
+    code = """
+import torch
+from modeling_mrl_redimnet import conv_time, depthwise_time_conv
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    for width in (8, 12, 16):
+        conv_time(depthwise_time_conv(width, 59), torch.randn(2, 101, width), None)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
