@@ -14,8 +14,7 @@ def stages(*rows: tuple) -> list[dict]:
     return [dict(zip(("frequency_stride", "blocks", "expansion", "reduction"), row, strict=True)) for row in rows]
 
 
-# 1-D blocks are 24 wide: up to 16, bfloat16 takes a path of its own (conv_time), for a kernel of oneDNN that never returns
-# (PyTorch 2.11 on a CPU with avx512_bf16).
+# 1-D blocks are 24 wide: below 20 `conv_time` takes another path than in any network of use.
 TINY = dict(
     num_mel_bins=24,
     base_channels=4,

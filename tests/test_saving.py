@@ -104,3 +104,8 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["WhisperModel"]}))
     with pytest.raises(ValueError, match="is a WhisperModel, expected one of .*MRLReDimNetForXVector"):
         load_model(tmp_path)
+
+
+def test_a_path_without_a_model_is_not_taken_for_a_hub_id(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder: give a saved model's folder, or a Hub id"):
+        load_model(tmp_path / "missing")

@@ -383,7 +383,10 @@ def _read(checkpoint: str | Path | dict) -> dict:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever the unpickler meets
-            raise ConversionError(f"{path} cannot be read as a checkpoint (weights only): {error}") from error
+            reason = f"{type(error).__name__} {error}".strip()
+            raise ConversionError(
+                f"{path} cannot be read as a PyTorch checkpoint of weights only: {reason}."
+            ) from error
     if not isinstance(checkpoint, dict) or not {"model_config", "state_dict"} <= set(checkpoint):
         found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ConversionError(f"Expected a checkpoint with 'model_config' and 'state_dict', got {found}.")

@@ -33,6 +33,8 @@ def save_model(
 
 def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
     """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode."""
+    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"{model} is not a folder: give a saved model's folder, or a Hub id.")
     config = MRLReDimNetConfig.from_pretrained(model)
     name = (config.architectures or [MRLReDimNetModel.__name__])[0]
     if name not in modeling_mrl_redimnet.__all__:
