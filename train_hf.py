@@ -42,7 +42,7 @@ from mrl_redimnet.evaluation import (
     format_table,
 )
 from mrl_redimnet.recipe import Recipe, parse_command_line
-from mrl_redimnet.rotation import rotate
+from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.training import (
@@ -56,8 +56,6 @@ from mrl_redimnet.training import (
     save_checkpoint,
 )
 from mrl_redimnet.trials import Trials, make_trials, read_trials
-
-ROTATION_UTTERANCES = 2000  # enough to estimate a 256 x 256 second moment
 
 
 def main(argv: list[str] | None = None):

@@ -11,12 +11,10 @@ from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES
 from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
-from mrl_redimnet.rotation import rotate
+from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.trials import read_trials
-
-ROTATION_FILES = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +109,7 @@ def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if len(files) < 2:
         raise FileNotFoundError(f"{len(files)} audio files ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
-    chosen = np.random.default_rng(0).permutation(len(files))[:ROTATION_FILES]
+    chosen = np.random.default_rng(0).permutation(len(files))[:ROTATION_UTTERANCES]
     embeddings = embed_files(model, [files[i] for i in sorted(chosen)], progress="embedding")
     if len(chosen) < model.config.embedding_size:
         print(

@@ -11,6 +11,8 @@ import torch
 
 from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetPreTrainedModel
 
+ROTATION_UTTERANCES = 2000  # as many as are drawn from a larger corpus: enough for a 256 x 256 second moment
+
 
 def principal_rotation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """embeddings [N, D] of some speech -> R [D, D] orthogonal and eigenvalues [D], both by falling eigenvalue.
