@@ -12,6 +12,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
 from mrl_redimnet.cli import main
+from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.saving import load_model, save_model
 
 RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
@@ -151,6 +152,13 @@ def test_rotate_keeps_the_whole_and_the_head(folder, speech, tmp_path, capsys):
     with torch.inference_mode():
         assert torch.allclose(before(WAVE).logits, after(WAVE).logits, atol=3e-4)
     assert not torch.allclose(embed(before), embed(after), atol=0.01)
+
+
+def test_rotate_keeps_the_names_of_the_classifiers_speakers(speech, tmp_path):
+    names = SpeakerTable([f"id{i}" for i in range(5)])
+    save_model(tiny_model(kind=MRLReDimNetForXVector), tmp_path / "model", names)
+    assert run("rotate", tmp_path / "model", speech, tmp_path / "out") == 0
+    assert SpeakerTable.load(tmp_path / "out" / "speakers.json").names == names.names
 
 
 def test_any_head_can_be_rotated(speech, tmp_path):

@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.convert import convert_checkpoint
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
 from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
@@ -77,7 +77,8 @@ def _rotate(arguments):
     _refuse_existing(arguments.out)
     model = load_model(arguments.model)
     _rotate_on(model, arguments.audio)
-    _save(model, arguments.out)
+    names = Path(arguments.model) / "speakers.json"
+    _save(model, arguments.out, SpeakerTable.load(names) if names.is_file() else None)
 
 
 def _evaluate(arguments):
@@ -121,8 +122,8 @@ def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
     print(f"Rotated on {len(chosen)} utterances; energy of the embeddings in each prefix: {shares}.")
 
 
-def _save(model: MRLReDimNetPreTrainedModel, out: Path):
-    save_model(model, out)
+def _save(model: MRLReDimNetPreTrainedModel, out: Path, speakers: SpeakerTable | None = None):
+    save_model(model, out, speakers)
     config = model.config
     print(
         f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_length / 16:g} ms hop, "
