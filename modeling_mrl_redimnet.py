@@ -264,13 +264,31 @@ def frame_mask(lengths: torch.Tensor | None, num_frames: int, front_end: MelFron
 # Trunk
 
 
-class ChannelBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last axis of [B, frames, C] or [B, frames, bins, C]; padded frames count for nothing."""
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of [B, C] that can be frozen: without weights to train it uses and keeps its running statistics.
+
+    Freezing weights alone would let the statistics of a frozen network move with the data, and an adapter trained on
+    it would not be the same when loaded again.
+    """
+
+    @property
+    def learns(self) -> bool:
+        """Whether this forward normalises by the batch, and moves the running statistics towards it."""
+        return self.training and self.weight.requires_grad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.learns:
+            return super().forward(x)
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+
+
+class ChannelBatchNorm(BatchNorm):
+    """`BatchNorm` over the last axis of [B, frames, C] or [B, frames, bins, C]; padded frames count for nothing."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        if not self.training:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+        if not self.learns:
+            return super().forward(x)
         if mask is None:
             return super().forward(x.flatten(0, -2)).view_as(x)
         valid = mask[..., 0]
@@ -620,11 +638,11 @@ class MatryoshkaProjection(nn.Module):
         super().__init__()
         self.dims = config.matryoshka_dims
         starts = [0, *self.dims[:-1]]
-        self.norm = nn.BatchNorm1d(config.pooled_size)
+        self.norm = BatchNorm(config.pooled_size)
         self.segments = nn.ModuleList(
             nn.Linear(config.pooled_size, end - start) for start, end in zip(starts, self.dims, strict=True)
         )
-        self.embedding_norm = nn.BatchNorm1d(config.embedding_size) if config.embedding_norm else None
+        self.embedding_norm = BatchNorm(config.embedding_size) if config.embedding_norm else None
 
     def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
         pooled = self.norm(pooled.to(self.norm.weight.dtype))

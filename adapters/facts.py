@@ -22,8 +22,8 @@ class WrongBaseError(ValueError):
 class Base:
     """The model an adapter belongs to.
 
-    repository: Hub id, or the name of a base that was never pushed. revision: commit, tag or branch, None where unknown.
-    fingerprint: of its weights, see `fingerprint`.
+    repository: Hub id, or the name of a base that was never pushed. revision: commit, tag or branch, None where
+    unknown. fingerprint: of its weights, see `fingerprint`.
     """
 
     repository: str
@@ -78,7 +78,7 @@ class AdapterFacts:
             raise ValueError(f"{file} is not a description of an adapter: {error!r}") from error
 
     def check_base(self, model: nn.Module, name: str, revision: str | None = None):
-        """Raises WrongBaseError, showing both, unless `model` (called `name`) has the weights the adapter was trained on."""
+        """Raises WrongBaseError, showing both, unless `model`, called `name`, is the base that the adapter fits."""
         found = Base(name, revision, fingerprint(model))
         if found.fingerprint != self.base.fingerprint:
             raise WrongBaseError(
