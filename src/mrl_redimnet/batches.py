@@ -20,6 +20,17 @@ from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
 SAMPLERS = ("speaker", "utterance")
 
 
+class InDomain:
+    """Brings crops into a domain (see `mrl_redimnet.domains`), except for a share that stays as it is."""
+
+    def __init__(self, domain, base_share: float = 0.1):
+        self.domain, self.base_share = domain, base_share
+
+    def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """crop [samples] float32 -> the same in the domain, by the generator's draws."""
+        return crop if rng.random() < self.base_share else self.domain(crop, rng)
+
+
 class AddNoise:
     """Adds a stretch of a drawn noise file at a drawn signal-to-noise ratio, with some probability.
 
@@ -81,6 +92,7 @@ class CropDataset(torch.utils.data.Dataset):
     epoch; "speaker" passes over all speakers and draws an utterance of each, longer ones more often.
     speeds: playback speeds, one drawn per example. Each but the first is a set of speakers of its own (speed moves
     pitch and formants): label = speaker + len(speakers) * index of the speed.
+    targets: labels of the corpus's rows where it is not the speakers that are learnt; speeds do not change them.
     """
 
     corpus: Dataset
@@ -90,6 +102,7 @@ class CropDataset(torch.utils.data.Dataset):
     speeds: tuple[float, ...] = (1.0,)
     augmentations: list = field(default_factory=list)
     seed: int = 0
+    targets: np.ndarray | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -123,6 +136,8 @@ class CropDataset(torch.utils.data.Dataset):
                 crop = augment(crop, rng)
         except AudioError as error:
             return Problem(self._files[row], str(error))
+        if self.targets is not None:
+            return {"input_values": crop, "label": self.targets[row].item()}
         return {"input_values": crop, "label": int(self._labels[row]) + speed * len(self.speakers)}
 
     def _row(self, draw: int, rng: np.random.Generator) -> int:

@@ -1,6 +1,6 @@
 """Embeddings of whole utterances, and verification scores at every Matryoshka dimension from one pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from tqdm import tqdm
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio import audio_info, read_audio
-from mrl_redimnet.metrics import bootstrap_interval, eer, min_dcf
+from mrl_redimnet.domains import simulate
+from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.trials import Trials, missing_utterances, speaker_of
 
 BATCH_SECONDS = 60.0
@@ -30,16 +31,38 @@ class VerificationRow:
     eer_high: float | None = None
 
 
+@dataclass(frozen=True)
+class AttributeRow:
+    """Result of an attribute on labelled utterances: accuracy in [0, 1] or mean absolute error in the label's unit,
+    the interval over speakers or None."""
+
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def attribute_row(
+    answers: np.ndarray, targets: np.ndarray, speakers: np.ndarray, classes: bool, resamples: int = 0
+) -> AttributeRow:
+    """Answers and targets [N] of utterances of `speakers` [N]: class ids, or numbers."""
+    values = answers == targets if classes else np.abs(answers - targets)
+    interval = mean_interval(values, speakers, resamples) if resamples else (None, None)
+    return AttributeRow("accuracy" if classes else "mean absolute error", float(np.mean(values)), *interval)
+
+
 @torch.inference_mode()
 def embed_files(
     model: MRLReDimNetPreTrainedModel,
     files: Sequence[str | Path],
     batch_seconds: float = BATCH_SECONDS,
     progress: str | None = None,
+    load: Callable[[str | Path], np.ndarray] = read_audio,
 ) -> np.ndarray:
     """Whole files, batched by length with exact padding -> embeddings [N, D] float32 in the order of `files`.
 
-    batch_seconds: padded audio in one batch, what bounds memory. Under several processes each embeds a share and all
+    batch_seconds: padded audio in one batch, what bounds memory. load: reads one file as audio [samples], by default as
+    it is. Under several processes each embeds a share and all
     get the whole. Raises AudioError for a file that cannot be read. The model's training mode is restored.
     """
     encoder = getattr(model, model.base_model_prefix, model)
@@ -50,10 +73,12 @@ def embed_files(
     seconds = [audio_info(file).seconds for file in files]
     batches = list(_length_batches(seconds, batch_seconds))[state.process_index :: state.num_processes]
     embedded = []
-    for rows in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process, leave=False):
-        inputs = extractor([read_audio(files[row]) for row in rows], sampling_rate=extractor.sampling_rate).to(device)
-        embedded.append((rows, encoder(**inputs).embeddings.float().cpu().numpy()))
-    encoder.train(training)
+    try:
+        for rows in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process, leave=False):
+            inputs = extractor([load(files[row]) for row in rows], sampling_rate=extractor.sampling_rate).to(device)
+            embedded.append((rows, encoder(**inputs).embeddings.float().cpu().numpy()))
+    finally:
+        encoder.train(training)
     result = np.empty((len(files), encoder.config.embedding_size), dtype=np.float32)
     for rows, embeddings in gather_object(embedded):
         result[rows] = embeddings
@@ -104,15 +129,39 @@ def evaluate_trials(
     dims: Sequence[int] | None = None,
     resamples: int = 0,
     progress: str | None = None,
+    domain: Callable | None = None,
 ) -> list[VerificationRow]:
     """Embeds a trial list's utterances below `folder` once, and scores every dimension (default: the model's).
 
+    domain: from `mrl_redimnet.domains`, what the audio is made to sound like, each utterance always the same way.
     Raises FileNotFoundError listing utterances that are not there.
     """
-    check_present(trials, folder)
     utterances = trials.utterances
-    embeddings = embed_files(model, [Path(folder) / path for path in utterances], progress=progress)
+    embeddings = embed_trials(model, trials, folder, progress, domain)
     return score_trials(trials, utterances, embeddings, dims or model.config.matryoshka_dims, resamples)
+
+
+def embed_trials(
+    model: MRLReDimNetPreTrainedModel,
+    trials: Trials,
+    folder: str | Path,
+    progress: str | None = None,
+    domain: Callable | None = None,
+) -> np.ndarray:
+    """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`."""
+    check_present(trials, folder)
+    files = [Path(folder) / path for path in trials.utterances]
+    return embed_files(model, files, progress=progress, load=reader(folder, domain))
+
+
+def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str | Path], np.ndarray]:
+    """What reads files below `folder` into a domain; paths relative to it fix each file's draws."""
+
+    def load(file):
+        audio = read_audio(file)
+        return audio if domain is None else simulate(domain, audio, Path(file).relative_to(folder).as_posix())
+
+    return load
 
 
 def check_present(trials: Trials, folder: str | Path):
@@ -125,13 +174,15 @@ def check_present(trials: Trials, folder: str | Path):
         )
 
 
-def format_table(tables: dict[str, list[VerificationRow]]) -> str:
-    """Named results as text: one line per name, a column per dimension."""
-    dims = [row.dim for row in next(iter(tables.values()))]
+def format_table(tables: dict[str, list[VerificationRow] | list[AttributeRow]]) -> str:
+    """Named results as text: one line per name; of verification, a column per dimension."""
     width = max(len(name) for name in tables) + 2
-    lines = [" " * width + "".join(f"{f'{dim} dims':>22}" for dim in dims)]
+    first = next(iter(tables.values()))
+    if isinstance(first[0], AttributeRow):
+        return "\n".join(f"{name:<{width}}{_attribute(row)}" for name, rows in tables.items() for row in rows)
+    lines = [" " * width + "".join(f"{f'{row.dim} dims':>22}" for row in first)]
     for name, rows in tables.items():
-        eers = "".join(f"{_percent(row):>22}" for row in rows)
+        eers = "".join(f"{_percent(row.eer, row.eer_low, row.eer_high):>22}" for row in rows)
         lines += [
             f"{name:<{width}}{eers}   EER %",
             " " * width + "".join(f"{row.min_dcf:>22.3f}" for row in rows) + "   minDCF (p 0.01)",
@@ -139,11 +190,18 @@ def format_table(tables: dict[str, list[VerificationRow]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(row: VerificationRow) -> str:
-    interval = "" if row.eer_low is None else f" [{100 * row.eer_low:.1f}, {100 * row.eer_high:.1f}]"
-    return f"{100 * row.eer:.2f}{interval}"
+def _percent(value: float, low: float | None, high: float | None) -> str:
+    interval = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.2f}{interval}"
 
 
-def as_records(rows: list[VerificationRow]) -> list[dict]:
+def _attribute(row: AttributeRow) -> str:
+    if row.metric == "accuracy":
+        return f"{_percent(row.value, row.low, row.high)}   {row.metric} %"
+    interval = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
+    return f"{row.value:.2f}{interval}   {row.metric}"
+
+
+def as_records(rows: list[VerificationRow] | list[AttributeRow]) -> list[dict]:
     """Rows as plain dictionaries, for JSON."""
     return [asdict(row) for row in rows]

@@ -128,10 +128,34 @@ def bootstrap_interval(
     Raises:
         ValueError: bad trials, speakers that contradict the labels, a setting out of range.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1 (both excluded), got {confidence}")
+    values = bootstrap_values(scores, labels, enrol_speakers, test_speakers, metric, resamples, seed)
+    return quantile_interval(values, confidence)
+
+
+def quantile_interval(values: NDArray, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval between the quantiles that leave out equally much of `values` [resamples] at both ends."""
+    low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
+    return float(low), float(high)
+
+
+def bootstrap_values(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speakers: Sequence[str] | NDArray,
+    test_speakers: Sequence[str] | NDArray,
+    metric: Callable[..., float] = eer,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NDArray:
+    """The metric of every resample behind :func:`bootstrap_interval`, [resamples] float64; same arguments and errors.
+
+    Resample i weighs the same speakers whatever the scores: the differences between two systems' values on one trial
+    list are those of a paired bootstrap, whose interval is much narrower than the two systems' own.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
     scores, labels = _checked_trials(scores, labels)
     enrol, test, speakers = _checked_speakers(enrol_speakers, test_speakers, labels)
     order = np.argsort(scores)  # the only sort: error_curve sees that its scores are sorted
@@ -140,8 +164,21 @@ def bootstrap_interval(
     values = np.empty(resamples)
     for index in range(resamples):
         values[index] = metric(scores, labels, weights=_resampled_weights(labels, enrol, test, speakers, rng))
-    low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
-    return float(low), float(high)
+    return values
+
+
+def mean_interval(values: ArrayLike, speakers: Sequence[str] | NDArray, resamples: int = 1000) -> tuple[float, float]:
+    """95 % interval of the mean of values [N], an utterance each, from resampling their speakers with replacement.
+
+    Raises ValueError when values and speakers differ in length, are empty, or resamples is below 1.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) != len(speakers) or not len(values) or resamples < 1:
+        raise ValueError(f"{len(values)} values of {len(speakers)} speakers, {resamples} resamples: need some of each")
+    _, owner = np.unique(np.asarray(speakers), return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(resamples, len(sums)))
+    return quantile_interval(sums[drawn].sum(1) / counts[drawn].sum(1))
 
 
 def _resampled_weights(

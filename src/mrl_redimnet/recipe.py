@@ -37,6 +37,27 @@ class Recipe:
     min_seconds: float = _setting(0.3, "shorter utterances are not used, and reported")
     max_problem_share: float = _setting(0.01, "share of unusable files above which the run stops")
 
+    label_file: str | None = _setting(None, "CSV of attributes; none: the speakers are what is learnt")
+    label_column: str | None = _setting(None, "column of label_file to learn: names are classified, numbers estimated")
+    label_key: str = _setting("speaker", "column of label_file that rows are found by: speaker or path")
+
+    domain: str = _setting("clean", "what the speech is made to sound like: clean, noisy or telephony")
+    domain_options: dict = _setting({}, "further settings of the domain, as a mapping (see mrl_redimnet.domains)")
+    base_share: float = _setting(0.1, "share of crops left out of the domain, against forgetting")
+
+    trains: str = _setting("all", "all, head (trunk frozen), projection (its Matryoshka segments alone) or adapter")
+    trunk_learning_rate: float | None = _setting(None, "highest learning rate of the trunk; none: learning_rate")
+    trunk_frozen_until: float = _setting(0.0, "share of the steps in which the trunk stays frozen (head first)")
+    placement: str = _setting("linear", "layers of the adapter: attention ... all, see mrl_redimnet.adapters")
+    rank: int = _setting(8, "rank of the adapter's layers")
+    segment_ranks: list = _setting([], "ranks of the projection's Matryoshka segments, shortest prefix first")
+    strategy: str = _setting("vanilla", "how ranks come about: vanilla, dynamic, warm_up or mixed")
+    start_rank: int = _setting(16, "rank that dynamic and warm_up start from")
+    cut_at: float = _setting(0.3, "share of the steps at which warm_up cuts start_rank down to rank")
+    adapter_norms: bool = _setting(False, "batch norms adapt too, and travel with the adapter")
+    peft_options: dict = _setting({}, "further fields of LoraConfig: lora_alpha, rank_pattern, use_dora, ...")
+    base_repository: str | None = _setting(None, "the base's Hub id for the adapter's card; none: as in `model`")
+
     crop_seconds: float = _setting(2.0, "length of a training crop")
     sampler: str = _setting("speaker", "speaker (each as often) or utterance (each as often)")
     speeds: list = _setting([1.0], "playback speeds; each but the first is a set of speakers of its own")
@@ -80,9 +101,36 @@ class Recipe:
             raise ValueError("dev_trials and dev_folder: give both or neither.")
         if self.dev_trials is None and self.dev_speakers < 2:
             raise ValueError("dev_speakers: at least 2 are needed when there are no dev_trials.")
+        self._check_tuning()
+        needed = {"folder"} if self.label_column else {"folder", "trials"}
         for name, test in self.tests.items():
-            if set(test) != {"trials", "folder"}:
-                raise ValueError(f"tests.{name}: got {sorted(test)}, expected the entries trials and folder.")
+            if not needed <= set(test) <= needed | {"domain", "domain_options"}:
+                raise ValueError(
+                    f"tests.{name}: got {sorted(test)}, expected the entries {' and '.join(sorted(needed))}, and "
+                    "domain and domain_options where its audio is not to stay as it is."
+                )
+
+    def _check_tuning(self):
+        for name, allowed in (("trains", TRAINS), ("strategy", STRATEGIES), ("label_key", ("speaker", "path"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        for name in ("base_share", "trunk_frozen_until", "cut_at"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share from 0 to below 1.")
+        if (self.label_file is None) != (self.label_column is None):
+            raise ValueError("label_file and label_column: give both or neither.")
+        if self.trunk_frozen_until and self.trains != "all":
+            raise ValueError(f"trunk_frozen_until: with trains: {self.trains} the trunk never trains; leave it out.")
+        if self.rotate_at and self.trains != "all":
+            raise ValueError(f"rotate_at: with trains: {self.trains} the basis is not ours to turn; leave it out.")
+        if self.rank < 1 or self.strategy in ("dynamic", "warm_up") and self.start_rank <= self.rank:
+            raise ValueError(
+                f"rank: got {self.rank} and start_rank {self.start_rank}; expected at least 1, and a start above it."
+            )
+
+
+TRAINS = ("all", "head", "projection", "adapter")
+STRATEGIES = ("vanilla", "dynamic", "warm_up", "mixed")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}

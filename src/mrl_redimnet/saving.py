@@ -1,20 +1,31 @@
 """Models as complete Hub folders, written whole or not at all."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+from safetensors import safe_open
 
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
+from mrl_redimnet.adapters.facts import AdapterFacts
+from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.hub_cards import base_card
+from mrl_redimnet.hub_cards import adapter_card, base_card, save_card
+from mrl_redimnet.hub_cards.results import Evaluation
 
 
 def save_model(
-    model: MRLReDimNetPreTrainedModel, folder: str | Path, speakers: SpeakerTable | None = None, **card_facts
+    model: MRLReDimNetPreTrainedModel,
+    folder: str | Path,
+    speakers: SpeakerTable | None = None,
+    evaluation: Evaluation | None = None,
+    **card_facts,
 ):
     """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
 
@@ -24,11 +35,50 @@ def save_model(
     def write(target: Path):
         model.save_pretrained(target)
         MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
-        base_card(model, **{"name": Path(folder).name, **card_facts}).save(target / "README.md")
+        card = base_card(model, **{"name": Path(folder).name, **card_facts}, evaluation=evaluation)
+        save_card(card, target, evaluation)
         if speakers is not None:
             speakers.save(target / "speakers.json")
 
     replace_folder(Path(folder), write)
+
+
+def save_adapter(strategy: Vanilla, facts: AdapterFacts, folder: str | Path):
+    """Writes a trained adapter to `folder`: PEFT's two files, our facts and a card."""
+
+    def write(target: Path):
+        strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
+        strategy.save(target)
+        replace(facts, layers=strategy.ranks()).save(target)
+        write_adapter_card(target, Path(folder).name)
+
+    replace_folder(Path(folder), write)
+
+
+def publish_adapter(source: str | Path, folder: str | Path, training: str = "", evaluation: Evaluation | None = None):
+    """A copy of the adapter in `source`, with how it was trained and what was measured on its card."""
+
+    def write(target: Path):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        replace(AdapterFacts.load(target), training=training).save(target)
+        write_adapter_card(target, Path(folder).name, evaluation)
+
+    replace_folder(Path(folder), write)
+
+
+def write_adapter_card(folder: Path, name: str, evaluation: Evaluation | None = None):
+    """The card of the adapter in `folder`, from what its files say."""
+    weights = folder / "adapter_model.safetensors"
+    with safe_open(weights, "pt") as tensors:
+        parameters = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+    card = adapter_card(
+        AdapterFacts.load(folder),
+        name=name,
+        parameters=parameters,
+        file_bytes=weights.stat().st_size,
+        evaluation=evaluation,
+    )
+    save_card(card, folder, evaluation)
 
 
 def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:

@@ -39,13 +39,37 @@ def margin_at(step: int, recipe: Recipe, full: float) -> float:
 # Optimiser and guards
 
 
+# The parameters each setting of `trains` leaves trainable, by the beginning of their names.
+TRAINED_PARTS = {
+    "all": ("",),
+    "head": ("redimnet.pooling.", "redimnet.projection.", "classifier."),
+    "projection": ("redimnet.projection.", "classifier."),
+}
+TRUNK = ("redimnet.front_end.", "redimnet.trunk.")
+
+
+def freeze(model: nn.Module, recipe: Recipe, step: int):
+    """Leaves trainable what the recipe trains at `step`; frozen batch norms keep their statistics, too."""
+    trunk_waits = step < int(recipe.trunk_frozen_until * recipe.steps)
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(TRAINED_PARTS[recipe.trains])
+        parameter.requires_grad_(trained and not (trunk_waits and name.startswith(TRUNK)))
+
+
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over every trainable tensor of model and classifier; norms, biases and mixing weights do not decay."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if p.dim() > 1 and not name.endswith("mix.logits")]
-    kept = [p for name, p in trainable if p.dim() <= 1 or name.endswith("mix.logits")]
+    """AdamW over every trainable tensor of model and classifier; norms, biases and mixing weights do not decay.
+
+    Each group's `lr_scale` is what the schedule's learning rate is multiplied by: the trunk may have its own rate.
+    """
+    trunk_scale = 1.0 if recipe.trunk_learning_rate is None else recipe.trunk_learning_rate / recipe.learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and not name.endswith("mix.logits")
+            scale = trunk_scale if name.startswith(TRUNK) and recipe.trains == "all" else 1.0
+            groups.setdefault((scale, recipe.weight_decay if decays else 0.0), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+        [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
         lr=recipe.learning_rate,
     )
     check_optimizer(model, optimizer)
@@ -123,7 +147,7 @@ class Progress:
     """What a run has to know to go on, besides tensors."""
 
     step: int = 0
-    best_eer: float = math.inf
+    best_score: float = math.inf  # on development speech, lower is better
     best_step: int = -1
     problems: list = field(default_factory=list)
 
@@ -139,8 +163,10 @@ FREE_SETTINGS = {
     "tracker",
     "tests",
     "report_dims",
+    "resamples",
+    "chance_steps",
+    "base_repository",
 }
-FREE_SETTINGS |= {"resamples", "chance_steps"}
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, recipe: Recipe, keep: int = 2):
@@ -180,6 +206,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
         raise ValueError(f"{checkpoints[-1]} belongs to a run with other settings: {', '.join(changed)}.")
     accelerator.load_state(str(checkpoints[-1]))
     return Progress(**stored["progress"])
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint below `folder`, 0 when there is none."""
+    checkpoints = _checkpoints(folder)
+    return int(CHECKPOINT_NAME.fullmatch(checkpoints[-1].name)[1]) if checkpoints else 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:
