@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import initialize_lora_eva_weights
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
@@ -174,11 +174,13 @@ class WarmUp(Vanilla):
         """Every pair B A becomes its truncated SVD; reports how much of it, and of the embeddings, that keeps."""
         batch = {"input_values": self.probe.batches()[0]["input_values"]}
         before = self._answers(batch)
-        low = self._lora(self.plan.rank)
         state = get_peft_model_state_dict(self.peft)
         kept, products = {}, lora_products(self.peft)
-        self.host = self.peft.unload()
-        self.peft = self._wrap(low)
+        originals = {n: part.original_module for n, part in self.host.named_modules() if is_saved_whole(part)}
+        self.peft.unload()
+        for name, module in originals.items():  # in whose places PEFT leaves the trained copies
+            self.host.set_submodule(name, module)
+        self.peft = self._wrap(self._lora(self.plan.rank))
         for name, layer in adapted_layers(self.peft).items():
             down, up, kept[name] = truncated(*products[name], layer.r[ADAPTER])
             scale = layer.scaling[ADAPTER]
@@ -295,6 +297,11 @@ STRATEGIES: dict[str, type[Vanilla]] = {"vanilla": Vanilla, "dynamic": Dynamic, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the order of use
+
+
+def is_saved_whole(part: nn.Module) -> bool:
+    """Whether a module is one of PEFT's modules_to_save."""
+    return isinstance(part, ModulesToSaveWrapper)
 
 
 def batch_norms(host: nn.Module) -> list[str]:

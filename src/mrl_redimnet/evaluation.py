@@ -18,6 +18,8 @@ from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.trials import Trials, missing_utterances, speaker_of
 
 BATCH_SECONDS = 60.0
+SHARES = ("accuracy", "balanced accuracy")
+METRICS = (*SHARES, "mean absolute error")  # of attributes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class AttributeRow:
     value: float
     low: float | None = None
     high: float | None = None
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: got {self.metric!r}, expected one of {', '.join(METRICS)}.")
 
 
 def attribute_row(

@@ -1,0 +1,165 @@
+"""An evaluation as the text, the picture and the metadata of a card."""
+
+import itertools
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from mrl_redimnet.evaluation import VerificationRow
+from mrl_redimnet.hub_cards.results import EVALUATION_FILE, SHARES, AttributeRow, Evaluation, Row, column, interval
+
+NO_RESULTS = "No results are recorded for these weights."
+PICTURE = "eer.png"
+
+_METRIC_IDS = {"accuracy": "accuracy", "balanced accuracy": "balanced_accuracy", "mean absolute error": "mae"}
+_LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def results_section(evaluation: Evaluation | None) -> str:
+    """Markdown: a table per measure, the picture when `eer_plot` draws one, where the numbers come from."""
+    if evaluation is None:
+        return NO_RESULTS
+    parts = []
+    for kind, caption, cell in (
+        (VerificationRow, "EER % by cosine scoring, per dimension.", _value_cell),
+        (VerificationRow, "minDCF (target prior 0.01), per dimension.", _min_dcf_cell),
+        (AttributeRow, "Speaker attributes.", _value_cell),
+    ):
+        if lists := evaluation.lists_of(kind):
+            rows = [row for systems in lists.values() for rows in systems.values() for row in rows]
+            intervals = cell is _value_cell and any(interval(row) for row in rows)
+            parts.append(caption + " Brackets: 95 % intervals." * intervals)
+            parts.append(_table(lists, evaluation.saved, cell))
+    if evaluation.lists_of(VerificationRow):
+        parts.append(f"![EER per dimension]({PICTURE})")
+    conditions = " ".join(evaluation.conditions.split())
+    parts.append(f"Bold: the weights of this repository. All numbers: [{EVALUATION_FILE}]({EVALUATION_FILE}).")
+    return "\n\n".join([*parts, conditions] if conditions else parts)
+
+
+def _table(lists: dict[str, dict[str, list[Row]]], saved: str, cell: Callable[[Row], str]) -> str:
+    """A line per trial list and system, a column per dimension or metric; blank where nothing was measured."""
+    columns = sorted({column(row) for systems in lists.values() for rows in systems.values() for row in rows})
+    lines = [_line("trials", "weights", *map(_heading, columns)), "|---|---" + "|---:" * len(columns) + "|"]
+    for name, systems in lists.items():
+        for system, rows in systems.items():
+            cells = {column(row): cell(row) for row in rows}
+            label = f"**{system.strip()}**" if system == saved else system
+            lines.append(_line(name, label, *(cells.get(key, "") for key in columns)))
+    return "\n".join(lines)
+
+
+def _line(*cells: str) -> str:
+    """A table's line; names may hold anything, also what would end a cell."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _heading(key: int | str) -> str:
+    return f"{key} %" if key in SHARES else str(key)
+
+
+def _value(row: Row) -> tuple[float, int]:
+    """What the tables and the metadata show of a row, and the factor to its unit: rates are per cent."""
+    if isinstance(row, VerificationRow):
+        return row.eer, 100
+    return row.value, 100 if row.metric in SHARES else 1
+
+
+def _value_cell(row: Row) -> str:
+    value, unit = _value(row)
+    bounds = interval(row)
+    return f"{unit * value:.2f}" + (f" [{unit * bounds[0]:.1f}, {unit * bounds[1]:.1f}]" if bounds else "")
+
+
+def _min_dcf_cell(row: VerificationRow) -> str:
+    return f"{row.min_dcf:.3f}"
+
+
+def eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    """The saved system's EERs or attribute results, rounded as in the tables, for a card's model-index."""
+    entries = []
+    for (name, systems), dataset in zip(evaluation.results.items(), _dataset_ids(evaluation.results), strict=True):
+        for row in systems[evaluation.saved]:
+            value, unit = _value(row)
+            verification = isinstance(row, VerificationRow)
+            entries.append(
+                EvalResult(
+                    task_type="speaker-verification" if verification else "audio-classification",
+                    task_name="Speaker verification" if verification else "Speaker attributes",
+                    dataset_type=dataset,
+                    dataset_name=name,
+                    metric_type="equal-error-rate" if verification else _METRIC_IDS[row.metric],
+                    metric_name=f"EER % at {row.dim} dimensions" if verification else _heading(row.metric),
+                    metric_value=round(unit * value, 2),
+                )
+            )
+    return entries
+
+
+def _dataset_ids(names: Iterable[str]) -> list[str]:
+    """Trial lists' names in the letters the Hub takes in dataset.type, made distinct: equal ones become one entry."""
+    ids: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "trials"
+        distinct = (stem if count == 1 else f"{stem}-{count}" for count in itertools.count(1))
+        ids.append(next(candidate for candidate in distinct if candidate not in ids))
+    return ids
+
+
+def eer_plot(evaluation: Evaluation, file: Path) -> bool:
+    """Draws EER over dimensions, a panel per trial list, with 95 % intervals; returns whether there was anything."""
+    lists = evaluation.lists_of(VerificationRow)
+    if not lists:
+        return False
+    across = min(2, len(lists))
+    down = -(-len(lists) // across)
+    figure = Figure(figsize=(6.4, 2.9 * down + 0.7), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    styles = {
+        system: {"color": f"C{i % 10}", "linestyle": _LINE_STYLES[i % len(_LINE_STYLES)], "marker": "o"}
+        for i, system in enumerate(evaluation.systems)
+    }
+    for panel, (name, systems) in zip(panels, lists.items(), strict=False):
+        _draw(panel, systems, styles)
+        panel.set_title(_plain(textwrap.fill(name, 76 // across)), fontsize=9)
+    for unused in panels[len(lists) :]:
+        unused.remove()
+    shown = [system for system in styles if any(system in systems for systems in lists.values())]
+    handles = [Line2D([], [], **styles[system]) for system in shown]
+    rows = (row for systems in lists.values() for rows in systems.values() for row in rows)
+    if any(interval(row) for row in rows):
+        handles.append(Patch(color="grey", alpha=0.25))
+        shown.append("95 % interval")
+    figure.legend(handles, [_plain(label) for label in shown], loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def _draw(panel: Axes, systems: dict[str, list[VerificationRow]], styles: dict[str, dict]):
+    for system, rows in systems.items():
+        rows = sorted(rows, key=column)
+        panel.plot([row.dim for row in rows], [100 * row.eer for row in rows], markersize=4, **styles[system])
+        bounds = [(row.dim, *interval(row)) for row in rows if interval(row)]
+        if bounds:
+            dims, low, high = zip(*bounds, strict=True)
+            low, high = ([100 * rate for rate in rates] for rates in (low, high))
+            panel.fill_between(dims, low, high, color=styles[system]["color"], alpha=0.15, linewidth=0)
+    dims = sorted({row.dim for rows in systems.values() for row in rows})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(dims, [str(dim) for dim in dims], fontsize=8, rotation=45)
+    panel.minorticks_off()
+    panel.set(xlabel="dimensions", ylabel="EER %")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+
+
+def _plain(text: str) -> str:
+    """Text as matplotlib shows it: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")

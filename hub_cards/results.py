@@ -1,0 +1,122 @@
+"""What was measured, as a published folder keeps it: evaluation.json, which the card and its picture repeat."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from mrl_redimnet.evaluation import METRICS, SHARES, AttributeRow, VerificationRow
+
+EVALUATION_FILE = "evaluation.json"
+
+
+Row = VerificationRow | AttributeRow
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The content of evaluation.json.
+
+    saved: the system whose weights lie in the folder, such as "adapter". results: per trial list and system, its rows;
+    systems beside the saved one (such as "base", the adapter switched off) are there for comparison. conditions: a
+    sentence on machine, command and data.
+
+    Raises ValueError, saying where, for a list without the saved system, rows of two kinds in a list, two rows of one
+    dimension or metric, and values that are no such rates or errors.
+    """
+
+    saved: str
+    results: dict[str, dict[str, list[Row]]]
+    conditions: str = ""
+
+    def __post_init__(self):
+        if not self.results or not isinstance(self.conditions, str):
+            raise ValueError("an evaluation has results of a trial list at least, and its conditions are text.")
+        for name, systems in self.results.items():
+            _check_list(name, systems, self.saved)
+
+    @property
+    def systems(self) -> list[str]:
+        """The systems of all the lists, the saved one first."""
+        return list(dict.fromkeys([self.saved, *(system for systems in self.results.values() for system in systems)]))
+
+    def lists_of(self, kind: type) -> dict[str, dict[str, list[Row]]]:
+        """The part of the results whose rows are of a kind, VerificationRow or AttributeRow."""
+        return {name: systems for name, systems in self.results.items() if isinstance(systems[self.saved][0], kind)}
+
+    def save(self, folder: str | Path):
+        """Writes `folder`/evaluation.json, whole or not at all."""
+        target = Path(folder) / EVALUATION_FILE
+        temporary = target.with_name(f"{EVALUATION_FILE}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Evaluation | None":
+        """What `save` wrote, None where there is no such file.
+
+        Raises ValueError, naming the file, when it is not what `save` writes.
+        """
+        file = Path(folder) / EVALUATION_FILE
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            results = {
+                name: {system: [_row(record) for record in records] for system, records in systems.items()}
+                for name, systems in content["results"].items()
+            }
+            return cls(content["saved"], results, content.get("conditions", ""))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is not an evaluation: {error!r}") from error
+
+
+def column(row: Row) -> int | str:
+    """What tells a row from the others of its system: its dimension, or its metric."""
+    return row.dim if isinstance(row, VerificationRow) else row.metric
+
+
+def interval(row: Row) -> tuple[float, float] | None:
+    """The 95 % interval of a row's EER or value."""
+    low, high = (row.eer_low, row.eer_high) if isinstance(row, VerificationRow) else (row.low, row.high)
+    return None if low is None or high is None else (low, high)
+
+
+def _row(record: dict) -> Row:
+    kind = AttributeRow if "metric" in record else VerificationRow
+    known = {f.name for f in fields(kind)}  # a later version's additions are not ours to judge
+    return kind(**{name: value for name, value in record.items() if name in known})
+
+
+def _check_list(name: str, systems: dict[str, list[Row]], saved: str):
+    if saved not in systems:
+        raise ValueError(f"{name}: no results of the saved system {saved!r}, only of {', '.join(systems)}.")
+    if not all(label.strip() for label in (name, *systems)):
+        raise ValueError(f"{name!r} of {', '.join(map(repr, systems))}: lists and systems need names.")
+    kinds = {type(row) for rows in systems.values() for row in rows}
+    if len(kinds) > 1 or not kinds <= {VerificationRow, AttributeRow}:
+        raise ValueError(f"{name}: expected rows of one kind, got {', '.join(sorted(k.__name__ for k in kinds))}.")
+    for system, rows in systems.items():
+        columns = [column(row) for row in rows]
+        if not rows or len(set(columns)) < len(columns):
+            raise ValueError(f"{name}, {system}: expected a row per dimension or metric, got rows of {columns}.")
+        for row in rows:
+            _check_row(row, f"{name}, {system}, {column(row)}")
+
+
+def _check_row(row: Row, where: str):
+    if isinstance(row, VerificationRow) and (type(row.dim) is not int or row.dim < 1):
+        raise ValueError(f"{where}: {row.dim!r} is no dimension.")
+    required = (row.eer, row.min_dcf) if isinstance(row, VerificationRow) else (row.value,)
+    bounds = (row.eer_low, row.eer_high) if isinstance(row, VerificationRow) else (row.low, row.high)
+    given = (*required, *(bound for bound in bounds if bound is not None))
+    largest = math.inf if column(row) == "mean absolute error" else 1.0
+    if not all(_is_number(value) and 0 <= value <= largest for value in given):
+        raise ValueError(f"{where}: expected finite numbers from 0 to {largest:g}, got {given}.")
+    if bounds.count(None) == 1:
+        raise ValueError(f"{where}: an interval has two ends, got {bounds}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

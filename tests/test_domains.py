@@ -1,0 +1,460 @@
+"""Acoustic domains: lengths, draws, rooms (decay, place, level), SNR, the telephone band, codecs, packets, errors."""
+
+import pickle
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pyroomacoustics.experimental import measure_rt60
+from scipy.signal import correlate, welch
+from torch.utils.data import DataLoader
+
+from mrl_redimnet import domains
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError
+from mrl_redimnet.domains import (
+    CODECS,
+    DOMAINS,
+    Codec,
+    Noisy,
+    Telephony,
+    draw_room,
+    lose_packets,
+    make_domain,
+    recorded_response,
+    reverberate,
+    reverberation_time,
+    simulate,
+    simulated_response,
+    transcode,
+)
+from mrl_redimnet.synthetic import synthesise
+
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+ROOMS = 4  # a small bank: simulating a room takes up to a second
+OFFSET = 300  # of the direct path in the recorded responses, in samples at 16 kHz
+
+
+def write(path: Path, wave: np.ndarray, rate: int = SAMPLING_RATE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, rate, subtype="FLOAT")
+    return path
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("noises")
+    for i in range(3):
+        write(folder / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(20000 + 5000 * i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def silence(tmp_path_factory) -> Path:
+    """With noise of no power there is no SNR: the noisy domain gives the reverberated speech alone."""
+    return write(tmp_path_factory.mktemp("silence") / "0.wav", np.zeros(16000)).parent
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """Responses at 8 and 16 kHz: noise far below the direct path before it, decaying noise after it."""
+    folder = tmp_path_factory.mktemp("rooms")
+    for rate in (8000, 16000):
+        taps = 0.05 * np.random.default_rng(rate).standard_normal(rate // 2)
+        direct = OFFSET * rate // SAMPLING_RATE
+        taps[direct:] *= np.exp(-20 * np.arange(len(taps) - direct) / rate)
+        taps[:direct] *= 0.01
+        taps[direct] = 1
+        write(folder / "hall" / f"{rate}.wav", 0.3 * taps, rate)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speech() -> list[np.ndarray]:
+    return [synthesise(0, speaker, 0, 0, (2.0, 2.0)).astype(np.float32) for speaker in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def white() -> np.ndarray:
+    return 0.1 * np.random.default_rng(0).standard_normal(3 * SAMPLING_RATE, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def everything(noises) -> dict:
+    """Every domain, and every codec alone; a draw of several ways takes each of them."""
+    options = {"noisy": dict(noise=noises, room_count=ROOMS)}
+    named = {name: make_domain(name, **options.get(name, {})) for name in DOMAINS}
+    return named | {codec: make_domain("telephony", codecs=(codec,)) for codec in CODECS}
+
+
+def power(wave: np.ndarray) -> float:
+    return float(np.mean(wave.astype(np.float64) ** 2))
+
+
+def lag(reference: np.ndarray, wave: np.ndarray) -> int:
+    """How many samples late wave is."""
+    return int(correlate(wave, reference, method="fft").argmax()) - len(reference) + 1
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+# ---------------------------------------------------------------- all domains
+
+
+@SETTINGS
+@given(st.integers(400, 9000), st.floats(-120, 20), st.integers(0, 10**6))
+@example(400, -20.0, 0)
+@example(8000, -20.0, 0)  # whole packets: the codec's delay has to come from somewhere
+def test_samples_in_samples_out(everything, samples, decibels, seed):
+    audio = np.random.default_rng(seed).standard_normal(samples, dtype=np.float32) * np.float32(10 ** (decibels / 20))
+    before = audio.copy()
+    for name, domain in everything.items():
+        out = domain(audio, np.random.default_rng(seed))
+        assert out.shape == audio.shape and out.dtype == np.float32, name
+        assert np.isfinite(out).all(), name
+    assert np.array_equal(audio, before)
+
+
+def test_silence_stays_silent_and_finite(everything):
+    nothing = np.zeros(4000, np.float32)
+    for name, domain in everything.items():
+        out = domain(nothing, np.random.default_rng(0))
+        assert not out.any(), name
+
+
+def test_the_generator_draws_everything(everything, speech):
+    for name, domain in everything.items():
+        one, same, other = (domain(speech[0], np.random.default_rng(seed)) for seed in (5, 5, 6))
+        assert np.array_equal(one, same), name
+        assert name == "clean" or not np.array_equal(one, other), name
+
+
+def test_clean_is_the_audio(speech):
+    assert np.array_equal(make_domain("clean")(speech[0], np.random.default_rng(0)), speech[0])
+
+
+def test_evaluation_does_not_depend_on_the_order(everything, speech):
+    paths = ["a/0.wav", "a/1.wav", Path("b/0.wav")]
+    for name in ("noisy", "telephony"):
+        forwards = [simulate(everything[name], speech[0], path) for path in paths]
+        backwards = [simulate(everything[name], speech[0], path) for path in reversed(paths)][::-1]
+        assert all(map(np.array_equal, forwards, backwards))
+        assert not np.array_equal(forwards[0], forwards[1])
+        assert np.array_equal(simulate(everything[name], speech[0], "b/0.wav"), forwards[2])
+        assert not np.array_equal(simulate(everything[name], speech[0], paths[0], seed=1), forwards[0])
+
+
+def test_evaluation_draws_are_pinned(speech):
+    """By values, not by a second call: they must outlive the process, whose hash() is salted."""
+    drawn = []
+    simulate(lambda audio, rng: drawn.append(rng.integers(10**6)) or audio, speech[0], "id1/s/0.wav", seed=3)
+    assert drawn == [PINNED]
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_pickling_changes_nothing(everything, speech, name):
+    copy = pickle.loads(pickle.dumps(everything[name]))
+    one, other = (domain(speech[0], np.random.default_rng(1)) for domain in (everything[name], copy))
+    assert np.array_equal(one, other)
+
+
+class Simulated:
+    """A data set of one utterance in a domain, under different seeds."""
+
+    def __init__(self, domain, audio):
+        self.domain, self.audio = domain, audio
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return simulate(self.domain, self.audio, str(index))
+
+
+@pytest.mark.parametrize("name", ["noisy", "telephony"])
+def test_worker_processes_hear_the_same(everything, speech, name):
+    data = Simulated(everything[name], speech[0])
+    here, there = (list(DataLoader(data, batch_size=1, num_workers=workers)) for workers in (0, 2))
+    assert all(map(np.array_equal, here, there))
+
+
+# ---------------------------------------------------------------- rooms
+
+
+def test_rooms_are_drawn_within_their_bounds():
+    rooms = [draw_room(0, index) for index in range(200)]
+    sizes, times = np.array([room.size for room in rooms]), np.array([room.rt60 for room in rooms])
+    for positions in (np.array([room.source for room in rooms]), np.array([room.microphone for room in rooms])):
+        assert positions.min() >= 0.5 and (sizes - positions).min() >= 0.5
+    assert (sizes >= [3, 3, 2.4]).all() and (sizes <= [9, 7, 4]).all()
+    assert 0.2 <= times.min() < 0.22 and 0.78 < times.max() <= 0.8
+    assert draw_room(1, 0).rt60 != rooms[0].rt60 == draw_room(0, 0).rt60
+
+
+@pytest.mark.parametrize("rt60", [0.2, 0.5, 0.8])
+def test_reverberation_time_of_a_known_decay(rt60):
+    seconds = np.arange(SAMPLING_RATE) / SAMPLING_RATE
+    taps = np.random.default_rng(0).standard_normal(SAMPLING_RATE) * 10 ** (-3 * seconds / rt60)
+    assert reverberation_time(taps) == pytest.approx(rt60, rel=0.05)
+
+
+@pytest.mark.parametrize("index", range(ROOMS))
+def test_a_simulated_room_rings_as_long_as_drawn(index):
+    room, response = draw_room(0, index), simulated_response(0, index)
+    measured = measure_rt60(response.taps[response.delay :], SAMPLING_RATE, decay_db=20)  # Schroeder's integration
+    assert measured == pytest.approx(room.rt60, rel=0.12)
+
+
+@pytest.mark.parametrize("index", range(ROOMS))
+def test_the_direct_path_is_where_the_distance_puts_it(index):
+    room, response = draw_room(0, index), simulated_response(0, index)
+    size = np.abs(response.taps)
+    assert size[: response.delay - 4].max() < 0.3 * size[response.delay]  # its interpolation's ripple, no more
+    # The direct path falls off as 1 / (4 pi distance), up to the interpolation of a time between two samples.
+    free_field = 1 / (4 * np.pi * np.linalg.norm(room.source - room.microphone))
+    assert 0.6 * free_field < size[response.delay] < 1.1 * free_field
+
+
+def responses(recorded: Path) -> list:
+    files = sorted(str(path) for path in recorded.rglob("*.wav"))
+    return [*map(recorded_response, files), *(simulated_response(0, index) for index in range(ROOMS))]
+
+
+def test_a_click_becomes_a_decay_after_itself(recorded):
+    click = np.zeros(SAMPLING_RATE, np.float32)
+    click[4000] = 1
+    for response in responses(recorded):
+        heard = reverberate(click, response)
+        onset = int(np.argmax(np.abs(heard) > 0.1 * np.abs(heard).max()))
+        assert abs(onset - 4000) <= 4
+        assert power(heard[4200:8000]) > 0.01 * power(heard) and not click[4200:].any()
+
+
+def test_reverberated_speech_keeps_level_and_place(recorded, speech):
+    for audio in speech:
+        for response in responses(recorded):
+            heard = reverberate(audio, response)
+            assert heard.shape == audio.shape and heard.dtype == np.float32
+            assert power(heard) == pytest.approx(power(audio), rel=1e-4)
+            assert 0.1 < likeness(audio, heard) < 0.99
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_share_of_utterances_in_a_room(silence, recorded, probability):
+    domain = Noisy(silence, rooms=recorded, room_probability=probability)
+    audio, rng = np.random.default_rng(0).standard_normal(500, dtype=np.float32), np.random.default_rng(0)
+    changed = [not np.array_equal(audio, domain(audio, rng)) for _ in range(300)]
+    assert np.mean(changed) == pytest.approx(probability, abs=0.08 if 0 < probability < 1 else 0)
+
+
+def test_every_room_is_drawn(silence, recorded, speech):
+    audio = speech[0][:2000]
+    for options, count in ((dict(rooms=recorded), 2), (dict(room_count=ROOMS), ROOMS)):
+        domain = Noisy(silence, room_probability=1.0, **options)
+        assert len({domain(audio, np.random.default_rng(seed)).tobytes() for seed in range(40)}) == count
+    seeds = [Noisy(silence, room_probability=1.0, room_count=1, room_seed=seed) for seed in (0, 1)]
+    one, other = (domain(audio, np.random.default_rng(0)) for domain in seeds)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_the_ratio_is_that_of_reverberated_speech_to_noise(noises, silence, speech, probability):
+    options = dict(snr=(5.0, 5.0), room_probability=probability, room_count=ROOMS)
+    for seed, audio in enumerate(speech):
+        mixed = Noisy(noises, **options)(audio, np.random.default_rng(seed))
+        heard = Noisy(silence, **options)(audio, np.random.default_rng(seed))
+        assert np.array_equal(heard, audio) == (probability == 0)
+        assert 10 * np.log10(power(heard) / power(mixed - heard)) == pytest.approx(5.0, abs=0.01)
+
+
+def test_a_bad_response_is_an_error(silence, tmp_path, speech):
+    dumb = Noisy(silence, rooms=write(tmp_path / "dumb" / "0.wav", np.zeros(100)).parent, room_probability=1.0)
+    with pytest.raises(AudioError, match="0.wav is silent"):
+        dumb(speech[0], np.random.default_rng(0))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.wav").write_bytes(b"RIFF, once")
+    bad = Noisy(silence, rooms=tmp_path / "bad", room_probability=1.0)
+    with pytest.raises(AudioError, match="0.wav cannot be read as audio"):
+        bad(speech[0], np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------- telephony
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_telephone_passes_its_band_only(codec, white):
+    domain = Telephony(codecs=(codec,), loss=(0.0, 0.0))
+    hertz, density = welch(domain(white, np.random.default_rng(0)), SAMPLING_RATE, nperseg=1024)
+    decibels = 10 * np.log10(density / density[(hertz > 400) & (hertz < 3000)].mean())
+    assert decibels[hertz > 4000].max() < -30 and decibels[hertz < 190].max() < -20
+    assert decibels[(hertz > 500) & (hertz < 2500)].min() > -12  # all of the band is there
+
+
+def test_the_band_is_an_option(white):
+    domain = Telephony(codecs=("mulaw",), loss=(0.0, 0.0), band=(1000, 2000))
+    hertz, density = welch(domain(white, np.random.default_rng(0)), SAMPLING_RATE, nperseg=1024)
+    inside = density[(hertz > 1200) & (hertz < 1700)].mean()
+    assert density[(hertz < 700) | (hertz > 2700)].max() < 0.01 * inside
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_call_keeps_level_and_place(codec, speech):
+    domain = Telephony(codecs=(codec,), loss=(0.0, 0.0))
+    for seed, audio in enumerate(speech):
+        out = domain(audio, np.random.default_rng(seed))
+        assert power(out) == pytest.approx(power(audio), rel=1e-4)
+        assert abs(lag(audio, out)) <= 4
+
+
+# Signal-to-noise ratios in dB: G.711's is about 38 at most, of the vocoders' waveforms less than half is left.
+@pytest.mark.parametrize(
+    ("codec", "low", "high"),
+    [("mulaw", 30, 42), ("alaw", 30, 42), ("gsm", 6, 25), ("amr_nb", 2, 15), ("opus", 4, 25)],
+)
+def test_codecs_are_real(codec, low, high, speech):
+    for seed, audio in enumerate(speech):
+        line = Telephony()._to_line(audio)
+        decoded = transcode(codec, line, np.random.default_rng(seed))
+        assert decoded.shape == line.shape and decoded.dtype == np.float32
+        assert low < 10 * np.log10(power(line) / power(decoded - line)) < high
+
+
+@pytest.mark.parametrize(("codec", "rates"), [("amr_nb", 8), ("opus", 50)])
+def test_bit_rates_are_drawn(codec, rates, speech):
+    line = Telephony()._to_line(speech[0][:3200])
+    decoded = {transcode(codec, line, np.random.default_rng(seed)).tobytes() for seed in range(60)}
+    assert len(decoded) == rates if codec == "amr_nb" else len(decoded) > 10
+
+
+def test_g711_is_that_of_the_standard():
+    """Values of ITU-T G.711's decoders, 14 and 13 bits scaled to 16: end points and steps near zero."""
+    values = np.array([0, 8, 16, 132, 1000, 8031 * 4, 2**15 - 1, -(2**15)]) / 2**15
+    pcm = np.resize(values, 160).astype(np.float32)
+    for codec, expected in MULAW_ALAW.items():
+        decoded = transcode(codec, pcm, np.random.default_rng(0))[: len(values)] * 2**15
+        assert decoded.tolist() == expected
+
+
+def test_every_codec_is_drawn(monkeypatch, speech):
+    used = []
+
+    def recording(name: str) -> Codec:
+        return Codec(lambda pcm, rng: used.append(name) or pcm.astype(np.float32), delay=0)
+
+    monkeypatch.setattr(domains, "CODECS", {name: recording(name) for name in CODECS})
+    domain = Telephony(codecs=("gsm", "opus", "mulaw"))
+    for seed in range(60):
+        domain(speech[0][:800], np.random.default_rng(seed))
+    assert set(used) == {"gsm", "opus", "mulaw"} and min(map(used.count, set(used))) > 8
+
+
+def test_loud_speech_is_not_clipped(speech):
+    domain = Telephony(codecs=("mulaw",), loss=(0.0, 0.0))
+    loud = speech[0] * np.float32(4 / np.abs(speech[0]).max())
+    out, reference = (domain(audio, np.random.default_rng(0)) for audio in (loud, loud / 8))
+    assert likeness(out, reference) > 0.999
+
+
+# ---------------------------------------------------------------- packets
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_share_of_lost_packets(share):
+    packets = 4000
+    audio = np.repeat(np.arange(1, packets + 1, dtype=np.float32), 160)  # a value of its own for each
+    out = lose_packets(audio, share, np.random.default_rng(0)).reshape(packets, 160)
+    lost = (out != audio.reshape(packets, 160)).any(axis=1)
+    assert lost.mean() == pytest.approx(share, abs=0.02 if 0 < share < 1 else 0)
+
+
+@SETTINGS
+@given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
+def test_a_gap_is_the_last_good_packet_fading_out(packets, share, seed):
+    audio = np.random.default_rng(seed).uniform(0.5, 1, packets * 160).astype(np.float32)
+    out = lose_packets(audio, share, np.random.default_rng(seed))
+    assert out.dtype == np.float32
+    last, gap = np.zeros(160), 0
+    for was, now in zip(audio.reshape(-1, 160), out.reshape(-1, 160), strict=True):
+        if np.array_equal(was, now):
+            last, gap = was, 0
+            continue
+        fade = np.maximum(0, 1 - (gap + np.arange(160)) / 480)  # 60 ms
+        assert now == pytest.approx(last * fade, abs=1e-6)
+        gap += 160
+
+
+def test_a_call_loses_the_share_asked_for(monkeypatch, speech):
+    shares = []
+    monkeypatch.setattr(domains, "lose_packets", lambda audio, share, rng: shares.append(share) or audio)
+    domain = Telephony(codecs=("mulaw",), loss=(0.1, 0.3))
+    for seed in range(100):
+        domain(speech[0][:800], np.random.default_rng(seed))
+    assert 0.1 <= min(shares) < 0.12 and 0.28 < max(shares) <= 0.3
+
+
+def test_losses_are_heard(speech):
+    whole, broken = (Telephony(("mulaw",), loss=(share, share)) for share in (0.0, 0.3))
+    one, other = (domain(speech[0], np.random.default_rng(0)) for domain in (whole, broken))
+    assert likeness(one, other) < 0.95
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="marine"), "domain: got 'marine', expected one of clean, noisy, telephony."),
+        (dict(name="noisy"), "noise: the noisy domain needs a folder of noise files"),
+        (dict(name="clean", snr=(0, 1)), "clean domain: unknown option snr; its options: none."),
+        (dict(name="telephony", los=(0, 0)), "telephony domain: unknown option los; its options: band, codecs, loss."),
+        (dict(name="noisy", noise=".", reverb=1), "unknown option reverb; its options: room_count, room_probability"),
+        (dict(name="noisy", noise=".", snr=(10, 5)), "snr: got 10 to 5"),
+        (dict(name="noisy", noise=".", room_probability=1.5), "room_probability: got 1.5, expected 0 to 1"),
+        (dict(name="noisy", noise=".", room_count=0), "room_count: got 0"),
+        (dict(name="telephony", codecs=("gsm", "g729")), "codecs: got ['g729'], expected some of mulaw, alaw, gsm"),
+        (dict(name="telephony", codecs=()), "codecs: got none"),
+        (dict(name="telephony", loss=(0.0, 1.1)), "loss: got 0.0 to 1.1, expected values from 0 to 1"),
+        (dict(name="telephony", band=(300, 4000)), "band: got 300 to 4000"),
+        (dict(name="telephony", band=(300, 300)), "band: 300 Hz to the same"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_domain(**arguments)
+
+
+def test_folders_without_audio_are_refused(noises, tmp_path):
+    with pytest.raises(FileNotFoundError, match="noise folder: no audio"):
+        make_domain("noisy", noise=tmp_path)
+    with pytest.raises(FileNotFoundError, match="rooms: no audio"):
+        make_domain("noisy", noise=noises, rooms=tmp_path)
+
+
+def test_domains_without_noise_ignore_the_folder(noises):
+    assert isinstance(make_domain("telephony", noise=noises, loss=(0.1, 0.1)), Telephony)
+
+
+def test_a_codec_that_fails_says_which(monkeypatch):
+    def failing(error: Exception) -> Codec:
+        def run(pcm, rng):
+            raise error
+
+        return Codec(run, delay=0)
+
+    broken = {
+        "ffmpeg": failing(av.FFmpegError(22, "Invalid argument")),
+        "sndfile": failing(soundfile.LibsndfileError(1)),
+        "missing": Codec(lambda pcm, rng: domains._run_ffmpeg("no_such_codec", pcm, 8000)[0], delay=0),
+        "short": Codec(lambda pcm, rng: pcm[:100].astype(np.float32), delay=0),
+    }
+    monkeypatch.setattr(domains, "CODECS", CODECS | broken)
+    for name in broken:
+        with pytest.raises(AudioError, match=f"codec {name} .*320"):
+            Telephony(codecs=(name,))(np.ones(640, np.float32), np.random.default_rng(0))
