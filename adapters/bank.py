@@ -410,7 +410,7 @@ class AdapterBank:
             )
         chosen = [self._get(name) for name in set(names) if name is not None]
         windowed = input_values.shape[1] > int(self.model.config.window_seconds * SAMPLING_RATE)  # row by row
-        if all(adapter.plain for adapter in chosen) and not windowed:
+        if len(set(names)) != 1 and all(adapter.plain for adapter in chosen) and not windowed:
             with self._using(None), adapters_by_row(self.model, names):
                 return self.model(input_values, attention_mask, truncate_dim).embeddings
         order, parts = [], []

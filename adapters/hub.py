@@ -115,8 +115,8 @@ def push_adapter(
 
     base: the repository of the base, where the folder names one that was on this machine only. revision: a branch, made
     if need be. tag: for the commit. The folder stays as it is; in what is sent, PEFT's configuration and the card's
-    metadata name the base's repository, and no path on this machine. Raises HubError; a push that broke off has
-    changed nothing and can be repeated.
+    metadata name the base's repository, and no path on this machine. What the repository has beyond the folder stays.
+    Raises HubError; a push that broke off happened whole or not at all, and can be repeated.
     """
     folder = Path(folder)
     sent, left_out = _files(folder, ALLOWED)
@@ -146,9 +146,10 @@ def push_base(
     sent, left_out = _files(folder, ALLOWED_IN_BASE)
     if "config.json" not in sent or not any(name.endswith(".safetensors") for name in sent):
         raise HubError(f"{folder} is no model: it lacks config.json or model.safetensors. Save it with save_model.")
-    for module in {value.split(".")[0] for value in _json(folder / "config.json").get("auto_map", {}).values()}:
-        if "--" not in module and f"{module}.py" not in sent:
-            raise HubError(f"{folder} lacks {module}.py, so that nobody could load it. Save it with save_model.")
+    for file in sorted(sent.keys() & {"config.json", "preprocessor_config.json"}):
+        for module in sorted({value.split(".")[0] for value in (_json(folder / file).get("auto_map") or {}).values()}):
+            if f"{module}.py" not in sent:
+                raise HubError(f"{folder} lacks {module}.py, so that nobody could load it. Save it with save_model.")
     if "README.md" in sent:
         sent["README.md"] = _read(folder / "README.md").replace(NAMELESS, repository).encode()
     _check_paths(folder, sent)
@@ -263,7 +264,7 @@ def _parameters(weights: Path) -> int:
     """Numbers in a safetensors file, from its header. Raises HubError for a file that is none, or not whole."""
     try:
         with safe_open(weights, "pt") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     except SafetensorError as error:
         raise HubError(f"{weights} is not a whole safetensors file: {error}. Save it again.") from error
 
@@ -381,7 +382,7 @@ def _push(
         raise HubError(f"{what}: no token for {api.endpoint}. {LOGIN}.")
     with _explained(what, repository, None, token):
         made = _make_repository(api, repository, private)
-    hint = f" The new repository {repository} is still empty." if made else ""
+    hint = f" The new repository {repository} stays, empty unless the commit arrived." if made else ""
     with _explained(what, repository, revision, token, f" A push happens whole or not at all.{hint}"):
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)

@@ -154,7 +154,7 @@ def test_evaluation_draws_are_pinned(speech):
     """By values, not by a second call: they must outlive the process, whose hash() is salted."""
     drawn = []
     simulate(lambda audio, rng: drawn.append(rng.integers(10**6)) or audio, speech[0], "id1/s/0.wav", seed=3)
-    assert drawn == [PINNED]
+    assert drawn == [363762]
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -215,10 +215,10 @@ def test_a_simulated_room_rings_as_long_as_drawn(index):
 def test_the_direct_path_is_where_the_distance_puts_it(index):
     room, response = draw_room(0, index), simulated_response(0, index)
     size = np.abs(response.taps)
-    assert size[: response.delay - 4].max() < 0.3 * size[response.delay]  # its interpolation's ripple, no more
-    # The direct path falls off as 1 / (4 pi distance), up to the interpolation of a time between two samples.
-    free_field = 1 / (4 * np.pi * np.linalg.norm(room.source - room.microphone))
-    assert 0.6 * free_field < size[response.delay] < 1.1 * free_field
+    assert size[: response.delay - 4].max() < 0.15 * size[response.delay]  # its interpolation's ripple, no more
+    # Spherical spreading, 1 / distance, less what interpolation takes for a time between two samples: sinc(1 / 2).
+    distance = np.linalg.norm(room.source - room.microphone)
+    assert 0.6 < size[response.delay] * distance < 1.05
 
 
 def responses(recorded: Path) -> list:
@@ -292,7 +292,7 @@ def test_a_telephone_passes_its_band_only(codec, white):
     domain = Telephony(codecs=(codec,), loss=(0.0, 0.0))
     hertz, density = welch(domain(white, np.random.default_rng(0)), SAMPLING_RATE, nperseg=1024)
     decibels = 10 * np.log10(density / density[(hertz > 400) & (hertz < 3000)].mean())
-    assert decibels[hertz > 4000].max() < -30 and decibels[hertz < 190].max() < -20
+    assert decibels[hertz > 4000].max() < -40 and decibels[hertz < 190].max() < -25
     assert decibels[(hertz > 500) & (hertz < 2500)].min() > -12  # all of the band is there
 
 
@@ -334,11 +334,14 @@ def test_bit_rates_are_drawn(codec, rates, speech):
 
 def test_g711_is_that_of_the_standard():
     """Values of ITU-T G.711's decoders, 14 and 13 bits scaled to 16: end points and steps near zero."""
-    values = np.array([0, 8, 16, 132, 1000, 8031 * 4, 2**15 - 1, -(2**15)]) / 2**15
-    pcm = np.resize(values, 160).astype(np.float32)
-    for codec, expected in MULAW_ALAW.items():
-        decoded = transcode(codec, pcm, np.random.default_rng(0))[: len(values)] * 2**15
-        assert decoded.tolist() == expected
+    values = [0, 8, 16, 132, 1000, 2**15 - 1, -(2**15)]
+    expected = {
+        "mulaw": [0, 2 * 4, 4 * 4, 33 * 4, 247 * 4, 8031 * 4, -8031 * 4],
+        "alaw": [1 * 8, 1 * 8, 3 * 8, 17 * 8, 126 * 8, 4032 * 8, -4032 * 8],
+    }
+    audio = np.resize(values, 160).astype(np.float32) / 2**15
+    for codec, decoded in expected.items():
+        assert (transcode(codec, audio, np.random.default_rng(0))[: len(values)] * 2**15).tolist() == decoded
 
 
 def test_every_codec_is_drawn(monkeypatch, speech):

@@ -283,6 +283,9 @@ def test_private_repository(connected, adapter, monkeypatch):
             with pytest.raises(HubError) as error:
                 look(REPOSITORY, token=token)
             says(error, REPOSITORY, "no such repository, or it is private", why)
+    for call in (pull, adapter_info, lambda name, token: list_adapters(BASE, token=token)):
+        with pytest.raises(HubError, match="does not know the token"):
+            call(REPOSITORY, token="hf_unknown")
     for token in (ANNA, READER):
         assert [row.private for row in list_adapters(BASE, token=token)] == [True]
         assert adapter_info(REPOSITORY, token=token).rank == 4
@@ -343,7 +346,7 @@ def test_push_that_breaks_off_changes_nothing(hub, adapter, stage):
     hub.break_off_at(stage)
     with pytest.raises(HubError) as error:
         push_adapter(adapter, REPOSITORY)
-    says(error, REPOSITORY, hub.url, "broke off", "whole or not at all", "still empty")
+    says(error, REPOSITORY, hub.url, "broke off", "whole or not at all", f"new repository {REPOSITORY} stays")
     assert files_of(hub, REPOSITORY) == {}
     hub.break_off_at()
     first = push_adapter(adapter, REPOSITORY)
@@ -354,7 +357,7 @@ def test_push_that_breaks_off_changes_nothing(hub, adapter, stage):
     hub.break_off_at(stage)
     with pytest.raises(HubError) as error:
         push_adapter(adapter, REPOSITORY)
-    assert "empty" not in str(error.value)
+    assert "new repository" not in str(error.value)
     assert files_of(hub, REPOSITORY) == before
     assert hub.repositories[REPOSITORY].branches == {"main": first.commit}
     hub.break_off_at()
@@ -490,7 +493,9 @@ def test_broken_files_are_not_pushed(hub, adapter, name, content, part):
     assert not hub.requests
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "modeling_mrl_redimnet.py"])
+@pytest.mark.parametrize(
+    "missing", ["config.json", "model.safetensors", "modeling_mrl_redimnet.py", "feature_extraction_mrl_redimnet.py"]
+)
 def test_not_a_base(hub, folders, tmp_path, missing):
     folder = Path(shutil.copytree(folders / "base", tmp_path / "base"))
     (folder / missing).unlink()
@@ -544,32 +549,30 @@ def test_offline(hub, folders, adapter, monkeypatch):
             call(REPOSITORY)
 
 
+def run(command: list, environment: dict[str, str], folder: Path):
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_another_machine(folders, tmp_path):
     """Nothing of this package there: an empty cache, plain transformers and PEFT, and then without the Hub."""
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_TOKEN": ANNA}
     save_file({"waves": torch.stack(waves(4_800, 4_800))}, tmp_path / "waves")
-    with LocalHub({ANNA: "anna"}) as hub:
-        environment["HF_ENDPOINT"] = hub.url
-        push = (
-            "import sys; from mrl_redimnet.adapters.hub import *; base, adapter, name = sys.argv[1:]\n"
-            "push_base(base, name, private=True); push_adapter(adapter, default_repository(name, 'telephony'))"
-        )
-        arguments = [str(folders / "base"), str(folders / "adapter"), BASE]
-        subprocess.run([sys.executable, "-c", push, *arguments], env=environment, check=True, timeout=120)
-        load = [sys.executable, "-I", "-c", ANOTHER_MACHINE, BASE, REPOSITORY, str(tmp_path / "waves")]
-        for out, more in (("online", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
-            if more:
-                hub.__exit__()
-            done = subprocess.run(
-                [*load, str(tmp_path / out)],
-                cwd=tmp_path,
-                env=environment | more,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
+    server = [sys.executable, Path(__file__).with_name("local_hub.py"), "--token", ANNA, "--user", "anna"]
+    push = (
+        "import sys; from mrl_redimnet.adapters.hub import *; base, adapter, name = sys.argv[1:]\n"
+        "push_base(base, name, private=True); push_adapter(adapter, default_repository(name, 'telephony'))"
+    )
+    load = [sys.executable, "-I", "-c", ANOTHER_MACHINE, BASE, REPOSITORY, tmp_path / "waves"]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as hub:
+        try:
+            environment["HF_ENDPOINT"] = hub.stdout.readline().strip()
+            run([sys.executable, "-c", push, folders / "base", folders / "adapter", BASE], environment, tmp_path)
+            run([*load, tmp_path / "online"], environment, tmp_path)
+        finally:
+            hub.terminate()
+    run([*load, tmp_path / "offline"], environment | {"HF_HUB_OFFLINE": "1"}, tmp_path)
     base = MRLReDimNetModel.from_pretrained(folders / "base").eval()
     batch = load_file(tmp_path / "waves")["waves"]
     with torch.inference_mode():

@@ -238,13 +238,13 @@ class Telephony:
         line = self._to_line(audio)
         line = transcode(self.codecs[rng.integers(len(self.codecs))], line, rng)
         line = self._in_band(lose_packets(line, rng.uniform(*self.loss), rng))
-        wide = resample(torch.from_numpy(line), _TELEPHONE_RATE, SAMPLING_RATE).numpy()
+        wide = _resampled(line, _TELEPHONE_RATE, SAMPLING_RATE)
         return _at_power_of(audio, wide[: len(audio)])
 
     def _to_line(self, audio: np.ndarray) -> np.ndarray:
         """[samples] at 16 kHz -> [whole packets] float32 at 8 kHz, in the band and within full scale."""
         whole = np.pad(audio, (0, -len(audio) % (_PACKET * SAMPLING_RATE // _TELEPHONE_RATE)))
-        narrow = resample(torch.from_numpy(whole), SAMPLING_RATE, _TELEPHONE_RATE).numpy()
+        narrow = _resampled(whole, SAMPLING_RATE, _TELEPHONE_RATE)
         line = self._in_band(narrow)
         return line / max(1.0, np.abs(line).max())
 
@@ -255,6 +255,11 @@ class Telephony:
 @lru_cache(maxsize=8)
 def _band_filter(low: float, high: float) -> np.ndarray:
     return butter(4, (low, high), "bandpass", fs=_TELEPHONE_RATE, output="sos")
+
+
+def _resampled(audio: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """audio [samples] float32 at another rate. The long filter keeps what is near 4 kHz from appearing above it."""
+    return resample(torch.from_numpy(audio), rate, new_rate, lowpass_filter_width=32).numpy()
 
 
 def lose_packets(audio: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -310,7 +315,7 @@ def _run_amr_nb(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _run_opus(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     bit_rate = int(rng.integers(*_OPUS_RATES, endpoint=True))
     decoded, rate = _run_ffmpeg("libopus", pcm, bit_rate, {"application": "voip", "frame_duration": "20"})
-    return resample(torch.from_numpy(decoded), rate, _TELEPHONE_RATE).numpy()  # Opus decodes at 48 kHz
+    return _resampled(decoded, rate, _TELEPHONE_RATE)  # Opus decodes at 48 kHz
 
 
 def _run_ffmpeg(
