@@ -458,8 +458,9 @@ def _reason(error: Exception, repository: str, revision: str | None, token: str 
             return f"it has no branch, tag or commit {revision!r}. {endpoint}/{repository}/tree/main lists them."
         case HfHubHTTPError():
             return _refusal(error, endpoint, anonymous)
-        case HTTPError() | RuntimeError():
-            return f"no connection to {endpoint}, or it broke off ({error}). Check HF_ENDPOINT and the network, repeat."
+        case HTTPError() | ConnectionError() | RuntimeError():
+            xet = " A Hub that does not know Xet needs HF_HUB_DISABLE_XET=1." if "xet-write" in str(error) else ""
+            return f"no connection to {endpoint}, or it broke off ({error}). Check HF_ENDPOINT and the network.{xet}"
         case _:
             return str(error)
 

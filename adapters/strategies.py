@@ -109,7 +109,7 @@ class Vanilla:
     def save(self, folder: Path):
         """Writes adapter_config.json and adapter_model.safetensors to `folder`."""
         start = getattr(self, "start_folder", None)
-        self.peft.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+        self.peft.save_pretrained(folder, path_initial_model_for_weight_conversion=start, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; ours states what was measured
 
     def _config(self) -> LoraConfig:
@@ -156,7 +156,7 @@ class Vanilla:
         """Writes the adapter's first state to `folder`, where the initialisation has moved the base's weights."""
         if str(self.config.init_lora_weights).startswith(MUTATING):
             if not (folder / "adapter_config.json").is_file():
-                self.peft.save_pretrained(folder)
+                self.peft.save_pretrained(folder, save_embedding_layers=False)
             self.start_folder = str(folder)
 
 

@@ -14,12 +14,14 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
 
+from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import cosine_scores, embed_trials
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
@@ -32,31 +34,27 @@ DIMS = (64, 256)
 def main():
     """Embeds, scores, writes OUT.json and OUT.md."""
     arguments = parse()
-    lists = {path.stem.removeprefix("trials_"): read_trials(path) for path in sorted_lists(arguments.speech)}
-    everything = Trials(
-        np.concatenate([t.labels for t in lists.values()]),
-        [path for t in lists.values() for path in t.enrol],
-        [path for t in lists.values() for path in t.test],
-    )
-    lists["both lists"] = everything
+    lists = trial_lists(arguments.speech)
     noise = str(arguments.speech / "noise" / "test")
     conditions = {"clean": None, "noisy": make_domain("noisy", noise=noise), "telephony": make_domain("telephony")}
-    folder = arguments.speech / "test" / "wav"
-    began, rows, identical, base_values = time.time(), [], {}, {}
-    for system, source in {"base": None, **dict(pair.split("=", 1) for pair in arguments.systems)}.items():
+    folder, trials = arguments.speech / "test" / "wav", lists["both lists"]
+    began, rows, systems, reference, resampled = time.time(), [], {}, None, {}
+    for name, source in {"base": None, **dict(pair.split("=", 1) for pair in arguments.systems)}.items():
         encoder, adapter = load(arguments.base, source)
+        systems[name] = describe(encoder, source)
         for condition, domain in conditions.items():
-            embeddings = embed_trials(encoder, everything, folder, domain=domain)
-            if adapter is not None:
-                with adapter.disable_adapter():
-                    off = embed_trials(encoder, everything, folder, domain=domain) if condition == "clean" else None
-                if off is not None:
-                    identical[system] = bool(np.array_equal(off, base_values["embeddings"]))
-            elif system == "base" and condition == "clean":
-                base_values["embeddings"] = embeddings
-            rows += results(system, condition, lists, everything.utterances, embeddings, base_values, arguments.resamples)
-        print(f"{system}: done after {time.time() - began:.0f} s", flush=True)
-    record = {"machine": machine(), "resamples": arguments.resamples, "off_equals_base": identical, "rows": rows}
+            embeddings = embed_trials(encoder, trials, folder, domain=domain)
+            for row, values in results(lists, embeddings, arguments.resamples):
+                base = resampled.setdefault((condition, row["list"], row["dim"]), (row["eer"], values))
+                rows.append({"system": name, "condition": condition, **row, **difference(row["eer"], values, base)})
+            if condition == "clean" and source is None:
+                reference = embeddings
+        if adapter is not None:
+            with adapter.disable_adapter():
+                off = embed_trials(encoder, trials, folder)
+            systems[name]["off_equals_base"] = bool(np.array_equal(off, reference))
+        print(f"{name}: done after {time.time() - began:.0f} s", flush=True)
+    record = {"machine": machine(), "resamples": arguments.resamples, "systems": systems, "rows": rows}
     arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(report(record))
     print(report(record))
@@ -73,9 +71,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sorted_lists(speech: Path) -> list[Path]:
-    """The trial lists of a speech folder."""
-    return sorted((speech / "test").glob("trials_*.txt"), reverse=True)
+def trial_lists(speech: Path) -> dict[str, Trials]:
+    """The trial lists of a speech folder, and all their trials as one."""
+    files = sorted((speech / "test").glob("trials_*.txt"), reverse=True)
+    lists = {path.stem.removeprefix("trials_"): read_trials(path) for path in files}
+    sides = [[path for trials in lists.values() for path in getattr(trials, side)] for side in ("enrol", "test")]
+    return {**lists, "both lists": Trials(np.concatenate([t.labels for t in lists.values()]), *sides)}
+
+
+def describe(encoder, source: str | None) -> dict:
+    """What a system adds to the base: parameters of an adapter, bytes of its file, ranks."""
+    if source is None or not (Path(source) / "adapter_config.json").is_file():
+        return {}
+    info = adapter_info(source)
+    return {"parameters": info.parameters, "bytes": info.size, "ranks": info.facts.layers}
 
 
 def load(base: str, source: str | None):
@@ -91,24 +100,26 @@ def encoder_of(model):
     return getattr(model, model.base_model_prefix, model)
 
 
-def results(system, condition, lists, utterances, embeddings, base_values, resamples) -> list[dict]:
-    """EER, its interval and the paired difference to the base, per list and dimension; rates in [0, 1]."""
-    row_of = {path: row for row, path in enumerate(utterances)}
-    found = []
+def results(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """Per list and dimension, EER and interval as rates, and the EERs of all resamples."""
+    row_of = {path: row for row, path in enumerate(lists["both lists"].utterances)}
     for name, trials in lists.items():
         sides = [np.array([row_of[path] for path in side]) for side in (trials.enrol, trials.test)]
         speakers = [[speaker_of(path) for path in side] for side in (trials.enrol, trials.test)]
         for dim in DIMS:
             scores = cosine_scores(embeddings, *sides, dim)
             values = bootstrap_values(scores, trials.labels, *speakers, resamples=resamples)
-            value = eer(scores, trials.labels)
-            key = (condition, name, dim)
-            base_value, base_resampled = base_values.setdefault(key, (value, values))
             low, high = quantile_interval(values)
-            less, more = quantile_interval(values - base_resampled)
-            row = dict(system=system, condition=condition, list=name, dim=dim, eer=value, eer_low=low, eer_high=high)
-            found.append(row | dict(difference=value - base_value, difference_low=less, difference_high=more))
-    return found
+            yield (
+                {"list": name, "dim": dim, "eer": eer(scores, trials.labels), "eer_low": low, "eer_high": high},
+                values,
+            )
+
+
+def difference(value: float, values: np.ndarray, base: tuple[float, np.ndarray]) -> dict:
+    """The change against the base, with its paired interval."""
+    low, high = quantile_interval(values - base[1])
+    return {"difference": value - base[0], "difference_low": low, "difference_high": high}
 
 
 def machine() -> str:
@@ -117,7 +128,7 @@ def machine() -> str:
 
 
 def report(record: dict) -> str:
-    """Markdown: per list a table of systems by condition and dimension."""
+    """Markdown: per list a table of systems by condition and dimension, and what each adapter is."""
     rows = record["rows"]
     text = [
         f"EER % [95 % interval over speakers], and below it the difference to the base with its paired interval "
@@ -131,10 +142,13 @@ def report(record: dict) -> str:
         for system in dict.fromkeys(row["system"] for row in here):
             cells = {(r["condition"], r["dim"]): cell(r) for r in here if r["system"] == system}
             text.append(f"| {system} | " + " | ".join(cells[column] for column in columns) + " |")
-    off = record["off_equals_base"]
-    if off:
-        same = "yes" if all(off.values()) else "NO: " + ", ".join(k for k, v in off.items() if not v)
-        text += ["", f"Embeddings of the clean speech with each adapter switched off equal the base's bit by bit: {same}."]
+    text += ["", "### Adapters", "", "| adapter | parameters | bytes | ranks | off = base |", "|---|---|---|---|---|"]
+    for name, facts in record["systems"].items():
+        if facts:
+            ranks = sorted(facts["ranks"].values())
+            spread = f"{len(ranks)} layers, {ranks[0]} to {ranks[-1]}, {sum(ranks)} in all"
+            same = "bit by bit" if facts["off_equals_base"] else "NO"
+            text.append(f"| {name} | {facts['parameters']:,} | {facts['bytes']:,} | {spread} | {same} |")
     return "\n".join(text) + "\n"
 
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from mrl_redimnet.evaluation import VerificationRow
-from mrl_redimnet.hub_cards.results import EVALUATION_FILE, SHARES, AttributeRow, Evaluation, Row, column, interval
+from mrl_redimnet.evaluation import SHARES, VerificationRow
+from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
 
 NO_RESULTS = "No results are recorded for these weights."
 PICTURE = "eer.png"

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mrl_redimnet.evaluation import METRICS, SHARES, AttributeRow, VerificationRow
+from mrl_redimnet.evaluation import AttributeRow, VerificationRow
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -365,6 +365,15 @@ def test_push_that_breaks_off_changes_nothing(hub, adapter, stage):
     assert files_of(hub, REPOSITORY)["note.md"] == b"new"
 
 
+def test_hub_that_does_not_know_xet(hub, adapter, monkeypatch):
+    hub.lfs = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError) as error:
+        push_adapter(adapter, REPOSITORY)
+    says(error, REPOSITORY, hub.url, "HF_HUB_DISABLE_XET=1")
+    assert files_of(hub, REPOSITORY) == {}
+
+
 def test_push_whose_answer_was_lost_can_be_repeated(hub, adapter):
     hub.break_off_at("answer")
     with pytest.raises(HubError, match="whole or not at all"):

@@ -8,11 +8,14 @@ import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
+from mrl_redimnet.adapter_commands import add_adapter_commands
+from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
+from mrl_redimnet.domains import DOMAINS, make_domain
 from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
-from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.saving import load_model, refuse_existing, save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.trials import read_trials
 
@@ -50,11 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="path or Hub id")
     evaluate.add_argument("--trials", type=Path, required=True, help="lines of `1|0 path path`")
     evaluate.add_argument("--folder", type=Path, required=True, help="what the paths are relative to")
+    evaluate.add_argument("--adapter", help="path or Hub id of an adapter to put on the model")
+    evaluate.add_argument(
+        "--domain", choices=sorted(DOMAINS), default="clean", help="what to make the audio sound like"
+    )
+    evaluate.add_argument("--noise", type=Path, metavar="AUDIO_DIR", help="noise of the domain noisy")
     evaluate.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
     evaluate.add_argument(
         "--resamples", type=int, default=1000, help="of the interval over speakers, 0 for none [1000]"
     )
     evaluate.set_defaults(run=_evaluate)
+
+    add_adapter_commands(commands)
 
     synthesise = commands.add_parser("synthesise", help="a small synthetic corpus in VoxCeleb's folder layout")
     synthesise.add_argument("out", type=Path, help="a new folder")
@@ -66,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments):
-    _refuse_existing(arguments.out)
+    refuse_existing(arguments.out)
     model = convert_checkpoint(arguments.checkpoint, arguments.embedding_size)
     if arguments.rotate_on is not None:
         _rotate_on(model, arguments.rotate_on)
@@ -74,7 +84,7 @@ def _convert(arguments):
 
 
 def _rotate(arguments):
-    _refuse_existing(arguments.out)
+    refuse_existing(arguments.out)
     model = load_model(arguments.model)
     _rotate_on(model, arguments.audio)
     names = Path(arguments.model) / "speakers.json"
@@ -87,8 +97,17 @@ def _evaluate(arguments):
     wrong = [dim for dim in dims if not 1 <= dim <= model.config.embedding_size]
     if wrong:
         raise ValueError(f"--dims: {wrong} are not between 1 and the embedding's {model.config.embedding_size}.")
+    if arguments.adapter is not None:
+        model = AdapterBank.load(model, {"adapter": arguments.adapter}).merged("adapter")
+    domain = None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
     rows = evaluate_trials(
-        model, read_trials(arguments.trials), arguments.folder, dims, arguments.resamples, progress="embedding"
+        model,
+        read_trials(arguments.trials),
+        arguments.folder,
+        dims,
+        arguments.resamples,
+        progress="embedding",
+        domain=domain,
     )
     print(format_table({arguments.trials.stem: rows}))
 
@@ -96,11 +115,6 @@ def _evaluate(arguments):
 def _synthesise(arguments):
     root = make_corpus(arguments.out, arguments.train_speakers, arguments.test_speakers, seed=arguments.seed)
     print(f"{root}: synthetic speech, see its README.txt for what results on it cannot tell.")
-
-
-def _refuse_existing(folder: Path):
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
 
 
 def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):

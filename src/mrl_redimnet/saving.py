@@ -92,6 +92,12 @@ def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
     return getattr(modeling_mrl_redimnet, name).from_pretrained(model).eval()
 
 
+def refuse_existing(folder: Path):
+    """Raises FileExistsError where `folder` is there already."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
+
+
 def replace_folder(target: Path, write: Callable[[Path], None]):
     """Fills a temporary folder with `write(folder)`, then puts it in `target`'s place; an error leaves no trace."""
     temporary, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
