@@ -12,10 +12,10 @@ a bank: a lock holds from choosing to the end of a forward pass, so each gets th
 import contextlib
 import copy
 import math
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -81,7 +81,8 @@ class AdapterBank:
         """Takes over `model`: its weights are frozen, layers of it wrapped. name: for messages and saved adapters."""
         if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
             raise ValueError("base: it carries adapters already. Give the plain model, then add them to the bank.")
-        self.name, self.revision, self._token = name, revision, token
+        self.base = Base(name, revision, fingerprint(model))  # once: adapters do not change it
+        self._token = token
         self.peft = PeftModel(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE).eval()
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
@@ -107,12 +108,13 @@ class AdapterBank:
         if isinstance(base, str | Path):
             folder = local_folder(base, revision, token)
             model = MRLReDimNetModel.from_pretrained(folder, dtype=dtype or "auto")
-            name = folder.name if Path(base).is_dir() else str(base)
+            name = str(base)
         elif dtype is None:
             model = getattr(base, "redimnet", base)  # a head stays outside
             name = base.config.name_or_path or "a model in memory"
         else:
             raise ValueError("dtype: is for a base that is loaded here; this one is a model already.")
+        name = Path(name).resolve().name if Path(name).is_dir() else name  # paths are nobody else's business
         bank = cls(model if device is None else model.to(device), name, revision, token)
         for adapter, source in (adapters or {}).items():
             bank.add(adapter, source, any_base=any_base)
@@ -205,7 +207,7 @@ class AdapterBank:
             logits = known.head.to(embeddings.device)(embeddings.float())
         if logits.shape[1] == 1:
             return logits[:, 0]
-        labels = known.facts.labels if known.facts else map(str, range(logits.shape[1]))
+        labels = (known.facts and known.facts.labels) or map(str, range(logits.shape[1]))
         return dict(zip(labels, logits.softmax(-1).unbind(-1), strict=True))
 
     def merged(self, name: str) -> MRLReDimNetModel:
@@ -240,28 +242,23 @@ class AdapterBank:
         Raises ValueError, and leaves nothing behind, for settings that do not fit together or adapters that are more
         than plain LoRA.
         """
-        self._check_name(name)
-        self._check_combination(weights, method, rank, density)
         with self._lock:
+            self._check_name(name)
+            self._check_combination(weights, method, rank, density)
             factors = {source: lora_factors(self.model, source) for source in weights}
         tensors, ranks = {}, {}
         for layer in sorted(set().union(*factors.values())):
             found = {source: factors[source][layer] for source in weights if layer in factors[source]}
-            chosen = [weights[source] for source in found]
             try:
-                down, up = combined(list(found.values()), chosen, method, rank, density)
+                down, up = combined([*found.values()], [weights[source] for source in found], method, rank, density)
             except ValueError as error:
                 raise ValueError(f"method {method!r}: {layer} of {', '.join(found)}: {error}") from error
             tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = down, up
             ranks[layer] = len(down)
-        top = max(ranks.values())
-        config = LoraConfig(task_type="FEATURE_EXTRACTION", r=top, lora_alpha=top, inference_mode=True)
         recipe = " + ".join(f"{weight:g} x {source}" for source, weight in weights.items())
-        facts = AdapterFacts(
-            "+".join(weights), self._base, training=f"Made of others, not trained: {recipe}, {method}."
-        )
+        facts = AdapterFacts("+".join(weights), self.base, training=f"Made of others, not trained: {recipe}, {method}.")
         with self._lock:
-            self._attach(name, Adapter(with_ranks(config, ranks), tensors, facts=facts))
+            self._attach(name, Adapter(explicit_config(ranks), tensors, facts=facts))
 
     def save(self, name: str, folder: str | Path):
         """Writes an adapter folder: PEFT's two files, and the facts if there are. What was there before is replaced."""
@@ -297,9 +294,7 @@ class AdapterBank:
             config = lora_config(placement, rank, model=self.model, lora_alpha=rank, inference_mode=True)  # scaling 1
             self._attach(name, Adapter(config, slot=True))
 
-    def hot_swap(
-        self, source: str | Path, *, name: str = "hot", revision: str | None = None, any_base: bool = False
-    ) -> None:
+    def hot_swap(self, source: str | Path, *, name: str = "hot", revision: str | None = None, any_base: bool = False):
         """Fills the room of `prepare_hot_swap` with another adapter, in place: a compiled model is not compiled again.
 
         Raises ValueError for layers outside the room, a rank above its own, DoRA and adapters with norms; otherwise as
@@ -311,16 +306,8 @@ class AdapterBank:
             if not slot.slot:
                 raise ValueError(f"{name!r} is an adapter like others, no room made by prepare_hot_swap.")
             room = adapter_tensors(self.model, name)
-            filling = fitted(adapter, room)
-            with torch.no_grad():
-                for key, tensor in room.items():
-                    tensor.copy_(filling[key])
+            fill(room, fitted(adapter, room))
             self._adapters[name] = replace(slot, head=adapter.head, facts=adapter.facts)
-
-    @cached_property
-    def _base(self) -> Base:
-        """Computed once: adapters do not change the base, and hashing it takes longer than loading one."""
-        return Base(self.name, self.revision, fingerprint(self.model))
 
     def _get(self, name: str) -> Adapter:
         try:
@@ -341,25 +328,20 @@ class AdapterBank:
             raise ValueError("weights: no adapter is named.")
         for source in weights:
             if not self._get(source).plain:
-                raise ValueError(
-                    f"{source!r} is more than plain LoRA (DoRA, or norms of its own): it cannot be combined."
-                )
-        if rank is not None and (not method.endswith("svd") or rank < 1):
+                raise ValueError(f"{source!r} is more than plain LoRA (DoRA, norms of its own) and cannot be combined.")
+        if rank is not None and (rank < 1 or not method.endswith("svd")):
             raise ValueError(f"rank: got {rank} for {method!r}; it is a positive number, and for svd methods.")
-        if (density is not None) != (method.removesuffix("_svd") not in ("cat", "svd", "linear")):
-            raise ValueError(
-                f"density: got {density} for {method!r}; ties, dare and magnitude_prune need it, no other."
-            )
-        if density is not None and not 0 < density <= 1:
-            raise ValueError(f"density: got {density}, expected a share above 0 and up to 1.")
+        if method in ("cat", "svd", "linear") and density is not None:
+            raise ValueError(f"density: got {density} for {method!r}, which keeps all numbers.")
+        if method not in ("cat", "svd", "linear") and not 0 < (density or 0) <= 1:
+            raise ValueError(f"density: got {density} for {method!r}, expected a share above 0 and up to 1.")
 
     def _fetch(self, source: str | Path, revision: str | None, any_base: bool) -> Adapter:
         adapter = read_adapter(local_folder(source, revision, self._token), self.model)
         facts = adapter.facts
-        if facts is not None and not any_base:
+        if facts is not None and not any_base and facts.base.fingerprint != self.base.fingerprint:
             with self._lock:
-                if facts.base.fingerprint != self._base.fingerprint:
-                    facts.check_base(self.model, self.name, self.revision)
+                facts.check_base(self.model, self.base.repository, self.base.revision)  # says so
         return adapter
 
     def _attach(self, name: str, adapter: Adapter):
@@ -404,10 +386,7 @@ class AdapterBank:
         if len(names) != len(input_values):
             raise ValueError(f"adapter: {len(names)} names for a batch of {len(input_values)}.")
         if attention_mask is not None and attention_mask.shape != input_values.shape:
-            raise ValueError(
-                f"attention_mask: shape {tuple(attention_mask.shape)} differs from input_values' "
-                f"{tuple(input_values.shape)}."
-            )
+            raise ValueError(f"attention_mask: {tuple(attention_mask.shape)} for {tuple(input_values.shape)} samples.")
         chosen = [self._get(name) for name in set(names) if name is not None]
         windowed = input_values.shape[1] > int(self.model.config.window_seconds * SAMPLING_RATE)  # row by row
         if len(set(names)) != 1 and all(adapter.plain for adapter in chosen) and not windowed:
@@ -425,7 +404,7 @@ class AdapterBank:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the order of use
+# Files and tensors of adapters
 
 
 def local_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
@@ -463,7 +442,13 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
         if not isinstance(names, str | None):
             setattr(config, attribute, {encoder_name(name) for name in names})
     if isinstance(config, AdaLoraConfig):
-        config, tensors = as_plain_lora(config, tensors, encoder)
+        try:
+            config, tensors = as_plain_lora(config, tensors, encoder)
+        except (AttributeError, KeyError) as error:
+            raise ValueError(f"{folder} does not fit this model: {error}") from error
+    for attribute in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, attribute).items()
+        setattr(config, attribute, {re.sub(r"^redimnet\\?\.", "", key): value for key, value in patterns})
     head = None
     if {f"{HEADS[0]}.weight", f"{HEADS[0]}.bias"} <= tensors.keys():
         weight, bias = tensors.pop(f"{HEADS[0]}.weight"), tensors.pop(f"{HEADS[0]}.bias")
@@ -489,10 +474,15 @@ def as_plain_lora(config: AdaLoraConfig, tensors: dict[str, torch.Tensor], encod
             changed[f"{layer}.lora_A.weight"] = (down * values).view(-1, *shape[1:])
             changed[f"{layer}.lora_B.weight"] = (up * scale).view(*up.shape, *[1] * (len(shape) - 2))
             ranks[layer] = len(values)
+    if not ranks:
+        raise ValueError("The adapter has learnt nothing: AdaLoRA has pruned all of it.")
+    return explicit_config(ranks, task_type=config.task_type, modules_to_save=config.modules_to_save), changed
+
+
+def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options) -> LoraConfig:
+    """LoRA of scaling 1 at the layers of `ranks`, each with its rank."""
     top = max(ranks.values())
-    plain = LoraConfig(task_type=config.task_type, r=top, lora_alpha=top, inference_mode=True)
-    plain.modules_to_save = config.modules_to_save
-    return with_ranks(plain, ranks), changed
+    return with_ranks(LoraConfig(task_type=task_type, r=top, lora_alpha=top, inference_mode=True, **options), ranks)
 
 
 def adapter_tensors(encoder: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -575,6 +565,10 @@ def scaling(config: LoraConfig, layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Combinations
+
+
 def lora_factors(encoder: nn.Module, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """Copies of each layer's A [r, in, ...] and B [out, r, ...], and its scaling."""
     return {
@@ -595,7 +589,7 @@ def combined(
     density: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's A and B, scaling 1, of several adapters'; see `AdapterBank.combine`."""
-    if any(down.shape[0] != up.shape[1] for down, up, _ in factors):
+    if any(len(down) != up.shape[1] for down, up, _ in factors):
         raise ValueError("convolutions in groups cannot be combined.")
     scales = [weight * scale for weight, (*_, scale) in zip(weights, factors, strict=True)]
     downs, ups = [down.flatten(1) for down, *_ in factors], [up.flatten(1) for _, up, _ in factors]

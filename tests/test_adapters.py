@@ -1,9 +1,20 @@
+import json
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model, waves
 from peft import PeftModel, get_peft_model
 
-from mrl_redimnet.adapters import PLACEMENTS, lora_config
+from modeling_mrl_redimnet import MRLReDimNetForXVector
+from mrl_redimnet.adapters import (
+    PLACEMENTS,
+    AdapterFacts,
+    Base,
+    WrongBaseError,
+    adapter_report,
+    fingerprint,
+    lora_config,
+)
 
 TARGETS = {  # of the tiny model: one 1-D block of four convolution units and a transformer layer, three segments
     "attention": 4,
@@ -11,18 +22,41 @@ TARGETS = {  # of the tiny model: one 1-D block of four convolution units and a 
     "pointwise": 6,
     "projection": 3,
     "linear": 15,
+    "conv": 16,  # the stem; the blocks' convolutions are grouped
+    "all": 23,  # 2 strides, 2 pointwise layers and the pooling's 3 besides
 }
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_placement_reaches_the_layers_it_names(placement):
-    adapted = get_peft_model(tiny_model(), lora_config(placement, r=2))
+    model = tiny_model()
+    adapted = get_peft_model(model, lora_config(placement, r=2, model=model))
     assert len(adapted.base_model.targeted_module_names) == TARGETS[placement]
 
 
-def test_unknown_placement():
-    with pytest.raises(ValueError, match="placement: got 'convs', expected one of attention"):
-        lora_config("convs")
+def test_ungrouped_convolutions_are_adapted_and_merged():
+    model = tiny_model(tiny_config("resnet_ungrouped"))
+    adapted = get_peft_model(model, lora_config("conv", r=2, model=model, init_lora_weights=False)).eval()
+    names = adapted.base_model.targeted_module_names
+    assert [name for name in names if "blocks" in name] == [
+        f"trunk.stages.{stage}.blocks.0.conv{i}" for stage in (0, 1) for i in (1, 2)
+    ]
+    batch = torch.stack(waves(8000))
+    answer = adapted(input_values=batch).embeddings
+    torch.testing.assert_close(adapted.merge_and_unload()(batch).embeddings, answer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(placement="convs"), "placement: got 'convs', expected one of attention"),
+        (dict(placement="all"), "placement 'all': pass model="),
+        (dict(placement="attention", segment_ranks=[4, 2, 1]), "does not reach the projection"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(**arguments)
 
 
 def test_adapter_survives_saving_and_merging(tmp_path):
@@ -36,3 +70,73 @@ def test_adapter_survives_saving_and_merging(tmp_path):
         loaded = PeftModel.from_pretrained(tiny_model(tiny_config()), tmp_path).eval()
         assert torch.equal(loaded(input_values=batch).embeddings, answer)
         torch.testing.assert_close(loaded.merge_and_unload()(batch).embeddings, answer, rtol=1e-5, atol=1e-5)
+
+
+def test_the_report_adds_up():
+    adapted = get_peft_model(tiny_model(), lora_config("linear", r=2, segment_ranks=[6, 4, 2]))
+    *rows, last = adapter_report(adapted).splitlines()
+    total = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert len(rows) == 15 and sum(int(row.split()[-1].replace(",", "")) for row in rows) == total
+    assert f"{total:,} trainable parameters" in last and f"{4 * total / 1e6:.2f} MB" in last
+    assert [row.split()[-2] for row in rows[-3:]] == ["6", "4", "2"]
+
+
+# ---------------------------------------------------------------- facts and fingerprints
+
+
+def test_the_fingerprint_is_of_the_encoder_whatever_is_around_it():
+    model = tiny_model(kind=MRLReDimNetForXVector)
+    own = fingerprint(model)
+    assert own == fingerprint(model.redimnet) == fingerprint(tiny_model(kind=MRLReDimNetForXVector).redimnet)
+    adapted = get_peft_model(model.redimnet, lora_config("all", r=2, model=model, modules_to_save=["projection.norm"]))
+    assert fingerprint(adapted) == fingerprint(model) == own
+    assert fingerprint(tiny_model(kind=MRLReDimNetForXVector).bfloat16()) == own
+
+
+@pytest.mark.parametrize("name", ["trunk.stem.conv.weight", "projection.norm.running_mean"])
+def test_the_fingerprint_changes_with_any_weight_or_statistic(name):
+    model = tiny_model()
+    before = fingerprint(model)
+    model.state_dict()[name].view(-1)[-1] += 0.5
+    assert fingerprint(model) != before
+
+
+def test_another_base_is_refused_and_both_are_shown():
+    facts = AdapterFacts("telephony", Base("me/base", "v1", fingerprint(tiny_model())))
+    facts.check_base(tiny_model(), "me/base", "v1")
+    other = tiny_model(seed=1)
+    with pytest.raises(WrongBaseError) as error:
+        facts.check_base(other, "you/base")
+    for part in ("me/base at v1", fingerprint(tiny_model())[:19], "you/base", fingerprint(other)[:19], "any_base=True"):
+        assert part in str(error.value)
+
+
+def test_facts_survive_saving(tmp_path):
+    base = Base("me/base", None, "sha256:0")
+    facts = AdapterFacts("gender", base, "classification", ["f", "m"], "Trained.", {"projection.segments.0": 4})
+    facts.save(tmp_path)
+    assert AdapterFacts.load(tmp_path) == facts
+    assert [path.name for path in tmp_path.iterdir()] == ["mrl_redimnet_adapter.json"]
+
+
+def test_facts_of_a_later_version_are_read(tmp_path):
+    AdapterFacts("noisy", Base("me/base", None, "sha256:0")).save(tmp_path)
+    file = tmp_path / "mrl_redimnet_adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "blue"}))
+    assert AdapterFacts.load(tmp_path).domain == "noisy"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"domain": "x", "base": {"repository": "y"}}'])
+def test_facts_that_are_none_are_refused_by_the_files_name(tmp_path, content):
+    (tmp_path / "mrl_redimnet_adapter.json").write_text(content)
+    with pytest.raises(ValueError, match="mrl_redimnet_adapter.json is not a description of an adapter"):
+        AdapterFacts.load(tmp_path)
+
+
+def test_no_facts_are_none(tmp_path):
+    assert AdapterFacts.load(tmp_path) is None
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task: got 'guessing'"):
+        AdapterFacts("x", Base("me/base", None, ""), task="guessing")

@@ -167,7 +167,7 @@ def test_rows_of_one_batch(folders, rows, passes):
     mixed = bank.embed(**BATCH, adapter=rows)
     assert len(calls) == passes
     expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
-    torch.testing.assert_close(mixed, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=2e-6)
     assert len({tuple(alone[name][0].tolist()) for name in set(rows)}) == len(set(rows))
 
 
@@ -179,7 +179,7 @@ def test_rows_longer_than_the_window(folders):
     rows = ["tel", None, "far", "tel"]
     mixed = bank.embed(**BATCH, adapter=rows)
     for row, name in enumerate(rows):
-        torch.testing.assert_close(mixed[row], bank.embed(**BATCH, adapter=name)[row], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mixed[row], bank.embed(**BATCH, adapter=name)[row], rtol=1e-5, atol=2e-6)
 
 
 def test_a_forward_that_raises_leaves_the_bank_as_it_was(folders):
@@ -201,7 +201,7 @@ def test_a_forward_that_raises_leaves_the_bank_as_it_was(folders):
     for rows in (["tel"], ["tel", None, "far", "nobody"], []):
         with pytest.raises(ValueError, match="names for a batch of 4|no adapter 'nobody'"):
             bank.embed(**BATCH, adapter=rows)
-    with pytest.raises(ValueError, match="attention_mask: shape"):
+    with pytest.raises(ValueError, match="attention_mask: "):
         bank.embed(BATCH["input_values"][:2], BATCH["attention_mask"], adapter=["norms", None])
     assert all(torch.equal(bank.embed(**BATCH, adapter=name), answer) for name, answer in expected.items())
     assert torch.equal(bank.embed(**BATCH, adapter=["tel", None, "far", "tel"]), mixed)
@@ -241,7 +241,9 @@ def test_classifier_that_does_not_fit(folders, tmp_path, labels, size):
 
 def test_encoder_layers_of_a_model_with_a_head(folders, tmp_path):
     """PEFT alone would load such an adapter without effect."""
-    config = LoraConfig(r=2, target_modules=["redimnet.projection.segments.1", "q_proj"])
+    layer = "redimnet.projection.segments.1"
+    patterns = dict(rank_pattern={layer: 3}, alpha_pattern={layer.replace(".", r"\."): 20})
+    config = LoraConfig(r=2, target_modules=[layer, "q_proj"], **patterns)
     save_adapter(tmp_path / "a", config, with_head(MRLReDimNetForXVector))
     expected = with_peft(tmp_path / "a", with_head(MRLReDimNetForXVector)).embeddings
     bank = AdapterBank.load(with_head(MRLReDimNetForXVector), {"a": tmp_path / "a"})
@@ -487,7 +489,7 @@ def test_hot_swap_does_not_recompile(folders):
     with torch.compiler.set_stance("fail_on_recompile"):
         for name in ("far", "tel", "gender", "far"):
             bank.hot_swap(folders[name])
-            torch.testing.assert_close(bank.embed(**BATCH), ordinary[name], rtol=1e-6, atol=2e-6)
+            torch.testing.assert_close(bank.embed(**BATCH), ordinary[name], rtol=1e-5, atol=2e-6)
     assert len(graphs) == compiled > 0
     torch._dynamo.reset()
 

@@ -188,10 +188,12 @@ def test_worker_processes_hear_the_same(everything, speech, name):
 
 
 def test_rooms_are_drawn_within_their_bounds():
-    rooms = [draw_room(0, index) for index in range(200)]
+    rooms = [draw_room(0, index) for index in range(400)]
     sizes, times = np.array([room.size for room in rooms]), np.array([room.rt60 for room in rooms])
-    for positions in (np.array([room.source for room in rooms]), np.array([room.microphone for room in rooms])):
+    sources, microphones = (np.array([getattr(room, one) for room in rooms]) for one in ("source", "microphone"))
+    for positions in (sources, microphones):
         assert positions.min() >= 0.5 and (sizes - positions).min() >= 0.5
+    assert np.linalg.norm(sources - microphones, axis=1).min() >= 0.5
     assert (sizes >= [3, 3, 2.4]).all() and (sizes <= [9, 7, 4]).all()
     assert 0.2 <= times.min() < 0.22 and 0.78 < times.max() <= 0.8
     assert draw_room(1, 0).rt60 != rooms[0].rt60 == draw_room(0, 0).rt60

@@ -559,7 +559,7 @@ def test_offline(hub, folders, adapter, monkeypatch):
 
 
 def run(command: list, environment: dict[str, str], folder: Path):
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -121,7 +121,7 @@ def test_a_resumed_run_ends_with_the_same_weights(whole, resumed):
 
 def test_a_resumed_run_ends_with_the_same_best_model_and_results(whole, resumed):
     one, other = (results_of(output) for output in (whole, resumed))
-    for key in ("best_step", "development_mean_eer", "results"):
+    for key in ("best_step", "development_scores", "results"):
         assert one[key] == other[key]
     one, other = (load_file(output / "best/model.safetensors") for output in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)

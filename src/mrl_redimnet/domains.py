@@ -42,10 +42,11 @@ class Clean:
 
 # ---------------------------------------------------------------- rooms and noise
 
-# Simulated boxes: sizes in metres, reverberation times in seconds, and how far from the walls people and devices stay.
+# Simulated boxes: sizes in metres, reverberation times in seconds, and the least distance in metres of talker and
+# microphone from the walls and from each other (closer, the direct path hides the decay that sets the RT60).
 _SMALLEST_ROOM, _LARGEST_ROOM = (3.0, 3.0, 2.4), (9.0, 7.0, 4.0)
 _SHORTEST_RT60, _LONGEST_RT60 = 0.2, 0.8
-_WALL_DISTANCE = 0.5
+_DISTANCE = 0.5
 # ISO 3382-1 has a response begin where it first comes within 20 dB of its maximum.
 _ONSET = 10 ** (-20 / 20)
 
@@ -128,12 +129,14 @@ def reverberate(audio: np.ndarray, response: RoomResponse) -> np.ndarray:
 def draw_room(seed: int, index: int) -> Room:
     """Room `index` of the bank of `seed`, a function of the two: 3 x 3 x 2.4 to 9 x 7 x 4 m, RT60 0.2 to 0.8 s.
 
-    Talker and microphone are anywhere at least 0.5 m from the walls.
+    Talker and microphone are anywhere at least 0.5 m from the walls and from each other.
     """
     rng = np.random.default_rng([seed, index])
     size = rng.uniform(_SMALLEST_ROOM, _LARGEST_ROOM)
     rt60 = float(rng.uniform(_SHORTEST_RT60, _LONGEST_RT60))
-    source, microphone = rng.uniform(_WALL_DISTANCE, size - _WALL_DISTANCE, (2, 3))
+    source, microphone = rng.uniform(_DISTANCE, size - _DISTANCE, (2, 3))
+    while np.linalg.norm(source - microphone) < _DISTANCE:
+        source, microphone = rng.uniform(_DISTANCE, size - _DISTANCE, (2, 3))
     return Room(size, rt60, source, microphone)
 
 
@@ -315,7 +318,8 @@ def _run_amr_nb(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _run_opus(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     bit_rate = int(rng.integers(*_OPUS_RATES, endpoint=True))
     decoded, rate = _run_ffmpeg("libopus", pcm, bit_rate, {"application": "voip", "frame_duration": "20"})
-    return _resampled(decoded, rate, _TELEPHONE_RATE)  # Opus decodes at 48 kHz
+    # FFmpeg decodes Opus at 48 kHz whatever the input. It holds nothing above 4 kHz then: the short filter will do.
+    return resample(torch.from_numpy(decoded), rate, _TELEPHONE_RATE).numpy()
 
 
 def _run_ffmpeg(

@@ -14,6 +14,7 @@ from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapters.facts import AdapterFacts
+from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.hub_cards import adapter_card, base_card, save_card
@@ -49,7 +50,7 @@ def save_adapter(strategy: Vanilla, facts: AdapterFacts, folder: str | Path):
     def write(target: Path):
         strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
         strategy.save(target)
-        replace(facts, layers=strategy.ranks()).save(target)
+        replace(facts, layers=saved_ranks(target)).save(target)
         write_adapter_card(target, Path(folder).name)
 
     replace_folder(Path(folder), write)
@@ -64,6 +65,16 @@ def publish_adapter(source: str | Path, folder: str | Path, training: str = "", 
         write_adapter_card(target, Path(folder).name, evaluation)
 
     replace_folder(Path(folder), write)
+
+
+def saved_ranks(folder: Path) -> dict[str, int]:
+    """The rank of every layer of the adapter in `folder`, by its name in the encoder, from the weights themselves."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        return {
+            encoder_name(key.removesuffix(".lora_A.weight")): tensors.get_slice(key).get_shape()[0]
+            for key in tensors.keys()
+            if key.endswith(".lora_A.weight")
+        }
 
 
 def write_adapter_card(folder: Path, name: str, evaluation: Evaluation | None = None):

@@ -1,0 +1,117 @@
+"""The whole life of adapters, through real processes and a Hub over HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model, waves
+from local_hub import LocalHub
+from peft import PeftModel
+
+import train_hf
+from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.adapters import fingerprint
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.synthetic import make_corpus
+
+BASE = "anna/base"
+# What the other machine runs: it has the ids and nothing else.
+ELSEWHERE = """
+import json, sys, torch
+from mrl_redimnet.adapters.bank import AdapterBank
+base, wave = sys.argv[1], torch.tensor(json.loads(sys.stdin.read()))
+bank = AdapterBank.load(base, {"telephony": f"{base}-telephony", "gender": f"{base}-gender"})
+answers = {"off": bank.embed(wave)}
+for name in bank.names:
+    bank.set_adapter(name)
+    answers[name] = bank.embed(wave)
+answers["rows"] = bank.embed(wave, adapter=["telephony", None])
+answers["labels"] = list(bank.classify(wave, adapter="gender"))
+merged = bank.merged("telephony")
+answers["merged"] = merged(wave).embeddings
+bank.delete("telephony")
+bank.delete("gender")
+answers["unloaded"] = bank.embed(wave)
+print(json.dumps({k: v.tolist() if torch.is_tensor(v) else v for k, v in answers.items()}))
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    root = make_corpus(tmp_path / "corpus", 6, 2, sessions=2, utterances=2, seconds=(0.6, 0.9))
+    speakers = sorted(path.name for path in (root / "train/wav").iterdir())
+    lines = [f"{speaker},{'fm'[i % 2]}" for i, speaker in enumerate(speakers)]
+    (tmp_path / "labels.csv").write_text("\n".join(["speaker,gender", *lines]))
+    return root
+
+
+def run(command: list, folder: Path, hub: LocalHub, input: str | None = None) -> str:
+    """A command on a machine whose cache and whose home are `folder`."""
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "secret",
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, input=input, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_train_push_pull_swap_merge_unload(corpus, tmp_path):
+    """Trained here, pushed, pulled on a machine with an empty cache, swapped, merged, unloaded; answers as trained."""
+    torch.manual_seed(0)
+    base = tiny_model(tiny_config(num_speakers=4), kind=MRLReDimNetForXVector)
+    save_model(base, tmp_path / "base")
+    train = ["--train", corpus / "train", "--model", tmp_path / "base", "--tracker=none", "--crop_seconds=0.5"]
+    train += ["--batch_size=4", "--workers=0", "--resamples=10", "--dev_speakers=2", "--learning_rate=0.02"]
+    train += ["--trains=adapter", "--rank=4", "--steps=4", "--checkpoint_every=4", "--evaluate_every=4"]
+    gender = ["--label_file", tmp_path / "labels.csv", "--label_column=gender"]
+    here = tmp_path / "here"
+    with LocalHub({"secret": "anna"}, lfs=True) as hub:
+        run([train_hf.__file__, *train, "--domain=telephony", "--output", tmp_path / "telephony"], here, hub)
+        run([train_hf.__file__, *train, *gender, "--output", tmp_path / "gender"], here, hub)
+        command = ["-m", "mrl_redimnet.cli"]
+        assert "pushed" in run([*command, "push", tmp_path / "base", BASE], here, hub)
+        for domain in ("telephony", "gender"):
+            folder = tmp_path / domain / "best"
+            pushed = run([*command, "adapters", "push", folder, f"{BASE}-{domain}", "--base", BASE], here, hub)
+            assert "pushed" in pushed
+        listed = run([*command, "adapters", "list", BASE], tmp_path / "other", hub)
+        assert [line.split()[:2] for line in listed.splitlines()] == [
+            [f"{BASE}-gender", "gender"],
+            [f"{BASE}-telephony", "telephony"],
+        ]
+        told = run([*command, "adapters", "info", f"{BASE}-telephony"], tmp_path / "other", hub)
+        assert fingerprint(base)[:19] in told and "rank     4" in told
+        wave = torch.stack(waves(8000, 8000))
+        there = json.loads(run(["-c", ELSEWHERE, BASE], tmp_path / "other", hub, json.dumps(wave.tolist())))
+    check(there, tmp_path, base, wave)
+
+
+def check(there: dict, folder: Path, base, wave: torch.Tensor):
+    """What came back, against the adapters that were trained, loaded by plain PEFT."""
+    with torch.inference_mode():
+        plain = base.redimnet(wave).embeddings
+        model = PeftModel.from_pretrained(
+            MRLReDimNetModel.from_pretrained(folder / "base"), folder / "telephony" / "best"
+        ).eval()
+        telephony = model(input_values=wave).embeddings
+    assert not torch.allclose(telephony, plain, atol=1e-2)
+    answers = {name: torch.tensor(value) for name, value in there.items() if name != "labels"}
+    assert torch.equal(answers["off"], plain) and torch.equal(answers["unloaded"], plain)
+    torch.testing.assert_close(answers["telephony"], telephony)
+    torch.testing.assert_close(answers["rows"], torch.stack([telephony[0], plain[1]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers["merged"], telephony, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answers["gender"], plain, atol=1e-3)
+    assert there["labels"] == ["f", "m"]

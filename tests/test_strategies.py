@@ -1,0 +1,267 @@
+"""The four ways to an adapter's ranks, PEFT's initialisations, and that the base never moves."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model_state_dict
+
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from mrl_redimnet.adapters import fingerprint
+from mrl_redimnet.adapters.strategies import (
+    STRATEGIES,
+    AdapterPlan,
+    Probe,
+    Vanilla,
+    ranks_by_worth,
+    truncated,
+)
+
+STEPS, CUT = 20, 8
+
+
+def batches(count: int = 2, crops: int = 12) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_values": torch.randn(crops, 4000, generator=generator) * 0.1,
+            "labels": torch.randint(2, (crops,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def put_on(name: str, kind=MRLReDimNetForXVector, **plan) -> tuple[torch.nn.Module, Vanilla]:
+    """A tiny model with an adapter on it (on the encoder, or on the classifier as a whole), and the adapter's strategy."""
+    torch.manual_seed(0)
+    model = tiny_model(kind=kind)
+    host = model.redimnet if kind is MRLReDimNetForXVector else model
+    plan = AdapterPlan(**dict(steps=STEPS, rank=4, start_rank=6, cut_step=CUT) | plan)
+    return model, STRATEGIES[name](host, plan, Probe(batches, lambda batch: model(**batch).loss))
+
+
+def trained(name: str, steps: int = STEPS, start=None, **plan) -> tuple[torch.nn.Module, Vanilla, list[str]]:
+    """The same after `steps` steps as `train_hf.py` takes them; also what the cut printed."""
+    model, strategy = put_on(name, **plan)
+    if start is not None:
+        strategy.keep_start(start)
+    printed, optimizer, data = [], None, batches()
+    for step in range(steps):
+        if strategy.changes_ranks and step == CUT:
+            printed, optimizer = [strategy.cut()], None
+        if optimizer is None:
+            model.train()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        loss = model(**data[step % len(data)]).loss + strategy.penalty()
+        loss.backward()
+        optimizer.step()
+        strategy.after_step(step)
+        optimizer.zero_grad()
+    return model.eval(), strategy, printed
+
+
+def answer(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batches()[0]["input_values"]).embeddings
+
+
+WAYS = {
+    "vanilla": {},
+    "dynamic": {},
+    "warm_up": {},
+    "mixed": {},
+    "norms": dict(norms=True),
+    "warm_up norms": dict(norms=True),
+    "dora": dict(options=dict(use_dora=True)),
+    "rslora": dict(options=dict(use_rslora=True)),
+    "eva": dict(options=dict(init_lora_weights="eva", eva_config=dict(rho=1.5))),
+    "pissa": dict(options=dict(init_lora_weights="pissa")),
+    "olora": dict(options=dict(init_lora_weights="olora")),
+    "segments": dict(segment_ranks=[8, 4, 2]),
+    "all": dict(placement="all"),
+    "mixed all": dict(placement="all"),
+    "head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
+    "dynamic head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
+    "warm_up head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_saved_adapter_on_a_fresh_base_answers_as_the_trained_one(way, tmp_path):
+    """By plain PEFT, and with the base's own weights bit-identical, statistics too (PiSSA and OLoRA move them)."""
+    name = way.split()[0] if way.split()[0] in STRATEGIES else "vanilla"
+    kind = WAYS[way].get("kind", MRLReDimNetForXVector)
+    base = tiny_model(kind=kind)
+    model, strategy, _ = trained(name, start=tmp_path / "start", **WAYS[way])
+    strategy.save(tmp_path)
+    before, after = answer(base), answer(model)
+    assert not torch.allclose(before, after, atol=1e-2)
+    PeftModel.from_pretrained(base if kind is not MRLReDimNetForXVector else base.redimnet, tmp_path)
+    torch.testing.assert_close(answer(base.eval()), after, rtol=1e-4, atol=1e-4)
+    assert (fingerprint(model) == fingerprint(tiny_model(kind=kind))) == (way not in ("pissa", "olora"))
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_the_base_is_bit_identical_after_training_in_train_mode():
+    """Every tensor and buffer by itself; a fingerprint rounds."""
+    model, _, _ = trained("vanilla")
+    untouched = tiny_model(kind=MRLReDimNetForXVector).redimnet.state_dict()
+    own = {name.replace(".base_layer", ""): t for name, t in model.redimnet.state_dict().items() if "lora_" not in name}
+    assert own.keys() == untouched.keys()
+    assert [name for name in own if not torch.equal(own[name], untouched[name])] == []
+
+
+def test_adapted_norms_move_their_statistics_and_leave_the_bases():
+    model, strategy, _ = trained("vanilla", norms=True)
+    state = get_peft_model_state_dict(strategy.peft)
+    base = tiny_model(kind=MRLReDimNetForXVector).redimnet.state_dict()
+    moved = [name for name in state if name.endswith("running_mean")]
+    assert len(moved) == len([name for name in base if name.endswith("running_mean")])
+    assert all(not torch.equal(state[name], base[name.removeprefix("base_model.model.")]) for name in moved)
+
+
+def test_only_the_adapter_and_the_classifier_train():
+    model, strategy = put_on("vanilla")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert "classifier.weight" in names
+    assert all("lora_" in name for name in names if name != "classifier.weight")
+
+
+def test_segment_ranks_are_those_of_the_projection():
+    _, strategy = put_on("vanilla", segment_ranks=[8, 4, 2])
+    ranks = strategy.ranks()
+    assert [ranks[f"projection.segments.{i}"] for i in range(3)] == [8, 4, 2]
+    assert {rank for name, rank in ranks.items() if "projection" not in name} == {4}
+    layers = dict(strategy.peft.base_model.model.named_modules())
+    assert {layers[f"projection.segments.{i}"].scaling["default"] for i in range(3)} == {2.0}
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+def test_warm_up_cuts_every_pair_to_its_best_approximation():
+    """The saved function is the truncated SVD of the high-rank one, and the report is of the two."""
+    model, strategy = put_on("warm_up")
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in strategy.peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    name = "projection.segments.1"
+    layer = model.redimnet.get_submodule(name)
+    whole = layer.get_delta_weight("default").detach().clone()
+    printed = strategy.cut()
+    layer = model.redimnet.get_submodule(name)
+    left, values, right = torch.linalg.svd(whole)
+    best = (left[:, :4] * values[:4]) @ right[:4]
+    torch.testing.assert_close(layer.get_delta_weight("default"), best, rtol=1e-4, atol=1e-5)
+    assert layer.r == {"default": 4} and not strategy.changes_ranks
+    assert "Rank 6 cut to 4" in printed and "mean cosine of 0." in printed
+    assert fingerprint(model) == fingerprint(tiny_model(kind=MRLReDimNetForXVector))
+
+
+def test_warm_up_is_settled_only_after_the_cut():
+    _, strategy, printed = trained("warm_up", steps=CUT)
+    assert not printed and not strategy.settled(CUT)
+    strategy.cut()
+    assert strategy.settled(CUT)
+
+
+def test_warm_up_that_begins_after_the_cut_begins_with_the_final_rank():
+    _, strategy = put_on("warm_up", first_step=CUT)
+    assert set(strategy.ranks().values()) == {4} and not strategy.changes_ranks
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), rank=st.integers(1, 9), kept=st.integers(1, 9))
+def test_truncation_keeps_what_the_svd_keeps(rows, columns, rank, kept):
+    generator = torch.Generator().manual_seed(rows * 1000 + columns * 100 + rank * 10 + kept)
+    down = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
+    up = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    new_down, new_up, share = truncated(down, up, kept)
+    values = torch.linalg.svdvals(up @ down)
+    lost = (up @ down - new_up @ new_down).square().sum()
+    assert math.isclose(float(lost), float(values[kept:].square().sum()), abs_tol=1e-9)
+    assert math.isclose(share, 1 - float(lost / values.square().sum()), abs_tol=1e-9)
+
+
+# ---------------------------------------------------------------- dynamic and mixed
+
+
+def test_dynamic_ends_with_the_budget_of_ranks_spread_over_layers():
+    model, strategy, _ = trained("dynamic")
+    ranks = strategy.ranks()
+    assert sum(ranks.values()) == 4 * len(ranks) and len(set(ranks.values())) > 1
+    assert strategy.settled(STEPS) and not strategy.settled(STEPS // 2)
+
+
+def test_dynamic_adds_the_orthogonality_term():
+    _, strategy = put_on("dynamic")
+    terms = []
+    for name, p in strategy.peft.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            square = p @ p.T if "lora_A" in name else p.T @ p
+            terms.append(float((square - torch.eye(len(square))).norm()))
+    assert math.isclose(float(strategy.penalty()), 0.5 * sum(terms) / len(terms), rel_tol=1e-5)
+
+
+def test_dynamic_goes_on_from_its_kept_state_as_if_never_stopped():
+    """Importances of the directions are part of it, beside the tensors and the optimiser."""
+    _, strategy, _ = trained("dynamic", steps=6)
+    _, fresh = put_on("dynamic")
+    fresh.state().load_state_dict(copy.deepcopy(strategy.state().state_dict()))
+    allocators = [s.peft.base_model.rankallocator for s in (strategy, fresh)]
+    assert allocators[0].ipt.keys() == allocators[1].ipt.keys() and len(allocators[0].ipt)
+    assert all(torch.equal(allocators[0].exp_avg_ipt[k], allocators[1].exp_avg_ipt[k]) for k in allocators[0].ipt)
+    assert strategy.config.rank_pattern == fresh.config.rank_pattern
+
+
+def test_mixed_gives_ranks_to_layers_with_large_gradients_within_the_budget():
+    gradients = {"flat": torch.zeros(8, 8), "one": torch.zeros(8, 8), "many": torch.eye(8)}
+    gradients["one"][0, 0] = 5.0
+    assert ranks_by_worth(gradients, 3) == {"one": 1, "many": 8}  # nine ranks of 16 parameters
+    ranks = ranks_by_worth({"small": torch.eye(2) * 3, "large": torch.eye(20)}, 1)
+    assert ranks == {"small": 2}  # of 44 parameters 2 x 4 are spent, and one rank more of the large layer takes 40
+
+
+def test_mixed_stays_within_the_parameters_of_a_uniform_rank():
+    counts = {}
+    for name in ("vanilla", "mixed"):
+        _, strategy = put_on(name)
+        counts[name] = sum(p.numel() for p in strategy.peft.parameters() if p.requires_grad)
+    assert 0.9 * counts["vanilla"] < counts["mixed"] <= counts["vanilla"]
+    assert len(set(strategy.ranks().values())) > 1
+
+
+def test_mixed_resumes_with_the_ranks_it_was_given():
+    ranks = {"projection.segments.0": 3, "trunk.stages.1.context.expand": 1}
+    _, strategy = put_on("mixed", known_ranks=ranks)
+    assert strategy.ranks() == ranks
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "message"),
+    [
+        ("dynamic", dict(placement="all"), "strategy dynamic finds ranks itself"),
+        ("dynamic", dict(segment_ranks=[4, 2, 2]), "strategy dynamic finds ranks itself"),
+        ("mixed", dict(segment_ranks=[4, 2, 2]), "strategy mixed finds ranks itself"),
+        ("vanilla", dict(placement="attention", segment_ranks=[4, 2, 2]), "segment_ranks: the placement 'attention'"),
+        ("vanilla", dict(rank=16, options=dict(init_lora_weights="eva")), "batch_size 12 is below rank x rho = 32"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(name, plan, message):
+    with pytest.raises(ValueError, match=message):
+        put_on(name, **plan)
+
+
+def test_an_adapter_that_has_learnt_nothing_is_not_saved(tmp_path):
+    _, strategy = put_on("dynamic")
+    with pytest.raises(ValueError, match="learnt nothing"):
+        strategy.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,184 @@
+"""Training of adapters, parts and attributes by the script: resumed, in two processes, and refused for good reasons."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model, waves
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_train_hf import command_line, finish, results_of, start, train  # noqa: F401  a fixture among them
+from transformers import AutoModelForAudioClassification
+
+from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.adapters import AdapterFacts, fingerprint
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.synthetic import make_corpus
+
+ADAPTER = dict(trains="adapter", model_options="{}", rank=3, start_rank=5, steps=8, checkpoint_every=2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    root = make_corpus(tmp_path_factory.mktemp("train") / "corpus", 6, 2, sessions=2, utterances=2, seconds=(0.6, 0.9))
+    lines = {"speaker": ["speaker,gender"], "path": ["path,age"]}
+    for i, folder in enumerate(sorted(path for part in ("train", "test") for path in (root / part / "wav").iterdir())):
+        lines["speaker"].append(f"{folder.name},{'fm'[i % 2]}")
+        for file in sorted(folder.rglob("*.flac")) + sorted(folder.rglob("*.wav")):
+            lines["path"].append(f"{file.relative_to(folder.parent).as_posix()},{20 + 5 * i}")
+    for name, rows in lines.items():
+        (root / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A saved model; its classifier is of another number of speakers, so training starts a fresh one."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "my-base"
+    save_model(tiny_model(tiny_config(), kind=MRLReDimNetForXVector), folder)
+    return folder
+
+
+def adapter_of(output: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(output / name / "adapter_model.safetensors")
+
+
+RESUMED = {
+    "vanilla": {},
+    "dynamic": dict(strategy="dynamic"),
+    "warm_up, after the cut": dict(strategy="warm_up", cut_at=0.4),
+    "warm_up, before the cut": dict(strategy="warm_up", cut_at=0.9),
+    "mixed": dict(strategy="mixed"),
+    "pissa": dict(peft_options="{init_lora_weights: pissa}"),
+    "eva": dict(peft_options="{init_lora_weights: eva}"),
+    "norms": dict(adapter_norms="true"),
+    "two stages": dict(trains="all", trunk_frozen_until=0.5, trunk_learning_rate=1e-4),
+}
+
+
+@pytest.mark.parametrize("way", RESUMED)
+def test_a_resumed_run_ends_with_the_same_weights(train, base, way):  # noqa: F811
+    settings = ADAPTER | dict(model=base) | RESUMED[way]
+    output = train(**settings)
+    file = "model.safetensors" if settings["trains"] == "all" else "adapter_model.safetensors"
+    whole = load_file(output / "last" / file)
+    shutil.rmtree(output / "checkpoints/step-00000008")
+    shutil.rmtree(output / "last")
+    train("--resume", **settings)
+    again = load_file(output / "last" / file)
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_an_adapter_run_leaves_an_adapter_that_plain_peft_loads(train, base, capsys):  # noqa: F811
+    output = train(model=base, domain="telephony", base_repository="me/my-base", **ADAPTER)
+    printed = capsys.readouterr().out
+    assert "projection.segments.2" in printed and "trainable parameters" in printed
+    for title in ("development, telephony", "development, as it is"):
+        assert title in printed
+    facts = AdapterFacts.load(output / "best")
+    model = MRLReDimNetModel.from_pretrained(base)
+    assert (facts.domain, facts.task, facts.base.repository) == ("telephony", "verification", "me/my-base")
+    assert facts.base.fingerprint == fingerprint(model)
+    assert set(facts.layers.values()) == {3}
+    config = json.loads((output / "best/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/my-base"
+    before = model(torch.stack(waves(8000))).embeddings
+    after = PeftModel.from_pretrained(model, output / "best")(input_values=torch.stack(waves(8000))).embeddings
+    assert not torch.equal(before, after)
+    rows = results_of(output)["results"]["synthetic"]
+    assert list(rows) == ["base", "adapter"]
+
+
+def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):  # noqa: F811
+    output = train(model=base, **ADAPTER)
+    for file in (output / "best").iterdir():
+        assert str(base.parent).encode() not in file.read_bytes(), file
+
+
+def test_ranks_of_the_four_strategies(train, base, tmp_path):  # noqa: F811
+    """Final ranks are those of the saved weights: one rank, or one on average."""
+    ranks = {}
+    for strategy in ("vanilla", "warm_up", "dynamic", "mixed"):
+        output = train(model=base, strategy=strategy, cut_at=0.4, **ADAPTER).rename(tmp_path / strategy)
+        ranks[strategy] = list(AdapterFacts.load(output / "best").layers.values())
+    assert set(ranks["vanilla"]) == set(ranks["warm_up"]) == {3}
+    assert len(set(ranks["mixed"])) > 1
+    assert sum(ranks["dynamic"]) <= 3 * 15
+
+
+@pytest.mark.parametrize(
+    ("trains", "frozen", "moved"),
+    [
+        ("head", "redimnet.trunk.mix.logits", "redimnet.pooling.attention_in.weight"),
+        ("projection", "redimnet.pooling.attention_in.weight", "redimnet.projection.segments.0.weight"),
+    ],
+)
+def test_parts_that_are_not_trained_stay_to_the_bit(train, base, trains, frozen, moved):  # noqa: F811
+    output = train(model=base, trains=trains, model_options="{}", steps=3)
+    before, after = load_file(base / "model.safetensors"), load_file(output / "last/model.safetensors")
+    assert torch.equal(before[frozen], after[frozen]) and not torch.equal(before[moved], after[moved])
+    trunk = [name for name in before if ".trunk." in name]  # running statistics among them
+    assert [name for name in trunk if not torch.equal(before[name], after[name])] == []
+
+
+def test_the_trunk_waits_for_the_head(train, base):  # noqa: F811
+    settings = dict(model=base, model_options="{}", trunk_frozen_until=0.5, steps=4, checkpoint_every=2)
+    output = train(**settings)
+    before = load_file(base / "model.safetensors")["redimnet.trunk.stem.conv.weight"]
+    at = {
+        step: load_file(output / f"checkpoints/step-0000000{step}/model.safetensors")["redimnet.trunk.stem.conv.weight"]
+        for step in (2, 4)
+    }
+    assert torch.equal(at[2], before) and not torch.equal(at[4], before)
+
+
+def test_a_gender_adapter_answers_by_plain_peft(train, corpus, base):  # noqa: F811
+    tests = json.dumps({"held out": {"folder": str(corpus / "test")}})
+    labels = dict(label_file=corpus / "speaker.csv", label_column="gender", tests=tests, noise="null")
+    output = train(model=base, **labels, **ADAPTER)
+    facts = AdapterFacts.load(output / "best")
+    assert (facts.domain, facts.task, facts.labels) == ("gender", "classification", ["f", "m"])
+    (row,) = results_of(output)["results"]["held out"]["adapter"]
+    assert row["metric"] == "accuracy" and 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+    model = AutoModelForAudioClassification.from_pretrained(base, num_labels=2, ignore_mismatched_sizes=True)
+    adapted = PeftModel.from_pretrained(model, output / "best").eval()
+    assert adapted.get_base_model()(torch.stack(waves(8000, 8000))).logits.shape == (2, 2)
+
+
+def test_an_age_adapter_estimates_a_number(train, corpus, base):  # noqa: F811
+    tests = json.dumps({"held out": {"folder": str(corpus / "test")}})
+    labels = dict(label_file=corpus / "path.csv", label_column="age", label_key="path", tests=tests, noise="null")
+    output = train(model=base, **labels, **ADAPTER)
+    (row,) = results_of(output)["results"]["held out"]["adapter"]
+    assert row["metric"] == "mean absolute error" and 0 < row["value"] < 100
+    assert AdapterFacts.load(output / "best").task == "regression"
+
+
+def test_two_processes_train_one_adapter_through_the_cut(corpus, base):
+    output = corpus.parent / "two"
+    settings = ADAPTER | dict(model=base, strategy="warm_up", cut_at=0.5, batch_size=4, domain="telephony")
+    printed = finish(start(corpus, command_line(corpus, output, **settings), processes=2))
+    assert printed.count("Rank 5 cut to 3") == 1 and printed.count("Saved:") == 1
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_of(output).values())
+    assert {tensor.shape[0] for name, tensor in adapter_of(output).items() if "lora_A" in name} == {3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(trains="adapter"), "an adapter needs a trained base; model: nano is random weights"),
+        (dict(domain="noisy", noise="null"), "noise"),
+        (dict(domain="telefony"), "telefony"),
+        (dict(segment_ranks=[4, 2], trains="adapter", base=True), "segment_ranks: 2 ranks for the segments of"),
+        (dict(trains="adapter", base=True, placement="convs"), "placement: got 'convs'"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused_before_the_first_step(train, base, settings, message):  # noqa: F811
+    if settings.pop("base", False):
+        settings |= dict(model=base, model_options="{}")
+    with pytest.raises(ValueError, match=message):
+        train(**settings)
