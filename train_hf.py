@@ -492,7 +492,7 @@ def save(run: Run, name: str):
     """Writes the adapter, or else the model, as it now is to `output`/`name`."""
     folder = Path(run.recipe.output) / name
     if run.strategy is None:
-        save_model(run.model, folder, run.task.speakers)
+        save_model(run.model, folder, run.task.speakers, name=Path(run.recipe.output).name)
     else:
         save_adapter(run.strategy, run.facts, folder)
 
@@ -512,7 +512,8 @@ def final_report(run: Run, progress: Progress):
     evaluation = Evaluation(saved, results)
     best = Path(recipe.output) / "best"
     if run.strategy is None:
-        save_model(systems[saved], best, task.speakers, training=sentence, evaluation=evaluation)
+        name = Path(recipe.output).name
+        save_model(systems[saved], best, task.speakers, name=name, training=sentence, evaluation=evaluation)
     else:
         publish_adapter(Path(recipe.output) / "best_as_trained", best, sentence, evaluation)
     record = {

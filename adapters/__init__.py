@@ -4,11 +4,13 @@ Adapters are ordinary PEFT: `get_peft_model(model, lora_config("linear"))`, `Pef
 The recipes beside this file train one each; `AdapterBank` serves several on one base.
 """
 
+from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError, fingerprint
 from mrl_redimnet.adapters.placement import PLACEMENTS, adapter_report, lora_config
 
 __all__ = [
     "PLACEMENTS",
+    "AdapterBank",
     "AdapterFacts",
     "Base",
     "WrongBaseError",

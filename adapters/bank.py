@@ -33,7 +33,7 @@ from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.facts import ADAPTER_PARTS, AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.placement import adapted_layers, encoder_name, lora_config
 from mrl_redimnet.adapters.strategies import truncated, with_ranks
-from mrl_redimnet.saving import replace_folder
+from mrl_redimnet.folders import replace_folder
 
 ACTIVE = "__active__"
 BASE = "__base__"  # PEFT's word for no adapter; here also an adapter without layers, so that a bank may be empty
@@ -428,8 +428,10 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
             raise ValueError(f"{folder} is no adapter: it has no {file}.")
     config, facts = PeftConfig.from_pretrained(folder), AdapterFacts.load(folder)
     tensors = {encoder_name(key): tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
-    if config.peft_type not in (PeftType.LORA, PeftType.ADALORA) or config.bias != "none":
-        raise ValueError(f"{folder}: {config.peft_type} with bias={config.bias!r}; expected (Ada)LoRA without biases.")
+    if config.peft_type not in (PeftType.LORA, PeftType.ADALORA):
+        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, expected LORA or ADALORA.")
+    if config.bias != "none":
+        raise ValueError(f"{folder}: trained with bias={config.bias!r}, which changes the base.")
     if str(config.init_lora_weights).lower().startswith(MUTATING):
         raise ValueError(
             f"{folder}: initialised by {config.init_lora_weights}, which changes the base. Save it as plain LoRA, by "

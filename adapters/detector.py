@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.saving import replace_folder
+from mrl_redimnet.folders import replace_folder
 
 CLEAN = "clean"  # the domain of the base
 SETTINGS_FILE, WEIGHTS_FILE = "detector.json", "detector.safetensors"
-# The lowest threshold in steps of 0.05 at which at most 1 % of clean speech gets an adapter, for training speakers
-# that the regression did not see: docs/results/domain_detector.md.
-THRESHOLD = 0.8
+# The lowest in steps of 0.05 at which at most 5 % of clean speech gets an adapter, for training speakers that the
+# regression did not see: docs/results/domain_detector.md.
+THRESHOLD = 0.75
 L2 = 1e-3
 
 MIN_SAMPLES = int(0.3 * SAMPLING_RATE)
@@ -42,7 +42,9 @@ _EDGES = (2.5 * SAMPLING_RATE / _FRAME, 250.0, 3400.0, 4000.0, SAMPLING_RATE / 2
 _BANDS = np.stack([(low <= _HERTZ) & (high > _HERTZ) for low, high in zip(_EDGES, _EDGES[1:], strict=False)], axis=1)
 _LOW, _VOICE, _EDGE, _HIGH = range(4)
 _HEARD = _BANDS.any(axis=1)
-_FLOOR = 1e-9  # of the mean: what is 90 dB below it counts as nothing, digital silence included
+# What is 60 dB below the mean counts as nothing: the rounding to 16 bits of quiet speech is not far below that, and
+# whether it is there or not says nothing about the domain.
+_FLOOR = 1e-6
 _QUIET = 0.2  # the share of frames that shows the background
 _DECAY_HOPS = 4  # 64 ms, about a third of a syllable
 _OCTAVES = np.log2(_HERTZ[_BANDS[:, _VOICE]] / 1000)
@@ -354,7 +356,9 @@ def _regression(
     x, y, importance = torch.from_numpy(rows), torch.from_numpy(labels).long(), torch.from_numpy(row_weights)
     weight = torch.zeros(classes, rows.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()

@@ -67,8 +67,9 @@ def lora_config(
 
 
 def grouped_convolutions(model: nn.Module) -> Iterator[str]:
-    """Names of the convolutions of `model` that mix channels only within groups."""
-    return (name for name, part in model.named_modules() if isinstance(part, nn.Conv2d) and part.groups > 1)
+    """Names, as in the encoder, of the convolutions of `model` that mix channels only within groups."""
+    parts = model.named_modules()
+    return (encoder_name(name) for name, part in parts if isinstance(part, nn.Conv2d) and part.groups > 1)
 
 
 def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:

@@ -174,7 +174,7 @@ class WarmUp(Vanilla):
         """Every pair B A becomes its truncated SVD; reports how much of it, and of the embeddings, that keeps."""
         batch = {"input_values": self.probe.batches()[0]["input_values"]}
         before = self._answers(batch)
-        state = get_peft_model_state_dict(self.peft)
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         kept, products = {}, lora_products(self.peft)
         originals = {n: part.original_module for n, part in self.host.named_modules() if is_saved_whole(part)}
         self.peft.unload()
@@ -268,7 +268,8 @@ class Dynamic(Vanilla):
                 pairs[name] = (down, layer.lora_B[ADAPTER].detach()[:, keep] * scale)
         if not pairs:
             raise ValueError("The adapter has learnt nothing yet: all its singular values are zero.")
-        whole = {k: v for k, v in get_peft_model_state_dict(self.peft).items() if ".lora_" not in k}
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        whole = {key: value for key, value in state.items() if ".lora_" not in key}
         write_plain_lora(folder, pairs, whole, self.config, self.host)
 
 

@@ -57,11 +57,11 @@ NO_DATA = Probe(list, lambda batch: torch.zeros(()))  # none of the adapters her
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: crops per training step, seconds of timed steps per size (an input shape of embeddings gets
-    half), the fewest and most rounds, swaps (an even number)."""
+    """How much is measured: crops per training step, seconds of timed steps per size and of embeddings per size and
+    input shape, the fewest and most rounds of either, swaps (an even number)."""
 
     batch: int
-    seconds: float = 30.0
+    seconds: float
     fewest: int = 3
     most: int = 30
     swaps: int = 50
@@ -73,10 +73,11 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=["nano", "b0", "b2"])
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--batch", type=int, default=16, help="crops of 2 s per training step, at least 2 [16]")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of rounds of steps, and per input shape [30]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one round of all, at most 4 crops: to see that it runs")
     arguments = parser.parse_args()
-    effort = Effort(arguments.batch)
+    effort = Effort(arguments.batch, arguments.seconds)
     if arguments.quick:
         effort = Effort(min(arguments.batch, 4), seconds=0.0, fewest=1, swaps=2)
     torch.set_num_threads(arguments.threads)
@@ -176,7 +177,7 @@ def training(size: str, effort: Effort, threads: int) -> dict:
     systems, batch = (FULL, *ADAPTERS), effort.batch
     memory = {system: in_fresh_process(peak_memory, size, system, batch, threads) for system in systems}
     trainers = {system: Trainer(size, system, batch) for system in systems}
-    return {"step_ms": in_turns(trainers, effort, effort.seconds), "step_memory_mib": memory}
+    return {"step_ms": in_turns(trainers, effort), "step_memory_mib": memory}
 
 
 def peak_memory(size: str, system: str, batch: int, threads: int) -> float:
@@ -204,13 +205,13 @@ def in_fresh_process(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def in_turns(calls: dict[str, Callable], effort: Effort, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round for `seconds` after a first round that does not count."""
+def in_turns(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round, after a first round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
     for call in calls.values():
         call()
-    end, rounds = time.perf_counter() + seconds, 0
+    end, rounds = time.perf_counter() + effort.seconds, 0
     while rounds < effort.fewest or (rounds < effort.most and time.perf_counter() < end):
         for name in order.sample(list(calls), len(calls)):
             times[name].append(milliseconds(calls[name]))
@@ -250,7 +251,7 @@ def inference(base: MRLReDimNetModel, folders: dict[str, Path], effort: Effort) 
     for shape, (batch, seconds) in SHAPES.items():
         waveform = noise(batch, seconds)
         calls = {name: lambda system=system, x=waveform: system(x) for name, system in systems.items()}
-        times[shape] = in_turns(calls, effort, effort.seconds / 2)
+        times[shape] = in_turns(calls, effort)
     modules, tensors = layout(base)
     sizes = {"modules": len(modules), "tensors": len(tensors)}
     return {"embed_ms": times, "merged_is_base": equal, "merged_error": errors, "base_layout": sizes}
@@ -355,11 +356,11 @@ def report(record: dict) -> str:
     text = ["# What adapters cost", "", f"```bash\n{record['command']}\n```", ""]
     text += [
         paragraph(
-            f"{record['machine']}, {record['threads']} threads, torch {record['torch']}, float32. Random weights and "
-            "noise: neither matters for time or size. Ratios: median [quartiles] over rounds in which all take turns."
+            f"{record['machine']}, threads: {record['threads']}, torch {record['torch']}, float32. Random weights "
+            "and noise: neither matters for time or size. Ratios: median [quartiles] over rounds of all taking turns."
         ),
         "",
-        paragraph("- parameters, file: the adapter's, and the share of the base's; of full fine-tuning the base's own."),
+        paragraph("- parameters, file: the adapter's, and the share of the base's; full fine-tuning: the base's own."),
         paragraph(
             f"- step: forward, margin loss over {SPEAKERS:,} speakers, backward, clipping and AdamW, on "
             f"{record['batch']} crops of {CROP_SECONDS:g} s, by a full step's time. The classifier trains in all of "

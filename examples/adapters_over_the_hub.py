@@ -4,7 +4,8 @@
         --trials FILE --folder DIR --noise NOISE_DIR --owner ME
 
 goes to the Hub that HF_ENDPOINT names (or huggingface.co) with the token you logged in with. With --local it starts a
-small one on this machine first and uses that. The adapters' names are the domains that the trials' audio is brought into.
+small one on this machine first and uses that. The adapters' names are the domains that the trials' audio is brought
+into.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyroomacoustics
 import pytest
 import soundfile
 from hypothesis import example, given, settings
@@ -85,7 +86,7 @@ def white() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def everything(noises) -> dict:
-    """Every domain, and every codec alone; a draw of several ways takes each of them."""
+    """Every domain, and telephony with every codec alone."""
     options = {"noisy": dict(noise=noises, room_count=ROOMS)}
     named = {name: make_domain(name, **options.get(name, {})) for name in DOMAINS}
     return named | {codec: make_domain("telephony", codecs=(codec,)) for codec in CODECS}
@@ -165,7 +166,7 @@ def test_pickling_changes_nothing(everything, speech, name):
 
 
 class Simulated:
-    """A data set of one utterance in a domain, under different seeds."""
+    """A data set of one utterance in a domain, under different paths."""
 
     def __init__(self, domain, audio):
         self.domain, self.audio = domain, audio
@@ -221,6 +222,17 @@ def test_the_direct_path_is_where_the_distance_puts_it(index):
     # Spherical spreading, 1 / distance, less what interpolation takes for a time between two samples: sinc(1 / 2).
     distance = np.linalg.norm(room.source - room.microphone)
     assert 0.6 < size[response.delay] * distance < 1.05
+
+
+def test_a_response_does_not_depend_on_the_threads():
+    before = pyroomacoustics.constants.get("num_threads")
+    simulated = []
+    for threads in (1, 3):
+        pyroomacoustics.constants.set("num_threads", threads)
+        simulated.append(simulated_response.__wrapped__(0, 0).taps)
+        assert pyroomacoustics.constants.get("num_threads") == threads
+    pyroomacoustics.constants.set("num_threads", before)
+    assert np.array_equal(*simulated)
 
 
 def responses(recorded: Path) -> list:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.saving import load_model, replace_folder, save_model
+from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.saving import load_model, save_model
 
 BATCH = torch.stack(waves(*[4000] * 2))
 FILES = {

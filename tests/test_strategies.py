@@ -36,7 +36,7 @@ def batches(count: int = 2, crops: int = 12) -> list[dict]:
 
 
 def put_on(name: str, kind=MRLReDimNetForXVector, **plan) -> tuple[torch.nn.Module, Vanilla]:
-    """A tiny model with an adapter on it (on the encoder, or on the classifier as a whole), and the adapter's strategy."""
+    """A tiny model with an adapter on it (on the encoder, or on a model with its head), and the adapter's strategy."""
     torch.manual_seed(0)
     model = tiny_model(kind=kind)
     host = model.redimnet if kind is MRLReDimNetForXVector else model
@@ -203,7 +203,7 @@ def test_dynamic_adds_the_orthogonality_term():
     terms = []
     for name, p in strategy.peft.named_parameters():
         if "lora_A" in name or "lora_B" in name:
-            square = p @ p.T if "lora_A" in name else p.T @ p
+            square = (p @ p.T if "lora_A" in name else p.T @ p).detach()
             terms.append(float((square - torch.eye(len(square))).norm()))
     assert math.isclose(float(strategy.penalty()), 0.5 * sum(terms) / len(terms), rel_tol=1e-5)
 

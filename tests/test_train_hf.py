@@ -164,7 +164,7 @@ def test_the_rotation_costs_nothing_at_full_width(whole):
 def test_the_card_tells_how_it_was_trained(whole):
     card = (whole / "best/README.md").read_text()
     assert "12 steps of 8 crops of 0.5 s from 16 utterances of 4 speakers" in card
-    assert "| trials | 4 | 8 | 16 | 32 |" in card
+    assert "| trials | weights | 4 | 8 | 16 | 32 |" in card and card.count("# whole") == 1
 
 
 def test_results_hold_the_recipe(whole):

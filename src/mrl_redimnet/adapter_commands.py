@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mrl_redimnet.adapters.bank import METHODS, AdapterBank
 from mrl_redimnet.adapters.hub import adapter_info, list_adapters, pull, push_adapter, push_base
-from mrl_redimnet.saving import refuse_existing, save_model, write_adapter_card
+from mrl_redimnet.folders import refuse_existing
+from mrl_redimnet.saving import save_model, write_adapter_card
 
 
 def add_adapter_commands(commands):
@@ -121,7 +122,7 @@ def _mix(arguments):
     chosen = {names[source]: weight for source, weight in weights.items()}
     bank.combine("mix", chosen, arguments.method, rank=arguments.rank, density=arguments.density)
     bank.save("mix", arguments.out)
-    write_adapter_card(arguments.out, arguments.out.name)
+    write_adapter_card(arguments.out)
     print(f"{arguments.out}: {arguments.method} of {', '.join(arguments.weights)}.")
 
 

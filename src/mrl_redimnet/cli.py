@@ -14,8 +14,9 @@ from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
 from mrl_redimnet.domains import DOMAINS, make_domain
 from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
+from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
-from mrl_redimnet.saving import load_model, refuse_existing, save_model
+from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.trials import read_trials
 

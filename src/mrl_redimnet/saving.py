@@ -1,9 +1,7 @@
 """Models as complete Hub folders, written whole or not at all."""
 
 import math
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.folders import replace_folder
 from mrl_redimnet.hub_cards import adapter_card, base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
 
@@ -51,7 +50,7 @@ def save_adapter(strategy: Vanilla, facts: AdapterFacts, folder: str | Path):
         strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
         strategy.save(target)
         replace(facts, layers=saved_ranks(target)).save(target)
-        write_adapter_card(target, Path(folder).name)
+        write_adapter_card(target)
 
     replace_folder(Path(folder), write)
 
@@ -62,7 +61,7 @@ def publish_adapter(source: str | Path, folder: str | Path, training: str = "", 
     def write(target: Path):
         shutil.copytree(source, target, dirs_exist_ok=True)
         replace(AdapterFacts.load(target), training=training).save(target)
-        write_adapter_card(target, Path(folder).name, evaluation)
+        write_adapter_card(target, evaluation)
 
     replace_folder(Path(folder), write)
 
@@ -77,14 +76,15 @@ def saved_ranks(folder: Path) -> dict[str, int]:
         }
 
 
-def write_adapter_card(folder: Path, name: str, evaluation: Evaluation | None = None):
-    """The card of the adapter in `folder`, from what its files say."""
+def write_adapter_card(folder: Path, evaluation: Evaluation | None = None):
+    """The card of the adapter in `folder`, from what its files say; its name is the base's and the domain."""
+    facts = AdapterFacts.load(folder)
     weights = folder / "adapter_model.safetensors"
     with safe_open(weights, "pt") as tensors:
         parameters = sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
     card = adapter_card(
-        AdapterFacts.load(folder),
-        name=name,
+        facts,
+        name=f"{facts.base.repository.split('/')[-1]}-{facts.domain}",
         parameters=parameters,
         file_bytes=weights.stat().st_size,
         evaluation=evaluation,
@@ -101,26 +101,3 @@ def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
     if name not in modeling_mrl_redimnet.__all__:
         raise ValueError(f"{model} is a {name}, expected one of {', '.join(modeling_mrl_redimnet.__all__)}.")
     return getattr(modeling_mrl_redimnet, name).from_pretrained(model).eval()
-
-
-def refuse_existing(folder: Path):
-    """Raises FileExistsError where `folder` is there already."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]):
-    """Fills a temporary folder with `write(folder)`, then puts it in `target`'s place; an error leaves no trace."""
-    temporary, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
