@@ -355,8 +355,7 @@ class AdapterBank:
             self.peft.peft_config.setdefault(name, adapter.config)  # PEFT deletes only what is listed
             self._detach(name)
             raise
-        self._select(self._active)  # PEFT has new layers start with the new adapter
-        self.peft.eval()
+        self.peft.eval()  # new dropouts begin in training mode
         self._adapters[name] = replace(adapter, tensors={})
 
     def _detach(self, name: str):

@@ -330,7 +330,7 @@ def _published(folder: Path, told: str | None) -> str:
     except HubError as error:
         raise HubError(
             f"{folder} names {told!r} as its base, which is not a repository on the Hub. Push the base first, then "
-            "push the adapter with base= its repository."
+            "push the adapter with base= (--base) its repository."
         ) from error
     if Path(told).is_dir():
         raise HubError(

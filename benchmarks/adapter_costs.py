@@ -31,7 +31,7 @@ from forward_vs_reference import machine
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from configuration_mrl_redimnet import SAMPLING_RATE, MRLReDimNetConfig
+from configuration_mrl_redimnet import SAMPLING_RATE, SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.bank import AdapterBank
@@ -70,13 +70,16 @@ class Effort:
 def main():
     """Measures size by size; prints and writes what is known after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["nano", "b0", "b2"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["nano", "b0", "b2"])
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
-    parser.add_argument("--batch", type=int, default=16, help="crops of 2 s per training step, at least 2 [16]")
+    parser.add_argument("--batch", type=int, default=16, help="crops of 2 s per training step [16]")
     parser.add_argument("--seconds", type=float, default=30.0, help="of rounds of steps, and per input shape [30]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one round of all, at most 4 crops: to see that it runs")
     arguments = parser.parse_args()
+    if arguments.batch < 2:
+        parser.error("--batch: batch norms in training need at least 2 crops")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes
     effort = Effort(arguments.batch, arguments.seconds)
     if arguments.quick:
         effort = Effort(min(arguments.batch, 4), seconds=0.0, fewest=1, swaps=2)

@@ -127,7 +127,7 @@ def test_memory_tells_slow_changes_from_fast_ones():
 
 
 @SETTINGS
-@given(gain=st.floats(1e-6, 1e6), speaker=st.integers(1, 3), quantised=st.booleans())
+@given(gain=st.floats(1e-25, 1e25), speaker=st.integers(1, 3), quantised=st.booleans())
 def test_the_volume_does_not_matter(gain, speaker, quantised):
     wave = speech(speaker, 0.6)
     wave[:3000] = 0  # digital silence has no level of its own
@@ -209,7 +209,11 @@ def test_below_the_threshold_is_the_base(detector, unseen):
     assert doubting(wave).probabilities == detector(wave).probabilities
 
 
-@pytest.mark.parametrize("wave", [np.zeros(16000), np.full(16000, 0.3), white(MIN_SAMPLES - 1), np.zeros(0)], ids=str)
+@pytest.mark.parametrize(
+    "wave",
+    [np.zeros(16000), np.full(16000, 0.3), white(MIN_SAMPLES - 1), np.zeros(0)],
+    ids=["silence", "constant", "short", "empty"],
+)
 def test_nothing_to_hear_is_the_base(detector, wave):
     found = replace(detector, threshold=0.0).detect(wave)
     assert found.domain is None
