@@ -304,21 +304,19 @@ def check_output(recipe: Recipe, resume: bool):
         )
 
 
-def prepare_training(run: Run, first_step: int):
-    """Freezes what stays, puts the adapter in, and says what is about to be trained."""
-    recipe = run.recipe
-    if run.facts is None:
-        freeze(run.model, recipe, first_step)
-    else:
-        run.strategy = attach_adapter(run, first_step)
+def prepare_training(run: Run, resumed_at: int):
+    """Freezes what stays, puts the adapter in, and says what is about to be trained; resumed_at: 0 for a new run."""
+    step = max(0, resumed_at - 1)  # where what is trained changes, the checkpoint is still of what was before
+    if run.facts is not None:
+        run.strategy = attach_adapter(run, step, resumed_at > 0)
         if run.strategy.state() is not None:
             run.accelerator.register_for_checkpointing(run.strategy.state())
+    begin_phase(run, step)
     describe(run)
-    begin_phase(run, first_step)
 
 
-def attach_adapter(run: Run, first_step: int) -> Vanilla:
-    """The recipe's adapter on the encoder (or, for an attribute, on the model with its head)."""
+def attach_adapter(run: Run, step: int, resumed: bool) -> Vanilla:
+    """The recipe's adapter, as it is at `step`, on the encoder (or, for an attribute, on the model with its head)."""
     recipe, output = run.recipe, Path(run.recipe.output)
     known = output / "ranks.json"
     plan = AdapterPlan(
@@ -328,11 +326,11 @@ def attach_adapter(run: Run, first_step: int) -> Vanilla:
         segment_ranks=recipe.segment_ranks,
         start_rank=recipe.start_rank,
         cut_step=int(recipe.cut_at * recipe.steps),
-        first_step=first_step,
+        first_step=step,
         norms=recipe.adapter_norms,
         task_type=run.task.adapter_task,
         options=recipe.peft_options,
-        known_ranks=json.loads(known.read_text()) if first_step and known.is_file() else None,
+        known_ranks=json.loads(known.read_text()) if resumed and known.is_file() else None,
     )
     host = run.model if isinstance(run.task, Attribute) else run.model.redimnet
     run.model.to(run.accelerator.device)
@@ -370,11 +368,11 @@ def describe(run: Run):
 
 
 def phase_ends(recipe: Recipe, first_step: int) -> list[int]:
-    """The steps at which what is trained changes, those still to come, and the last."""
+    """The steps at which what is trained changes, from `first_step` on, and the last."""
     ends = {int(recipe.trunk_frozen_until * recipe.steps), recipe.steps}
     if recipe.trains == "adapter" and recipe.strategy == "warm_up":
         ends.add(int(recipe.cut_at * recipe.steps))
-    return sorted(end for end in ends if end > first_step)
+    return sorted(end for end in ends if end > 0 and end >= first_step)
 
 
 def begin_phase(run: Run, step: int):

@@ -5,6 +5,7 @@ The recipes beside this file train one each; `AdapterBank` serves several on one
 """
 
 from mrl_redimnet.adapters.bank import AdapterBank
+from mrl_redimnet.adapters.detector import DomainDetector
 from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError, fingerprint
 from mrl_redimnet.adapters.placement import PLACEMENTS, adapter_report, lora_config
 
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterBank",
     "AdapterFacts",
     "Base",
+    "DomainDetector",
     "WrongBaseError",
     "adapter_report",
     "fingerprint",

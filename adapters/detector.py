@@ -65,10 +65,10 @@ FEATURES: dict[str, str] = {
     "quiet_high": "dB, energy above 4 kHz relative to all, in the quietest fifth of the frames",
     "quiet_flatness": "dB, geometric to arithmetic mean of the quietest fifth's spectrum, 250 to 3400 Hz (noise: 0)",
     "decay": "dB/s, the 10 % percentile of level changes over 64 ms: how fast speech ends (rooms make it slow)",
-    "rise": "dB/s, the 90 % percentile of the same: how fast it begins, which rooms leave alone",
+    "rise": "dB/s, the 90 % percentile of the same: how fast it begins",
     "spread": "dB, standard deviation of the frames' levels in the telephone band",
-    "kurtosis": "excess kurtosis of those levels, a number: below 0 with pauses, above 0 in steady noise",
-    "memory": "correlation of those levels with themselves 160 ms later, -1 to 1: high in long reverberation",
+    "kurtosis": "excess kurtosis of those levels, a number: below 0 where speech and pauses make two heaps",
+    "memory": "correlation of those levels with themselves 160 ms later, about a syllable, -1 to 1",
 }  # fmt: skip
 _MEMORY_HOPS = 10  # 160 ms
 

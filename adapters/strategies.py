@@ -321,6 +321,12 @@ def with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
     return changed
 
 
+def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options) -> LoraConfig:
+    """LoRA of scaling 1 at the layers of `ranks`, each with its rank."""
+    top = max(ranks.values())
+    return with_ranks(LoraConfig(task_type=task_type, r=top, lora_alpha=top, inference_mode=True, **options), ranks)
+
+
 def lora_products(peft: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Each layer's pair as matrices, scaling in B: A [r, in], B [out, r]."""
     return {
@@ -382,17 +388,9 @@ def ranks_by_worth(gradients: dict[str, torch.Tensor], rank: int) -> dict[str, i
 
 def write_plain_lora(folder: Path, pairs: dict, whole: dict, like: LoraConfig, host: nn.Module):
     """An ordinary LoRA adapter folder of `pairs` (A [k, in], B [out, k]; scaling 1) and tensors trained `whole`."""
-    rank = max(len(down) for down, _ in pairs.values())
-    config = LoraConfig(
-        task_type=like.task_type,
-        r=rank,
-        lora_alpha=rank,
-        modules_to_save=like.modules_to_save,
-        base_model_name_or_path=like.base_model_name_or_path,
-        revision=like.revision,
-        inference_mode=True,
-    )
-    with_ranks(config, {name: len(down) for name, (down, _) in pairs.items()}).save_pretrained(folder)
+    kept = {name: getattr(like, name) for name in ("modules_to_save", "base_model_name_or_path", "revision")}
+    ranks = {name: len(down) for name, (down, _) in pairs.items()}
+    explicit_config(ranks, like.task_type, **kept).save_pretrained(folder)
     inner = "redimnet." if hasattr(host, "redimnet") else ""
     tensors = {key: value.contiguous() for key, value in whole.items()}
     for name, (down, up) in pairs.items():

@@ -36,7 +36,7 @@ from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.placement import adapted_layers
-from mrl_redimnet.adapters.strategies import ADAPTER, AdapterPlan, Probe, Vanilla
+from mrl_redimnet.adapters.strategies import ADAPTER, AdapterPlan, Dynamic, Probe, Vanilla
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.training import build_optimizer
 
@@ -49,6 +49,12 @@ ADAPTERS = {
     "linear, r=64": AdapterPlan(1, "linear", rank=64),
     "linear, r=8, DoRA": AdapterPlan(1, "linear", options={"use_dora": True}),
 }
+# Strategies whose training differs from that of the adapter they end as: AdaLoRA, and warm_up before its cut.
+IN_TRAINING = {
+    "linear, dynamic from r=12": (Dynamic, AdapterPlan(1000, "linear", start_rank=12)),
+    "linear, warm_up at r=16": (Vanilla, AdapterPlan(1, "linear", rank=16)),
+}
+TRAINED = {name: (Vanilla, plan) for name, plan in ADAPTERS.items()} | IN_TRAINING
 SWAPPED = "linear, r=8"  # the adapter of the swaps and the goals
 FILE_GOAL_BYTES, SWAP_GOAL_MS = 2_000_000, 10.0
 RECIPE = Recipe(learning_rate=1e-5)  # so low that weights hardly move
@@ -157,8 +163,10 @@ class Trainer:
     def __init__(self, size: str, system: str, batch: int):
         torch.manual_seed(0)
         self.model = MRLReDimNetForXVector(MRLReDimNetConfig.from_size(size, num_speakers=SPEAKERS))
+        self.strategy, self.steps = None, 0
         if system != FULL:  # the classifier stays outside, and trains as well
-            Vanilla(self.model.redimnet, ADAPTERS[system], NO_DATA)
+            strategy, plan = TRAINED[system]
+            self.strategy = strategy(self.model.redimnet, plan, NO_DATA)
         self.model.train()
         self.waveforms = 0.1 * torch.randn(batch, int(CROP_SECONDS * SAMPLING_RATE))
         self.labels = torch.randint(SPEAKERS, (batch,))
@@ -168,16 +176,20 @@ class Trainer:
         self.backward(len(self.labels))
         nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.max_gradient_norm)
         self.optimizer.step()
+        if self.strategy is not None:
+            self.strategy.after_step(self.steps)
         self.optimizer.zero_grad()
+        self.steps += 1
 
     def backward(self, crops: int):
         """Gradients of the first `crops` of the batch."""
-        self.model(self.waveforms[:crops], labels=self.labels[:crops]).loss.backward()
+        loss = self.model(self.waveforms[:crops], labels=self.labels[:crops]).loss
+        (loss if self.strategy is None else loss + self.strategy.penalty()).backward()
 
 
 def training(size: str, effort: Effort, threads: int) -> dict:
     """Step times in ms and peak memory in MiB, per system."""
-    systems, batch = (FULL, *ADAPTERS), effort.batch
+    systems, batch = (FULL, *TRAINED), effort.batch
     memory = {system: in_fresh_process(peak_memory, size, system, batch, threads) for system in systems}
     trainers = {system: Trainer(size, system, batch) for system in systems}
     return {"step_ms": in_turns(trainers, effort), "step_memory_mib": memory}
@@ -394,9 +406,9 @@ def size_report(size: str, row: dict) -> list[str]:
     head = f"## {size}: {row['base_parameters']:,} parameters, {row['file_bytes'][FULL] / 1e6:.2f} MB"
     text = [head, "", table_row(columns), table_row(["---"] * len(columns))]
     text.append(table_row([TWIN, *[""] * 4, *[spread(ratio(times, TWIN, BASE)) for times in embeds.values()], "", ""]))
-    for name in (FULL, *ADAPTERS):
+    for name in (FULL, *TRAINED):
         cells = costs(row, name)
-        if name != FULL:
+        if name in ADAPTERS:
             cells += [spread(ratio(times, name, BASE)) for times in embeds.values()]
             cells += [spread(ratio(times, f"{name}, merged", BASE)) for times in embeds.values()]
         text.append(table_row([name, *cells, *[""] * (len(columns) - 1 - len(cells))]))
@@ -405,11 +417,13 @@ def size_report(size: str, row: dict) -> list[str]:
 
 def costs(row: dict, name: str) -> list[str]:
     """A system's cells about parameters, file and training."""
-    parameters, size = row["trained_parameters"][name], row["file_bytes"][name]
-    memory = row["step_memory_mib"]
+    memory, saved = row["step_memory_mib"], ["as it ends", "as it ends"]
+    if name not in IN_TRAINING:
+        parameters, size = row["trained_parameters"][name], row["file_bytes"][name]
+        saved = [f"{parameters:,} ({100 * parameters / row['base_parameters']:.1f} %)"]
+        saved.append(f"{size / 1e6:.2f} MB ({100 * size / row['file_bytes'][FULL]:.1f} %)")
     return [
-        f"{parameters:,} ({100 * parameters / row['base_parameters']:.1f} %)",
-        f"{size / 1e6:.2f} MB ({100 * size / row['file_bytes'][FULL]:.1f} %)",
+        *saved,
         spread(ratio(row["step_ms"], name, FULL)) if name != FULL else "1",
         f"{memory[name] / memory[FULL]:.2f}" if name != FULL else "1",
     ]

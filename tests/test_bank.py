@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import PLACEMENTS, AdapterFacts, Base, WrongBaseError, fingerprint, hub, lora_config
-from mrl_redimnet.adapters.bank import METHODS, AdapterBank
+from mrl_redimnet.adapters.bank import AdapterBank
+from mrl_redimnet.adapters.combining import METHODS
 from mrl_redimnet.adapters.placement import adapted_layers
 from mrl_redimnet.adapters.strategies import batch_norms
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, Problem, collate, fitted, mix_at_snr
+from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, InDomain, Problem, collate, fitted, mix_at_snr
 from mrl_redimnet.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.domains import make_domain
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 SECONDS = {"a/s0/0": 0.5, "a/s0/1": 1.5, "a/s1/0": 0.75, "b/s0/0": 1.0, "c/s0/0": 0.6, "c/s0/1": 0.6}
@@ -102,6 +103,34 @@ def test_every_noise_file_is_used_and_none_is_missing(noises, tmp_path):
         AddNoise(tmp_path)
 
 
+# ---------------------------------------------------------------- domains
+
+
+def upside_down(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return -crop
+
+
+@pytest.mark.parametrize(("base_share", "low", "high"), [(0, 1, 1), (1, 0, 0), (0.5, 0.46, 0.54), (0.1, 0.87, 0.93)])
+def test_a_share_of_crops_stays_out_of_the_domain(base_share, low, high):
+    """Of 2000 draws the standard error is 0.011 at most."""
+    crop, bring = np.ones(4, dtype=np.float32), InDomain(upside_down, base_share)
+    brought = np.array([bring(crop, np.random.default_rng([7, draw])) for draw in range(2000)])
+    assert low <= np.mean(brought[:, 0] == -1) <= high
+    assert set(np.unique(brought)) <= {1.0, -1.0}
+
+
+def test_by_default_a_tenth_of_crops_stays_out_of_the_domain():
+    assert InDomain(upside_down).base_share == 0.1
+
+
+def test_what_is_in_the_domain_has_its_length_and_is_drawn(levels, noises):
+    signal = np.random.default_rng(1).standard_normal(8000).astype(np.float32)
+    bring = InDomain(make_domain("noisy", noise=noises, room_probability=0.0), base_share=0.0)
+    one, again, other = (bring(signal, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert one.shape == signal.shape and one.dtype == np.float32
+    assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, signal)
+
+
 # ---------------------------------------------------------------- lengths
 
 
@@ -167,6 +196,55 @@ def test_worker_processes_make_the_same_batches(levels, noises):
     assert [len(b) for b in batches] == [6, 6]
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one["labels"], other["labels"]) and torch.equal(one["input_values"], other["input_values"])
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory) -> Path:
+    """Noise in VoxCeleb's layout, two files of each of three speakers."""
+    rng = np.random.default_rng(3)
+    waves = {f"{name}/s/{i}": 0.1 * rng.standard_normal(12_000) for name in "abc" for i in range(2)}
+    return write(tmp_path_factory.mktemp("voices") / "speech", waves)
+
+
+def test_in_a_domain_a_resumed_run_sees_the_same_batches(voices):
+    """From another step, in another process: the same crops in and out of the domain."""
+    telephone = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), base_share=0.5)
+    crops, plain = dataset(voices, augmentations=[telephone], seed=2), dataset(voices, seed=2)
+    whole = [collate([crops[n] for n in batch]) for batch in DrawBatches(3, stop=4)]
+    rest = DataLoader(crops, batch_sampler=DrawBatches(3, first=2, stop=4), collate_fn=collate, num_workers=1)
+    for one, other in zip(whole[2:], rest, strict=True):
+        assert torch.equal(one["input_values"], other["input_values"]) and torch.equal(one["labels"], other["labels"])
+    changed = [not same(crops[n], plain[n]) for n in range(12)]
+    assert True in changed and False in changed
+
+
+# ---------------------------------------------------------------- targets
+
+
+def test_targets_replace_speakers_and_speeds_leave_them(levels):
+    """What is learnt belongs to the row: neither the sampler nor the speed changes it."""
+    targets = np.array([5, 3, 3, 0, 7, 7])
+    for sampler in ("speaker", "utterance"):
+        one, fast = (
+            dataset(levels, targets=targets, sampler=sampler, speeds=speeds, crop_seconds=0.3)
+            for speeds in ((1.0,), (1.0, 0.9, 1.1))
+        )
+        for crops in (one, fast):
+            examples = [crops[n] for n in range(24)]
+            files = [round(float(np.median(example["input_values"])) * 64) - 1 for example in examples]
+            assert [example["label"] for example in examples] == targets[files].tolist()
+            assert len(set(files)) > 3
+    batch = collate([fast[n] for n in range(4)])
+    assert batch["labels"].dtype == torch.int64
+
+
+def test_numbers_to_estimate_stay_numbers(levels):
+    targets = np.array([20.5, 31.25, 40, 50, 60, 70.75], dtype=np.float32)
+    crops = dataset(levels, targets=targets, sampler="utterance", speeds=(1.0, 1.1))
+    examples = [crops[n] for n in range(6)]
+    assert {type(example["label"]) for example in examples} == {float}
+    assert sorted(example["label"] for example in examples) == targets.tolist()
+    assert collate(examples)["labels"].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- epochs

@@ -1,4 +1,6 @@
-"""Embeddings of files in any order and length, scores against a plain loop, and tables."""
+"""Embeddings of files in any order and length and domain, scores against a plain loop, and tables."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -7,17 +9,23 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
+from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import (
+    METRICS,
+    AttributeRow,
     VerificationRow,
     as_records,
+    attribute_row,
     cosine_scores,
     embed_files,
+    embed_trials,
     evaluate_trials,
     format_table,
+    reader,
     score_trials,
 )
-from mrl_redimnet.metrics import eer, min_dcf
+from mrl_redimnet.metrics import eer, mean_interval, min_dcf
 from mrl_redimnet.trials import Trials, make_trials
 
 SECONDS = [0.4, 1.1, 0.25, 0.8, 0.8, 0.3, 1.0, 0.55]
@@ -88,6 +96,23 @@ def test_an_unreadable_file_is_named(folder, tmp_path):
         embed_files(tiny_model(), [folder / "id0/0.wav", tmp_path / "broken.wav"])
 
 
+def test_what_is_embedded_is_what_was_read(folder, utterances):
+    """Rows stay those of the files, although audio may have become shorter than the file."""
+    model, files = tiny_model(), [str(folder / path) for path in utterances]
+    read = []
+
+    def load(file):
+        read.append(file)
+        return read_audio(file)[-3000::-1]
+
+    together = embed_files(model, files, load=load)
+    assert sorted(read) == files
+    for row, file in enumerate(files):
+        with torch.inference_mode():
+            alone = model(torch.from_numpy(read_audio(file)[-3000::-1].copy())[None]).embeddings[0].numpy()
+        assert np.abs(together[row] - alone).max() < 1e-4 * np.abs(alone).max()
+
+
 # ---------------------------------------------------------------- scores
 
 
@@ -147,6 +172,70 @@ def test_missing_utterances_are_listed(folder):
         evaluate_trials(tiny_model(), trials, folder)
 
 
+# ---------------------------------------------------------------- in a domain
+
+
+@pytest.fixture(scope="module")
+def telephone():
+    return make_domain("telephony", codecs=["mulaw", "gsm"], loss=(0.2, 0.4))
+
+
+def test_a_domain_changes_the_results_and_always_the_same_way(folder, utterances, trials, telephone):
+    model = tiny_model()
+    clean, once, again = (embed_trials(model, trials, folder, domain=d) for d in (None, telephone, telephone))
+    assert np.array_equal(once, again) and np.array_equal(clean, embed_files(model, [folder / p for p in utterances]))
+    assert np.abs(once - clean).max(axis=1).min() > 0.01 * np.abs(clean).max()
+    rows = evaluate_trials(model, trials, folder, [4, 32], domain=telephone)
+    assert rows == score_trials(trials, utterances, once, [4, 32])
+
+
+def test_an_utterance_sounds_the_same_when_the_folder_moves(folder, trials, telephone, tmp_path, monkeypatch):
+    model = tiny_model()
+    here = embed_trials(model, trials, folder, domain=telephone)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "speech")
+    assert np.array_equal(embed_trials(model, trials, moved, domain=telephone), here)
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(embed_trials(model, trials, "elsewhere/speech", domain=telephone), here)
+
+
+def test_the_same_audio_under_another_name_has_other_draws(folder, telephone, tmp_path):
+    for name in ("a", "b"):
+        shutil.copy(folder / "id0/1.wav", tmp_path / f"{name}.wav")
+    a, b = (reader(tmp_path, telephone)(tmp_path / f"{name}.wav") for name in "ab")
+    assert a.shape == b.shape and not np.array_equal(a, b)
+
+
+def test_without_a_domain_a_file_is_read_as_it_is(folder):
+    assert np.array_equal(reader(folder)(folder / "id0/1.wav"), read_audio(folder / "id0/1.wav"))
+
+
+# ---------------------------------------------------------------- attributes
+
+SPEAKERS = np.array(["a", "a", "b", "b", "c", "c", "d", "d"])
+
+
+def test_classes_are_judged_by_accuracy():
+    answers, targets = np.array([0, 1, 2, 0, 1, 1, 2, 2]), np.array([0, 1, 2, 1, 1, 0, 2, 2])
+    assert attribute_row(answers, targets, SPEAKERS, classes=True) == AttributeRow("accuracy", 0.75)
+    row = attribute_row(answers, targets, SPEAKERS, classes=True, resamples=100)
+    assert (row.low, row.high) == mean_interval(answers == targets, SPEAKERS, 100)
+    assert row.low < row.value < row.high
+
+
+def test_numbers_are_judged_by_the_mean_absolute_error():
+    targets = np.array([20, 30, 40, 50, 20, 30, 40, 50], dtype=np.float32)
+    answers = targets + np.array([1, -1, 2, -2, 0, 4, -5, 5], dtype=np.float32)
+    assert attribute_row(answers, targets, SPEAKERS, classes=False) == AttributeRow("mean absolute error", 2.5)
+    row = attribute_row(answers, targets, SPEAKERS, classes=False, resamples=100)
+    assert (row.low, row.high) == mean_interval(np.abs(answers - targets), SPEAKERS, 100)
+
+
+def test_a_row_of_an_attribute_has_one_of_the_known_metrics():
+    assert [AttributeRow(metric, 0.5).metric for metric in METRICS] == list(METRICS)
+    with pytest.raises(ValueError, match="metric: got 'Accuracy', expected one of accuracy, balanced accuracy, mean"):
+        AttributeRow("Accuracy", 0.5)
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -167,4 +256,24 @@ def test_columns_line_up():
 def test_records_are_plain():
     assert as_records([VerificationRow(8, 0.5, 1.0)]) == [
         {"dim": 8, "eer": 0.5, "min_dcf": 1.0, "eer_low": None, "eer_high": None}
+    ]
+
+
+def test_attributes_have_a_line_per_system():
+    text = format_table(
+        {"base": [AttributeRow("accuracy", 0.875)], "the adapter": [AttributeRow("accuracy", 0.9375, 0.9, 0.975)]}
+    )
+    first, second = text.splitlines()
+    assert first == "base         87.50   accuracy %"
+    assert second == "the adapter  93.75 [90.0, 97.5]   accuracy %"
+
+
+def test_errors_of_attributes_are_in_the_unit_of_the_labels():
+    rows = [AttributeRow("mean absolute error", 7.254, 6.5, 8.125)]
+    assert format_table({"age": rows}) == "age  7.25 [6.50, 8.12]   mean absolute error"
+
+
+def test_records_of_attributes_are_plain():
+    assert as_records([AttributeRow("accuracy", 0.5, 0.25, 0.75)]) == [
+        {"metric": "accuracy", "value": 0.5, "low": 0.25, "high": 0.75}
     ]

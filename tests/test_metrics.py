@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrl_redimnet import metrics
-from mrl_redimnet.metrics import bootstrap_interval, eer, error_curve, min_dcf
+from mrl_redimnet.metrics import (
+    bootstrap_interval,
+    bootstrap_values,
+    eer,
+    error_curve,
+    mean_interval,
+    min_dcf,
+    quantile_interval,
+)
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -390,3 +398,109 @@ def test_redrawing_is_bounded(monkeypatch):
     monkeypatch.setattr(metrics, "_MAX_DRAWS", 1)  # half the resamples of two speakers have no impostors
     with pytest.raises(ValueError, match="1 resamples of 2 speakers in a row had no target or no impostor trial"):
         bootstrap_interval(*speaker_trials(2), resamples=50)
+
+
+# ---------------------------------------------------------------- two systems on one trial list
+
+
+def target_weight(scores, labels, weights):
+    """Tells the resample, not the scores."""
+    return float(weights[labels].sum())
+
+
+def impostor_weight(scores, labels, weights):
+    return float(weights[~labels].sum())
+
+
+@pytest.mark.parametrize("speakers", [2, 8])
+@pytest.mark.parametrize("weight", [target_weight, impostor_weight])
+def test_resamples_weigh_the_same_speakers_whatever_the_scores(speakers, weight):
+    scores, *rest = speaker_trials(speakers)
+    values = bootstrap_values(scores, *rest, metric=weight, resamples=40, seed=5)
+    others = np.random.default_rng(0).standard_normal(len(scores))
+    for other in (-scores, others, np.zeros_like(scores)):
+        assert np.array_equal(bootstrap_values(other, *rest, metric=weight, resamples=40, seed=5), values)
+    assert not np.array_equal(bootstrap_values(scores, *rest, metric=weight, resamples=40, seed=6), values)
+
+
+@pytest.mark.parametrize("metric", [eer, min_dcf])
+def test_identical_systems_never_differ(metric):
+    scores, *rest = speaker_trials(10)
+    one, other = (bootstrap_values(s, *rest, metric=metric, resamples=50) for s in (scores, 3.0 * scores + 1.0))
+    assert len(set(one)) > 10 and np.array_equal(one - other, np.zeros(50))
+
+
+def test_a_paired_interval_is_narrower_than_those_of_the_systems():
+    scores, *rest = speaker_trials(20)
+    better = scores + 1.0 * np.asarray(rest[0])
+    one, other = (bootstrap_values(s, *rest, resamples=200) for s in (scores, better))
+    low, high = quantile_interval(one - other)
+    assert 0 < low < eer(scores, rest[0]) - eer(better, rest[0]) < high
+    own = quantile_interval(one)
+    assert high - low < own[1] - own[0]
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_the_interval_is_that_of_the_values(confidence):
+    trials, setting = speaker_trials(9), dict(metric=min_dcf, resamples=60, seed=4)
+    values = bootstrap_values(*trials, **setting)
+    assert values.shape == (60,) and values.dtype == np.float64
+    assert bootstrap_interval(*trials, **setting, confidence=confidence) == quantile_interval(values, confidence)
+
+
+def test_an_interval_leaves_out_as_much_at_both_ends():
+    values = np.random.default_rng(0).permutation(np.arange(1001.0))
+    assert quantile_interval(values, 0.9) == pytest.approx((50.0, 950.0))
+    assert quantile_interval(values) == pytest.approx((25.0, 975.0))
+
+
+# ---------------------------------------------------------------- means over utterances
+
+
+def loop_mean_interval(values, speakers, resamples):
+    """Literal resampling: all utterances of every drawn speaker, as often as the speaker was drawn."""
+    names = sorted(set(speakers))
+    means = []
+    for draw in np.random.default_rng(0).integers(len(names), size=(resamples, len(names))):
+        pooled = [v for index in draw for v, name in zip(values, speakers, strict=True) if name == names[index]]
+        means.append(sum(pooled) / len(pooled))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+@pytest.mark.parametrize("kind", ["shares", "errors"])
+def test_the_interval_of_a_mean_equals_literal_resampling(kind):
+    rng = np.random.default_rng(1)
+    speakers = [f"id{index}" for index in rng.integers(7, size=40)]  # of different lengths, in any order
+    values = rng.random(40) < 0.7 if kind == "shares" else 20 * rng.random(40)
+    interval = mean_interval(values, np.array(speakers), resamples=60)
+    assert interval == pytest.approx(loop_mean_interval(values, speakers, 60), abs=1e-12)
+    assert interval == mean_interval(values.tolist(), speakers, resamples=60)
+
+
+def test_the_interval_of_a_mean_in_known_cases():
+    assert mean_interval([2.0, 4.0, 6.0], ["a", "a", "a"]) == (4.0, 4.0)  # one speaker: nothing to resample
+    assert mean_interval([5.0, 5.0, 5.0], ["a", "b", "c"]) == (5.0, 5.0)
+    # drawn are a, a or b, b or one of each, a quarter, a quarter and a half: means of 0, 1 and 3/4
+    assert mean_interval([0, 1, 1, 1], ["a", "b", "b", "b"]) == (0.0, 1.0)
+    # one utterance each: the standard error of a share of 1/2 is 1/2 / sqrt(400) = 0.025
+    low, high = mean_interval([0, 1] * 200, [str(index) for index in range(400)])
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.006)
+
+
+def test_more_utterances_of_the_same_speakers_make_no_narrower_interval():
+    values, speakers = np.random.default_rng(2).random(12), [str(index) for index in range(12)]
+    repeated = mean_interval(np.tile(values, 10), speakers * 10, resamples=100)
+    assert repeated == pytest.approx(mean_interval(values, speakers, resamples=100), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "speakers", "resamples", "message"),
+    [
+        ([1.0, 2.0], ["a"], 10, "2 values of 1 speakers, 10 resamples"),
+        ([], [], 10, "0 values of 0 speakers"),
+        ([1.0], ["a"], 0, "1 values of 1 speakers, 0 resamples: need some of each"),
+    ],
+)
+def test_bad_arguments_of_a_mean(values, speakers, resamples, message):
+    with pytest.raises(ValueError, match=message):
+        mean_interval(values, speakers, resamples)

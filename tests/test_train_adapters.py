@@ -51,10 +51,12 @@ RESUMED = {
     "dynamic": dict(strategy="dynamic"),
     "warm_up, after the cut": dict(strategy="warm_up", cut_at=0.4),
     "warm_up, before the cut": dict(strategy="warm_up", cut_at=0.9),
+    "warm_up, at the cut": dict(strategy="warm_up", cut_at=0.75),
     "mixed": dict(strategy="mixed"),
     "pissa": dict(peft_options="{init_lora_weights: pissa}"),
     "eva": dict(peft_options="{init_lora_weights: eva}"),
     "norms": dict(adapter_norms="true"),
+    "two stages, at the change": dict(trains="all", trunk_frozen_until=0.75),
     "two stages": dict(trains="all", trunk_frozen_until=0.5, trunk_learning_rate=1e-4),
 }
 

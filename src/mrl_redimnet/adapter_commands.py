@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet.adapters.bank import METHODS, AdapterBank
+from mrl_redimnet.adapters.bank import AdapterBank
+from mrl_redimnet.adapters.combining import METHODS
+from mrl_redimnet.adapters.detector import DomainDetector
 from mrl_redimnet.adapters.hub import adapter_info, list_adapters, pull, push_adapter, push_base
+from mrl_redimnet.audio import read_audio
 from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.saving import save_model, write_adapter_card
 
@@ -37,6 +40,11 @@ def add_adapter_commands(commands):
     info.add_argument("adapter", help="path or Hub id")
     info.add_argument("--revision", help="branch, tag or commit")
     info.set_defaults(run=_info)
+
+    detect = actions.add_parser("detect", help="the domain that each file sounds like")
+    detect.add_argument("detector", type=Path, help="folder of a saved detector")
+    detect.add_argument("files", nargs="+", type=Path, metavar="AUDIO")
+    detect.set_defaults(run=_detect)
 
     mix = actions.add_parser("mix", help="several adapters into a new one")
     mix.add_argument("base", help="path or Hub id")
@@ -106,6 +114,14 @@ def _info(arguments):
     }
     for name, value in lines.items():
         print(f"{name:<9}{value or 'not said'}")
+
+
+def _detect(arguments):
+    detector = DomainDetector.load(arguments.detector)
+    for file in arguments.files:
+        found = detector.detect(read_audio(file))
+        odds = ", ".join(f"{domain} {share:.2f}" for domain, share in found.probabilities.items())
+        print(f"{file}: {found.domain or 'the base'} ({odds})")
 
 
 def _mix(arguments):
