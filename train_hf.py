@@ -514,6 +514,8 @@ def final_report(run: Run, progress: Progress):
         save_model(systems[saved], best, task.speakers, name=name, training=sentence, evaluation=evaluation)
     else:
         publish_adapter(Path(recipe.output) / "best_as_trained", best, sentence, evaluation)
+        ranks = AdapterFacts.load(best).layers
+        print("\nRanks: " + ", ".join(f"{name} {rank}" for name, rank in ranks.items()))
     record = {
         "recipe": asdict(recipe),
         "best_step": progress.best_step,

@@ -412,10 +412,11 @@ def impostor_weight(scores, labels, weights):
     return float(weights[~labels].sum())
 
 
-@pytest.mark.parametrize("speakers", [2, 8])
+@pytest.mark.parametrize("speakers", [3, 8])
 @pytest.mark.parametrize("weight", [target_weight, impostor_weight])
 def test_resamples_weigh_the_same_speakers_whatever_the_scores(speakers, weight):
-    scores, *rest = speaker_trials(speakers)
+    """With 3 speakers some resamples are drawn again. Some trials are left out: else targets always weigh the same."""
+    scores, *rest = (column[:-5] for column in speaker_trials(speakers))
     values = bootstrap_values(scores, *rest, metric=weight, resamples=40, seed=5)
     others = np.random.default_rng(0).standard_normal(len(scores))
     for other in (-scores, others, np.zeros_like(scores)):

@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from modeling_mrl_redimnet import (
+    BatchNorm,
+    ChannelBatchNorm,
     MatryoshkaMarginClassifier,
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
@@ -496,6 +498,114 @@ def test_regression():
     answer = model(**padded(waves(8_000, 6_000)), labels=labels)
     torch.testing.assert_close(answer.loss, (answer.logits[:, 0] - labels).square().mean())
     assert model(**padded(waves(8_000))).loss is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen batch norms
+
+NORMED = ["convnext_convatt", "fwse_att", "aggregation", "tstp_embedding_norm", "norm_batch"]
+
+
+def norms_of(model) -> dict[str, nn.BatchNorm1d]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.BatchNorm1d)}
+
+
+def drawn(norm: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    """With weights and statistics as after a training."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 1.5, generator=generator)
+    return norm
+
+
+@pytest.mark.parametrize("variant", NORMED)
+def test_a_frozen_model_in_training_answers_as_in_use_and_keeps_its_statistics(variant):
+    model = tiny_model(tiny_config(variant)).requires_grad_(False)
+    batch, before = padded(waves(4_800, 9_000), extra=3_000, garbage=1.0), tensors(model)
+    in_use, in_training = embed(model, **batch), embed(model.train(), **batch)
+    assert_equal(in_training, in_use)
+    assert_same_tensors(before, tensors(model))
+
+
+@pytest.mark.parametrize("variant", NORMED)
+def test_a_model_that_trains_normalises_by_the_batch_and_moves_its_statistics(variant):
+    model = tiny_model(tiny_config(variant))
+    batch, before = padded(waves(4_800, 9_000)), tensors(model)
+    in_use, in_training = embed(model, **batch), embed(model.train(), **batch)
+    assert relative_error(in_training, in_use) > 0.05
+    after = tensors(model)
+    for name in norms_of(model):
+        for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+            assert not torch.equal(before[f"{name}.{statistic}"], after[f"{name}.{statistic}"]), name
+
+
+def test_of_all_norms_only_the_frozen_ones_keep_their_statistics():
+    model = tiny_model().train()
+    norms = norms_of(model)
+    frozen = set(list(norms)[::2])
+    for name in frozen:
+        norms[name].requires_grad_(False)
+    before = tensors(model)
+    embed(model, **padded(waves(4_800, 9_000)))
+    after = tensors(model)
+    kept = {name for name in norms if torch.equal(before[f"{name}.running_mean"], after[f"{name}.running_mean"])}
+    assert kept == frozen and 1 < len(kept) < len(norms)
+
+
+def test_a_frozen_norm_passes_gradients_of_its_statistics_not_of_the_batch():
+    norm = drawn(ChannelBatchNorm(3)).requires_grad_(False).train()
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    norm(x, torch.ones(2, 5, 1, dtype=torch.bool)).sum().backward()
+    slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+    torch.testing.assert_close(x.grad, slope.expand(2, 5, 3))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_leaves_frozen_norms_frozen(frozen):
+    """The second forward pass included: the same gradients, the same statistics."""
+    plain, saving = (tiny_model(kind=MRLReDimNetForXVector).train() for _ in range(2))
+    saving.activation_checkpointing_enable()
+    batch, before = padded(waves(6_000, 8_000, 8_000)), tensors(plain)
+    for model in (plain, saving):
+        for norm in norms_of(model.redimnet.trunk).values():
+            norm.requires_grad_(not frozen)
+        model(**batch, labels=torch.tensor([0, 3, 1])).loss.backward()
+    after = tensors(saving)
+    assert_same_tensors(dict(plain.named_buffers()), dict(saving.named_buffers()))
+    for name in norms_of(saving.redimnet.trunk):
+        statistic = f"redimnet.trunk.{name}.running_mean"
+        assert torch.equal(before[statistic], after[statistic]) is frozen, name
+    gradients = dict(saving.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=name)
+    assert plain.redimnet.trunk.stem.conv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 5, 4), (2, 5, 3, 4)])
+def test_a_norm_that_trains_is_torchs_own(shape):
+    """Answers, gradients and statistics; with a mask those of the frames that it lets through."""
+    ours = drawn((BatchNorm if len(shape) == 2 else ChannelBatchNorm)(4)).train()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    masks = [None]
+    if len(shape) > 2:
+        mask = torch.ones(2, 5, 1, dtype=torch.bool)
+        mask[1, 3:] = False
+        masks.append(mask)
+    for mask in masks:
+        theirs = copy.deepcopy(ours)
+        theirs.__class__ = nn.BatchNorm1d
+        valid = ... if mask is None else mask[..., 0]
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        answer = ours(one) if mask is None else ours(one, mask)
+        expected = theirs(other[valid].flatten(0, -2))
+        assert_equal(answer[valid].flatten(0, -2), expected)
+        assert mask is None or not answer[~valid].any()
+        answer.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        assert_same_tensors(dict(theirs.named_buffers()), dict(ours.named_buffers()))
+        ours.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 
 from mrl_redimnet.recipe import Recipe, parse_command_line, read_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent
+RECIPES = [path for part in ("recipes", "adapters") for path in sorted((FOLDER / part).glob("*.yaml"))]
 
 
 def parse(*argv: str) -> Recipe:
@@ -68,11 +69,27 @@ def test_resume_is_no_setting(argv):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
-    assert parse(str(path)) != Recipe()
+    """Those of attributes with the labels that they cannot bring along."""
+    labels = {"label_file": "labels.csv"} if "label_column:" in path.read_text() else {}
+    recipe = read_recipe(path, labels)
+    assert recipe != Recipe(**({**labels, "label_column": "x"} if labels else {}))
+    assert (recipe.trains == "adapter") is (path.parent.name == "adapters")
+
+
+@pytest.mark.parametrize("name", ["gender", "age"])
+def test_recipes_of_attributes_ask_for_labels(capsys, name):
+    assert "label_file and label_column: give both or neither" in refusal(capsys, f"{FOLDER}/adapters/{name}.yaml")
 
 
 def test_there_are_recipes():
-    assert RECIPES
+    names = {path.stem for path in RECIPES}
+    assert names >= {"nano_small_corpus", "telephony", "noisy", "gender", "age", "voxceleb", "cnceleb"}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "adapters"], ids=lambda p: p.stem)
+def test_no_two_recipes_write_to_one_folder(path):
+    outputs = [line for other in RECIPES for line in other.read_text().splitlines() if line.startswith("output:")]
+    assert outputs.count(f"output: runs/{path.stem}") == 1
 
 
 # ---------------------------------------------------------------- types
@@ -172,8 +189,65 @@ def test_a_missing_file(capsys):
         (["--tracker", "mlflow"], "tracker: got 'mlflow', expected tensorboard, wandb or none"),
         (["--dev_trials", "trials.txt"], "dev_trials and dev_folder: give both or neither"),
         (["--dev_speakers", "1"], "dev_speakers: at least 2"),
-        (["--tests", "{vox: {trials: a}}"], "tests.vox: got ['trials'], expected the entries trials and folder"),
+        (["--tests", "{vox: {trials: a}}"], "tests.vox: got ['trials'], expected the entries folder and trials"),
+        (["--trains", "trunk"], "trains: got 'trunk', expected one of all, head, projection, adapter"),
+        (["--strategy", "adalora"], "strategy: got 'adalora', expected one of vanilla, dynamic, warm_up, mixed"),
+        (["--label_key", "file"], "label_key: got 'file', expected one of speaker, path"),
+        (["--base_share", "1"], "base_share: got 1.0, expected a share from 0 to below 1"),
+        (["--base_share=-0.1"], "base_share: got -0.1, expected a share"),
+        (["--trunk_frozen_until", "1"], "trunk_frozen_until: got 1.0, expected a share"),
+        (["--cut_at", "1.5"], "cut_at: got 1.5, expected a share"),
+        (["--label_file", "labels.csv"], "label_file and label_column: give both or neither"),
+        (["--label_column", "age"], "label_file and label_column: give both or neither"),
+        (["--segment_ranks", "4"], "segment_ranks: got 4, expected list"),
+        (["--rank", "0"], "rank: got 0 and start_rank 16; expected at least 1, and a start above it"),
+        (["--rank=8", "--start_rank=8", "--strategy=dynamic"], "rank: got 8 and start_rank 8"),
+        (["--rank=8", "--start_rank=4", "--strategy=warm_up"], "rank: got 8 and start_rank 4"),
     ],
 )
 def test_impossible_values_are_refused(capsys, argv, message):
     assert message in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "mixed"])
+def test_a_start_rank_counts_only_where_ranks_are_cut(strategy):
+    assert parse("--rank=32", f"--strategy={strategy}").start_rank == 16
+
+
+@pytest.mark.parametrize("trains", ["head", "projection", "adapter"])
+def test_what_only_a_whole_model_can_do_is_refused_for_a_part(capsys, trains):
+    message = refusal(capsys, f"--trains={trains}", "--trunk_frozen_until=0.5")
+    assert f"trunk_frozen_until: with trains: {trains} the trunk never trains; leave it out" in message
+    message = refusal(capsys, f"--trains={trains}", "--rotate_at=[0.5]")
+    assert f"rotate_at: with trains: {trains} the basis is not ours to turn; leave it out" in message
+    assert parse("--trains=all", "--trunk_frozen_until=0.5", "--rotate_at=[0.5]").rotate_at == [0.5]
+
+
+VERIFICATION, ATTRIBUTE = [], ["--label_file=labels.csv", "--label_column=age"]
+
+
+@pytest.mark.parametrize(
+    ("task", "test"),
+    [
+        (VERIFICATION, "{trials: a, folder: b}"),
+        (VERIFICATION, "{trials: a, folder: b, domain: telephony}"),
+        (VERIFICATION, "{trials: a, folder: b, domain: noisy, domain_options: {noise: c}}"),
+        (ATTRIBUTE, "{folder: b}"),
+        (ATTRIBUTE, "{folder: b, domain: telephony, domain_options: {codecs: [gsm]}}"),
+    ],
+)
+def test_a_test_may_be_in_a_domain(task, test):
+    assert list(parse(*task, f"--tests={{vox: {test}}}").tests) == ["vox"]
+
+
+@pytest.mark.parametrize(
+    ("task", "test", "message"),
+    [
+        (VERIFICATION, "{folder: b}", "tests.vox: got ['folder'], expected the entries folder and trials, and domain"),
+        (VERIFICATION, "{trials: a, folder: b, noise: c}", "tests.vox: got ['folder', 'noise', 'trials']"),
+        (ATTRIBUTE, "{trials: a, folder: b}", "got ['folder', 'trials'], expected the entries folder, and domain"),
+        (ATTRIBUTE, "{domain: noisy}", "tests.vox: got ['domain'], expected the entries folder, and domain"),
+    ],
+)
+def test_a_test_has_the_entries_of_its_task(capsys, task, test, message):
+    assert message in refusal(capsys, *task, f"--tests={{vox: {test}}}")

@@ -101,15 +101,18 @@ def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):  # noqa: F
         assert str(base.parent).encode() not in file.read_bytes(), file
 
 
-def test_ranks_of_the_four_strategies(train, base, tmp_path):  # noqa: F811
+def test_ranks_of_the_four_strategies(train, base, tmp_path, capsys):  # noqa: F811
     """Final ranks are those of the saved weights: one rank, or one on average."""
     ranks = {}
+    capsys.readouterr()
     for strategy in ("vanilla", "warm_up", "dynamic", "mixed"):
         output = train(model=base, strategy=strategy, cut_at=0.4, **ADAPTER).rename(tmp_path / strategy)
         ranks[strategy] = list(AdapterFacts.load(output / "best").layers.values())
     assert set(ranks["vanilla"]) == set(ranks["warm_up"]) == {3}
     assert len(set(ranks["mixed"])) > 1
     assert sum(ranks["dynamic"]) <= 3 * 15
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Ranks: ")]
+    assert len(printed) == 4 and printed[0].count(" 3") == 15
 
 
 @pytest.mark.parametrize(

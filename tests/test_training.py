@@ -1,4 +1,4 @@
-"""Schedules, the guards against a run that cannot learn, and checkpoints that are whole or not there."""
+"""Schedules, what is trained, guards against a run that cannot learn, checkpoints that are whole or not there."""
 
 import json
 import math
@@ -20,9 +20,11 @@ from mrl_redimnet.training import (
     build_optimizer,
     chance_loss,
     check_optimizer,
+    freeze,
     learning_rate_at,
     load_checkpoint,
     margin_at,
+    newest_step,
     save_checkpoint,
 )
 
@@ -110,6 +112,84 @@ def test_a_tensor_of_another_model_is_noticed(model):
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(ValueError, match="not the model's"):
         check_optimizer(model, optimizer)
+
+
+# ---------------------------------------------------------------- what is trained, how fast
+
+
+def parts(model, wanted) -> set[str]:
+    """The modules just below the encoder, and the classifier, whose parameters are `wanted`."""
+    names = [name for name, parameter in model.named_parameters() if wanted(parameter)]
+    return {name.removeprefix("redimnet.").split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("trains", "expected"),
+    [
+        ("all", {"front_end", "trunk", "pooling", "projection", "classifier"}),
+        ("head", {"pooling", "projection", "classifier"}),
+        ("projection", {"projection", "classifier"}),
+    ],
+)
+def test_each_part_is_trained_whole_and_the_rest_not_at_all(trains, expected):
+    model = MRLReDimNetForXVector(tiny_config("norm_batch"))  # whose front end has something to train, too
+    freeze(model, Recipe(trains=trains), step=0)
+    assert parts(model, lambda p: p.requires_grad) == expected
+    everything = {"front_end", "trunk", "pooling", "projection", "classifier"}
+    assert parts(model, lambda p: not p.requires_grad) == everything - expected
+
+
+def test_the_trunk_waits_until_its_share_of_the_steps():
+    model = MRLReDimNetForXVector(tiny_config("norm_batch"))
+    recipe = Recipe(trunk_frozen_until=0.3, steps=15)  # 4.5 steps: from step 4 on
+    for step in (0, 3, 4, 14, 0):  # and back: a freeze knows no past
+        freeze(model, recipe, step)
+        waiting = {"front_end", "trunk"} if step < 4 else set()
+        assert parts(model, lambda p: not p.requires_grad) == waiting
+
+
+@pytest.mark.parametrize("trains", ["all", "head", "projection"])
+def test_frozen_parts_keep_their_tensors_and_statistics_in_training(trains):
+    torch.manual_seed(0)
+    model = MRLReDimNetForXVector(tiny_config("norm_batch")).train()
+    recipe = Recipe(trains=trains, trunk_frozen_until=0.5 if trains == "all" else 0.0)
+    freeze(model, recipe, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_scale"]
+    model(torch.stack(waves(6000, 6000)), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    frozen = ("redimnet.front_end.", "redimnet.trunk.") + ("redimnet.pooling.",) * (trains == "projection")
+    assert not [name for name in moved if name.startswith(frozen)]
+    assert moved >= {
+        "classifier.weight",
+        "redimnet.projection.segments.0.weight",
+        "redimnet.projection.norm.running_var",
+    }
+
+
+def test_the_trunk_has_its_own_learning_rate_in_groups_of_its_own():
+    model = MRLReDimNetForXVector(tiny_config("norm_batch"))
+    recipe = Recipe(learning_rate=1e-3, trunk_learning_rate=1e-4, weight_decay=0.1)
+    group_of = {id(p): group for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        of_trunk = name.startswith(("redimnet.trunk.", "redimnet.front_end."))
+        decays = parameter.dim() > 1 and not name.endswith("mix.logits")
+        assert group_of[id(parameter)]["lr_scale"] == pytest.approx(0.1 if of_trunk else 1.0), name
+        assert group_of[id(parameter)]["weight_decay"] == (0.1 if decays else 0.0), name
+
+
+def test_without_one_all_learn_alike(model):
+    assert {group["lr_scale"] for group in build_optimizer(model, Recipe()).param_groups} == {1.0}
+
+
+def test_a_trunk_that_is_not_trained_whole_has_no_learning_rate_of_its_own(model):
+    """Adapters in the trunk learn at the run's rate."""
+    recipe = Recipe(trains="adapter", learning_rate=1e-3, trunk_learning_rate=1e-4)
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe).param_groups} == {1.0}
 
 
 # ---------------------------------------------------------------- chance level
@@ -264,11 +344,11 @@ def run(tmp_path):
 
 def test_a_checkpoint_restores_weights_optimizer_and_progress(run):
     run.train()
-    progress = Progress(step=7, best_eer=0.25, best_step=5, problems=[("a.wav", "empty")])
+    progress = Progress(step=7, best_score=0.25, best_step=5, problems=[("a.wav", "empty")])
     save_checkpoint(run.accelerator, run.folder, progress, Recipe())
     other = Run(run.folder, seed=1)
     restored = other.load()
-    assert (restored.step, restored.best_eer, restored.best_step) == (7, 0.25, 5)
+    assert (restored.step, restored.best_score, restored.best_step) == (7, 0.25, 5)
     assert [tuple(problem) for problem in restored.problems] == progress.problems
     for each in (run, other):
         torch.manual_seed(5)
@@ -278,7 +358,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_progress(run):
 
 def test_progress_before_the_first_evaluation_is_restored(run):
     run.save(3)
-    assert run.load() == Progress(step=3, best_eer=math.inf, best_step=-1)
+    assert run.load() == Progress(step=3, best_score=math.inf, best_step=-1)
 
 
 def test_no_checkpoint_is_no_error(run):
@@ -347,7 +427,24 @@ def test_other_settings_are_refused_by_name(run):
 def test_settings_that_change_no_weight_may_change(run):
     run.save(3)
     free = dict(output="elsewhere", workers=4, log_every=1, evaluate_every=7, checkpoint_every=2, tracker="none")
-    assert run.load(Recipe(**free, report_dims=[8], resamples=10, chance_steps=5)).step == 3
+    free |= dict(report_dims=[8], resamples=10, chance_steps=5, base_repository="me/base")
+    assert run.load(Recipe(**free)).step == 3
+
+
+@pytest.mark.parametrize("change", [dict(trains="head"), dict(domain="telephony"), dict(rank=4), dict(base_share=0.2)])
+def test_settings_of_what_is_trained_may_not(run, change):
+    run.save(3)
+    with pytest.raises(ValueError, match=f"other settings: {next(iter(change))} "):
+        run.load(Recipe(**change))
+
+
+def test_the_newest_step_is_that_of_the_newest_whole_checkpoint(run):
+    assert newest_step(run.folder) == 0
+    run.save(9)
+    run.save(123)
+    (run.folder / "writing-00000200").mkdir()
+    (run.folder / "step-300").mkdir()
+    assert newest_step(run.folder) == 123
 
 
 def test_a_checkpoint_says_what_it_belongs_to(run):

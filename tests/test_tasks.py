@@ -1,0 +1,409 @@
+"""What a run learns and is judged by: trials of held-out speakers, or labels; domains; where a model starts from."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_config, tiny_model
+
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet import tasks
+from mrl_redimnet.audio import read_audio
+from mrl_redimnet.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.domains import Noisy, Telephony, simulate
+from mrl_redimnet.evaluation import AttributeRow, VerificationRow, evaluate_trials
+from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.tasks import Attribute, Verification, hold_out, make_task
+from mrl_redimnet.trials import read_trials
+
+SIZE = {key: value for key, value in TINY.items() if key != "num_speakers"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Six speakers to train on, two to test on, of four utterances each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield make_corpus(folder / "corpus", 6, 2, sessions=2, utterances=2, seconds=(0.5, 0.8))
+
+
+@pytest.fixture(scope="module")
+def speech(root):
+    return load_corpus(root / "train")
+
+
+@pytest.fixture
+def recipe(root, tmp_path):
+    """A recipe over the corpus: recipe(**settings)."""
+
+    def make(**settings) -> Recipe:
+        small = dict(train=str(root / "train"), output=str(tmp_path / "run"), model_options=SIZE, dev_speakers=2)
+        return Recipe(**{**small, **settings})
+
+    return make
+
+
+@pytest.fixture
+def labelled(recipe, tmp_path):
+    """A recipe whose labels are these: labelled({speaker or path: label}, key=..., **settings)."""
+
+    def make(table: dict, key: str = "speaker", **settings) -> Recipe:
+        lines = [f"{key},other,wanted", *(f"{row},-,{label}" for row, label in table.items())]
+        (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+        return recipe(label_file=str(tmp_path / "labels.csv"), label_column="wanted", label_key=key, **settings)
+
+    return make
+
+
+def trial_test(root: Path, **more) -> dict:
+    return {"trials": str(root / "test/trials.txt"), "folder": str(root / "test/wav"), **more}
+
+
+def everyone(root: Path) -> list[str]:
+    """All speakers of both parts, by name."""
+    return sorted(path.name for part in ("train", "test") for path in (root / part / "wav").iterdir())
+
+
+def genders(root: Path) -> dict[str, str]:
+    return {name: "fm"[int(name[2:]) % 2] for name in everyone(root)}
+
+
+# ---------------------------------------------------------------- speakers held out
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_held_out_speakers_are_not_trained_on(speech, recipe, count):
+    training, held_out = hold_out(speech, recipe(dev_speakers=count))
+    assert len(set(held_out["speaker"])) == count and len(set(training["speaker"])) == 6 - count
+    assert not set(held_out["speaker"]) & set(training["speaker"])
+    assert sorted([*training["path"], *held_out["path"]]) == speech["path"]
+
+
+def test_who_is_held_out_is_set_by_the_seed(speech, recipe):
+    chosen = [frozenset(hold_out(speech, recipe(seed=seed))[1]["speaker"]) for seed in (0, 0, 1, 2, 3)]
+    assert chosen[0] == chosen[1] and len(set(chosen)) > 1
+    shuffled = speech.select(np.random.default_rng(0).permutation(len(speech)))
+    assert set(hold_out(shuffled, recipe())[1]["speaker"]) == chosen[0]
+
+
+def test_only_speakers_with_two_utterances_can_be_held_out(speech, recipe):
+    names = sorted(set(speech["speaker"]))
+    first_only = [row for row, path in enumerate(speech["path"]) if path.split("/")[0] in names[3:]]
+    few = [speech["speaker"].index(name) for name in names[:3]]
+    corpus = speech.select([*few, *first_only])
+    for seed in range(5):
+        assert set(hold_out(corpus, recipe(seed=seed))[1]["speaker"]) <= set(names[3:])
+    with pytest.raises(ValueError, match="dev_speakers: 3 speakers are to be held out, but only 3 of 6 have two"):
+        hold_out(corpus, recipe(dev_speakers=3))
+
+
+# ---------------------------------------------------------------- verification
+
+
+def test_without_labels_the_speakers_are_learnt(root, speech, recipe):
+    task = make_task(recipe(), speech)
+    assert type(task) is Verification and (task.name, task.labels, task.targets) == ("verification", (), None)
+    held_out = {path.split("/")[0] for path in task.development["development"].trials.utterances}
+    assert len(held_out) == 2 and set(task.speakers.names) == set(task.corpus["speaker"])
+    assert held_out | set(task.speakers.names) == set(speech["speaker"])
+    assert len(task.development["development"]) == len(task.development["development"].trials.labels) > 0
+
+
+def test_development_trials_may_be_given(root, speech, recipe):
+    given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"), dev_speakers=0)
+    task = make_task(recipe(**given), speech)
+    assert len(task.corpus) == len(speech) and len(task.speakers) == 6
+    (test,) = task.development.values()
+    assert test.folder == root / "test/wav" and test.trials.enrol == read_trials(root / "test/trials.txt").enrol
+
+
+def test_utterances_that_are_missing_stop_a_run_before_it_begins(root, speech, recipe):
+    with pytest.raises(FileNotFoundError, match="utterances are not below"):
+        make_task(recipe(tests={"vox": trial_test(root, folder=str(root / "train/wav"))}), speech)
+
+
+def test_trials_are_scored_in_the_domain_of_their_test(root, speech, recipe):
+    telephone = dict(domain="telephony", domain_options={"codecs": ["mulaw"]})
+    task = make_task(recipe(tests={"plain": trial_test(root), "phone": trial_test(root, **telephone)}), speech)
+    model, dims = tiny_model(kind=MRLReDimNetForXVector), [2, 8, 32]
+    rows = {name: task.evaluate(model, test, dims, resamples=10) for name, test in task.tests.items()}
+    trials = read_trials(root / "test/trials.txt")
+    assert rows["plain"] == evaluate_trials(model, trials, root / "test/wav", dims, 10)
+    assert rows["phone"] == evaluate_trials(model, trials, root / "test/wav", dims, 10, domain=Telephony(["mulaw"]))
+    assert rows["phone"] != rows["plain"]
+
+
+def test_of_two_models_the_one_with_fewer_errors_scores_lower():
+    better = [VerificationRow(8, 0.1, 1.0), VerificationRow(32, 0.05, 1.0)]
+    worse = [VerificationRow(8, 0.3, 0.1), VerificationRow(32, 0.04, 0.1)]
+    assert Verification.score(better) == pytest.approx(0.075) < Verification.score(worse) == pytest.approx(0.17)
+
+
+@pytest.mark.parametrize("where", ["model", "output"])
+def test_speakers_keep_the_numbers_they_had(root, speech, recipe, tmp_path, where):
+    names = sorted(set(speech["speaker"]))
+    save_model(tiny_model(), tmp_path / "start")
+    folder = tmp_path / ("start" if where == "model" else "run")
+    folder.mkdir(exist_ok=True)
+    SpeakerTable(["somebody", names[4]]).save(folder / "speakers.json")
+    task = make_task(recipe(model=str(tmp_path / "start"), dev_speakers=2), speech)
+    assert task.speakers.names[:2] == ("somebody", names[4])
+    assert set(task.speakers.names[2:]) == set(task.corpus["speaker"]) - {names[4]}
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_classes_by_speaker(root, speech, labelled):
+    task = make_task(labelled(genders(root), tests={"other": {"folder": str(root / "test")}}), speech)
+    assert type(task) is Attribute and (task.name, task.labels) == ("classification", ("f", "m"))
+    assert [task.labels[i] for i in task.targets] == [genders(root)[name] for name in task.corpus["speaker"]]
+    for test in (*task.tests.values(), *task.development.values()):
+        assert [task.labels[i] for i in test.targets] == [genders(root)[name] for name in test.corpus["speaker"]]
+        assert len(test) == len(test.corpus) == 8
+    assert not set(task.development["development"].corpus["speaker"]) & set(task.corpus["speaker"])
+    assert set(task.tests["other"].corpus["speaker"]) == {"id10001", "id10002"}
+
+
+def test_numbers_by_path(root, speech, labelled):
+    """Paths are those below the folder that holds the speakers."""
+    ages = {path: 20.5 + row for row, path in enumerate(speech["path"])}
+    task = make_task(labelled(ages, key="path"), speech)
+    assert (task.name, task.labels) == ("regression", ())
+    assert task.targets.dtype == np.float32
+    assert task.targets.tolist() == [ages[path] for path in task.corpus["path"]]
+    test = task.development["development"]
+    assert test.targets.tolist() == [ages[path] for path in test.corpus["path"]]
+
+
+def test_the_order_of_labels_is_not_that_of_the_files(root, speech, labelled):
+    names = everyone(root)
+    one = make_task(labelled(dict(zip(names, "zyxzyxzy", strict=True))), speech)
+    assert one.labels == ("x", "y", "z")
+
+
+def test_one_name_among_numbers_makes_all_of_them_names(root, speech, labelled):
+    table = dict(zip(everyone(root), ["1", "2", "1", "2", "1", "x", "1", "2"], strict=True))
+    assert make_task(labelled(table), speech).labels == ("1", "2", "x")
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", "1,5", "-"])
+def test_what_is_no_finite_number_is_a_name(label):
+    assert not tasks.is_number(label)
+    assert tasks.is_number("1.5") and tasks.is_number("-2e1")
+
+
+def test_a_missing_label_is_named(root, speech, labelled):
+    table = genders(root)
+    gone = table.popitem()[0]
+    tests = {"other": {"folder": str(root / "test")}}
+    assert make_task(labelled(table), speech).labels == ("f", "m")  # nobody asks for that one
+    with pytest.raises(ValueError, match=f"labels.csv: no wanted for the speaker '{gone}'"):
+        make_task(labelled(table, tests=tests), speech)
+    with pytest.raises(ValueError, match="no wanted for the speaker 'id00003'"):
+        make_task(labelled({**genders(root), "id00003": ""}), speech)
+
+
+@pytest.mark.parametrize(("column", "key", "missing"), [("age", "speaker", "age"), ("age", "path", "age, path")])
+def test_a_missing_column_is_named(tmp_path, column, key, missing):
+    (tmp_path / "labels.csv").write_text("speaker,gender\na,f\n")
+    with pytest.raises(ValueError, match=rf"labels.csv: no column {missing}; there are \['speaker', 'gender'\]"):
+        tasks.read_labels(tmp_path / "labels.csv", column, key)
+
+
+def test_labels_that_contradict_each_other_are_refused_with_their_line(tmp_path):
+    (tmp_path / "labels.csv").write_text("path,speaker,age\nx,a,20\ny,b,30\nz,b,30\nw,a,21\n")
+    with pytest.raises(ValueError, match="labels.csv, line 5: a is '21' here and '20' above; give label_key: path"):
+        tasks.read_labels(tmp_path / "labels.csv", "age", "speaker")
+    assert tasks.read_labels(tmp_path / "labels.csv", "age", "path") == {"x": "20", "y": "30", "z": "30", "w": "21"}
+
+
+def test_a_label_that_occurs_in_a_test_alone_is_refused(root, speech, labelled):
+    table = {**genders(root), "id10002": "x"}
+    assert make_task(labelled(table), speech).labels == ("f", "m")
+    with pytest.raises(ValueError, match=r"wanted: \['x'\] occur in a test, but in no training speech"):
+        make_task(labelled(table, tests={"other": {"folder": str(root / "test")}}), speech)
+
+
+# ---------------------------------------------------------------- judging labels
+
+
+def answers_one_by_one(model, test) -> torch.Tensor:
+    """What the model says of each file alone."""
+    with torch.inference_mode():
+        files = [audio["path"] for audio in test.corpus["audio"]]
+        return torch.cat([model.eval()(torch.from_numpy(read_audio(file))[None]).logits for file in files])
+
+
+def test_accuracy_is_that_of_the_models_own_answers(root, speech, labelled):
+    task = make_task(labelled(genders(root), tests={"other": {"folder": str(root / "test")}}), speech)
+    model = tiny_model(tiny_config(num_labels=2), kind=MRLReDimNetForSequenceClassification)
+    test = task.tests["other"]
+    logits = answers_one_by_one(model, test)
+    with torch.no_grad():  # in the middle, so that some answers are wrong
+        model.classifier.bias -= logits.median(0).values
+    right = (answers_one_by_one(model, test).argmax(1).numpy() == test.targets).mean()
+    (row,) = task.evaluate(model.train(), test, dims=[8])
+    assert row == AttributeRow("accuracy", right) and 0 < right < 1
+    assert model.training and task.score([row]) == 1 - right
+    (with_interval,) = task.evaluate(model, test, resamples=20)
+    assert with_interval.low <= right <= with_interval.high
+
+
+def test_errors_of_numbers_are_those_of_the_models_own_answers(root, speech, labelled):
+    ages = {path: 30 + row for row, path in enumerate(speech["path"])}
+    task = make_task(labelled(ages, key="path"), speech)
+    model = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    test = task.development["development"]
+    (row,) = task.evaluate(model, test)
+    expected = np.abs(answers_one_by_one(model, test)[:, 0].numpy() - test.targets).mean()
+    assert row.metric == "mean absolute error" and row.value == pytest.approx(expected, rel=1e-4)
+    assert task.score([row]) == row.value
+
+
+def test_labelled_speech_is_judged_in_its_domain(root, speech, labelled):
+    """Each utterance sounds as its path below the corpus has it, wherever the corpus lies."""
+    phone = dict(domain="telephony", domain_options={"codecs": ["alaw"]})
+    tests = {"plain": {"folder": str(root / "test")}, "phone": {"folder": str(root / "test"), **phone}}
+    task = make_task(labelled({name: i for i, name in enumerate(everyone(root))}, tests=tests), speech)
+    model = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    rows = {name: task.evaluate(model, test)[0] for name, test in task.tests.items()}
+    errors = []
+    for row, target in zip(task.tests["phone"].corpus, task.tests["phone"].targets, strict=True):
+        audio = simulate(Telephony(["alaw"]), read_audio(row["audio"]["path"]), row["path"])
+        with torch.inference_mode():
+            errors.append(abs(model(torch.from_numpy(audio)[None]).logits.item() - target))
+    assert rows["phone"].value == pytest.approx(np.mean(errors), rel=1e-4)
+    assert rows["phone"] != rows["plain"]
+
+
+@pytest.mark.parametrize(("metric", "worse", "better"), [("accuracy", 0.6, 0.9), ("mean absolute error", 9.0, 0.5)])
+def test_of_two_models_of_an_attribute_the_better_scores_lower(metric, worse, better):
+    assert Attribute.score([AttributeRow(metric, better)]) < Attribute.score([AttributeRow(metric, worse)])
+
+
+# ---------------------------------------------------------------- domains
+
+
+def test_a_clean_run_is_judged_as_it_is(recipe):
+    assert tasks.development_domains(recipe()) == {"development": None}
+
+
+def test_in_a_domain_the_domain_decides_and_the_audio_as_it_is_stands_beside_it(recipe):
+    domains = tasks.development_domains(recipe(domain="telephony", domain_options={"codecs": ["gsm"]}))
+    assert list(domains) == ["development, telephony", "development, as it is"]
+    assert domains["development, telephony"] == Telephony(["gsm"]) and domains["development, as it is"] is None
+
+
+def test_both_kinds_of_tasks_are_judged_in_the_domain(root, speech, recipe, labelled):
+    for settings in (recipe(domain="telephony"), labelled(genders(root), domain="telephony")):
+        judges = make_task(settings, speech).development
+        assert [type(test.domain) for test in judges.values()] == [Telephony, type(None)]
+
+
+def test_the_noise_of_the_domain_is_the_recipes(root, recipe):
+    noise = str(root / "test/wav")
+    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, noise_snr=[3, 4]))
+    assert type(domain) is Noisy and (domain.noise, domain.snr) == (noise, (3, 4))
+    options = {"snr": [5, 6], "room_probability": 0.0}
+    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, noise_snr=[3, 4], domain_options=options))
+    assert (domain.snr, domain.room_probability) == ([5, 6], 0.0)
+    assert tasks.training_domain(recipe(domain="telephony", noise=noise)) == Telephony()
+
+
+def test_a_test_without_a_domain_stays_as_it_is(root):
+    assert tasks.test_domain({}) is None and tasks.test_domain({"domain": "clean"}) is None
+    assert tasks.test_domain({"domain": "telephony", "domain_options": {"loss": [0, 0]}}) == Telephony(loss=[0, 0])
+    with pytest.raises(ValueError, match="domain: got 'telefony', expected one of clean, noisy, telephony"):
+        tasks.test_domain({"domain": "telefony"})
+    with pytest.raises(ValueError, match="noise"):
+        tasks.test_domain({"domain": "noisy"})
+
+
+# ---------------------------------------------------------------- where a model starts
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "model"
+    save_model(tiny_model(kind=MRLReDimNetForXVector), folder)  # of 5 speakers
+    return folder
+
+
+def test_a_size_starts_from_random_weights(speech, recipe):
+    task = make_task(recipe(), speech)
+    model, fresh = task.build_model(recipe(), 12)
+    assert type(model) is MRLReDimNetForXVector and fresh
+    assert model.config.num_speakers == 12 and model.config.embedding_size == 32
+
+
+@pytest.mark.parametrize(("speakers", "fresh"), [(5, False), (7, True)])
+def test_a_saved_classifier_is_kept_where_it_fits(speech, recipe, start, speakers, fresh):
+    settings = recipe(model=str(start), model_options={"map_dropout": 0.1})
+    model, told = make_task(settings, speech).build_model(settings, speakers)
+    saved = MRLReDimNetForXVector.from_pretrained(start)
+    assert told is fresh and model.config.map_dropout == 0.1
+    assert torch.equal(model.redimnet.trunk.mix.logits, saved.redimnet.trunk.mix.logits)
+    assert model.classifier.weight.shape == (speakers, 32)
+    assert fresh or torch.equal(model.classifier.weight, saved.classifier.weight)
+
+
+def test_a_start_of_another_shape_is_refused(speech, recipe, start):
+    settings = recipe(model=str(start), model_options={"pooling_bottleneck": 8})
+    with pytest.raises(ValueError, match=r"model lacks or misshapes \d tensors: redimnet.pooling.attention_in"):
+        make_task(settings, speech).build_model(settings, 5)
+
+
+def test_a_head_of_classes_names_them(root, speech, labelled, start):
+    settings = labelled(genders(root), model=str(start), model_options={})
+    model, guarded = make_task(settings, speech).build_model(settings, 99)
+    assert type(model) is MRLReDimNetForSequenceClassification and guarded is False
+    assert model.config.id2label == {0: "f", 1: "m"} and model.config.label2id == {"f": 0, "m": 1}
+    assert model.classifier.weight.shape == (2, 32)
+
+
+@pytest.mark.parametrize("from_size", [True, False])
+def test_a_head_of_numbers_starts_at_their_mean_in_the_training_speech(root, speech, labelled, start, from_size):
+    ages = {path: 20.5 + row**2 for row, path in enumerate(speech["path"])}
+    options = {} if from_size else dict(model=str(start), model_options={})
+    settings = labelled(ages, key="path", **options)
+    task = make_task(settings, speech)
+    model, _ = task.build_model(settings, 99)
+    assert model.classifier.weight.shape == (1, 32)
+    expected = np.mean([ages[path] for path in task.corpus["path"]])  # without the speakers held out
+    assert model.classifier.bias.item() == pytest.approx(expected, rel=1e-6)
+    assert abs(expected - np.mean(list(ages.values()))) > 1
+
+
+def test_a_head_of_numbers_that_was_trained_stays(speech, labelled, tmp_path):
+    trained = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    save_model(trained, tmp_path / "trained")
+    ages = {path: 20 + row for row, path in enumerate(speech["path"])}
+    settings = labelled(ages, key="path", model=str(tmp_path / "trained"), model_options={})
+    model, _ = make_task(settings, speech).build_model(settings, 99)
+    assert torch.equal(model.classifier.bias, trained.classifier.bias)
+    assert torch.equal(model.classifier.weight, trained.classifier.weight)
+
+
+def test_an_encoder_alone_gets_a_fresh_head(root, speech, recipe, labelled, tmp_path):
+    save_model(tiny_model(), tmp_path / "encoder")
+    encoder = MRLReDimNetModel.from_pretrained(tmp_path / "encoder")
+    for settings in (recipe, lambda **more: labelled(genders(root), **more)):
+        made = settings(model=str(tmp_path / "encoder"), model_options={})
+        model, _ = make_task(made, speech).build_model(made, 4)
+        assert torch.equal(model.redimnet.trunk.mix.logits, encoder.trunk.mix.logits)
+
+
+def test_a_corpus_may_lie_anywhere(root, speech, recipe, tmp_path):
+    """Where the paths of its rows begin."""
+    assert tasks.root_of(speech) == root / "train/wav"
+    moved = shutil.copytree(root / "test", tmp_path / "wav" / "wav")  # a folder's name may occur twice
+    corpus = load_corpus(moved)
+    assert tasks.root_of(corpus) == moved / "wav"
+    assert all((tasks.root_of(corpus) / path).is_file() for path in corpus["path"])
