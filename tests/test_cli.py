@@ -1,6 +1,7 @@
 """The `mrl-redimnet` command, from a published file to a table of error rates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,19 @@ import soundfile
 import torch
 from conftest import relative_error, tiny_config, tiny_model, waves
 from reference_weights import flattened, reference_tensor, reference_waveform
+from safetensors.torch import load_file
+from test_hub import connected, hub  # noqa: F401  fixtures
 from transformers import AutoFeatureExtractor, AutoModel
 
-from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
+from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.cli import main
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.domains import make_domain
+from mrl_redimnet.evaluation import evaluate_trials, format_table
+from mrl_redimnet.saving import load_model, save_adapter, save_model
+from mrl_redimnet.trials import make_trials, read_trials, write_trials
 
 RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
 WAVE = reference_waveform(16_000)
@@ -221,10 +229,199 @@ def test_evaluate_says_what_is_missing(folder, corpus, tmp_path, capsys):
     assert "are not below" in refusal(capsys, "evaluate", folder, "--trials", trials, "--folder", tmp_path)
 
 
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A folder of adapters on the model of the fixture `folder`, of domains that are their names."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (domain, rank) in enumerate({"telephony": 4, "noisy": 2}.items()):
+        encoder = tiny_model(kind=MRLReDimNetForXVector).redimnet
+        facts = AdapterFacts(domain, Base("me/base", None, fingerprint(encoder)), training=f"By {domain} seed {seed}.")
+        strategy = Vanilla(encoder, AdapterPlan(steps=1, rank=rank), Probe(list, lambda batch: None))
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in strategy.peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        save_adapter(strategy, facts, root / domain)
+    return root
+
+
+def table(model, corpus: Path, **options) -> str:
+    """What `evaluate` is to print, without intervals."""
+    trials = read_trials(corpus / "test" / "trials.txt")
+    return format_table({"trials": evaluate_trials(model, trials, corpus / "test" / "wav", **options)}) + "\n"
+
+
+def test_evaluate_puts_an_adapter_on_the_model(folder, adapters, corpus, capsys):
+    arguments = ["evaluate", folder, *trial_list(corpus), "--resamples", 0]
+    assert run(*arguments, "--adapter", adapters / "telephony") == 0
+    adapted = capsys.readouterr().out
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out != adapted
+    bank = AdapterBank.load(str(folder), {"x": adapters / "telephony"})
+    assert adapted == table(bank.merged("x"), corpus)
+
+
+def test_evaluate_refuses_an_adapter_of_another_base(adapters, corpus, tmp_path, capsys):
+    save_model(tiny_model(seed=1), tmp_path / "other")
+    adapter = ["--adapter", adapters / "noisy"]
+    message = refusal(capsys, "evaluate", tmp_path / "other", *trial_list(corpus), *adapter)
+    assert "'noisy' was trained on me/base" in message
+    missing = ["--adapter", tmp_path / "nothing"]
+    assert "is not a folder" in refusal(capsys, "evaluate", tmp_path / "other", *trial_list(corpus), *missing)
+
+
+@pytest.fixture(scope="module")
+def few(corpus, tmp_path_factory) -> Path:
+    """All pairs of three utterances of either test speaker, laid out as the corpus."""
+    root = tmp_path_factory.mktemp("few")
+    wav = corpus / "test" / "wav"
+    files = [file for speaker in sorted(wav.iterdir()) for file in sorted(speaker.rglob("*.wav"))[::5][:3]]
+    for file in files:
+        (root / "test" / "wav" / file.relative_to(wav)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / "test" / "wav" / file.relative_to(wav))
+    paths = [file.relative_to(wav).as_posix() for file in files]
+    write_trials(make_trials(paths, [path.split("/")[0] for path in paths]), root / "test" / "trials.txt")
+    return root
+
+
+def test_evaluate_in_a_domain(folder, few, speech, capsys):
+    model, arguments = load_model(folder), ["evaluate", folder, *trial_list(few), "--resamples", 0]
+    printed = {}
+    for name, more in {"telephony": [], "noisy": ["--noise", speech], "clean": []}.items():
+        assert run(*arguments, "--domain", name, *more) == 0
+        printed[name] = capsys.readouterr().out
+        domain = None if name == "clean" else make_domain(name, noise=speech)
+        assert printed[name] == table(model, few, domain=domain)
+    assert len(set(printed.values())) == 3
+
+
+def test_evaluate_refuses_domains_it_cannot_make(folder, corpus, tmp_path, capsys):
+    message = refusal(capsys, "evaluate", folder, *trial_list(corpus), "--domain", "noisy")
+    assert "noise: the noisy domain needs a folder of noise files, none was given" in message
+    noise = ["--domain", "noisy", "--noise", tmp_path / "nothing"]
+    assert "nothing is not a folder" in refusal(capsys, "evaluate", folder, *trial_list(corpus), *noise)
+    with pytest.raises(SystemExit):
+        run("evaluate", folder, *trial_list(corpus), "--domain", "underwater")
+    assert "--domain: invalid choice: 'underwater'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_adapters_info_tells_what_an_adapter_is(adapters, capsys):
+    assert run("adapters", "info", adapters / "telephony") == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    weights = adapters / "telephony" / "adapter_model.safetensors"
+    count = sum(tensor.numel() for tensor in load_file(weights).values())
+    assert told == {
+        "adapter": str(adapters / "telephony"),
+        "base": str(AdapterFacts.load(adapters / "telephony").base),
+        "domain": "telephony",
+        "task": "verification",
+        "layers": "linear",
+        "rank": "4",
+        "size": f"{count:,} parameters, {weights.stat().st_size:,} bytes",
+        "training": "By telephony seed 0.",
+    }
+
+
+def test_adapters_info_of_one_made_with_peft_alone(adapters, tmp_path, capsys):
+    shutil.copytree(adapters / "noisy", tmp_path / "plain")
+    (tmp_path / "plain" / "mrl_redimnet_adapter.json").unlink()
+    assert run("adapters", "info", tmp_path / "plain") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "base     me/base" in lines and "domain   not said" in lines and "rank     2" in lines
+
+
+def test_adapters_info_of_what_is_none(folder, capsys):
+    assert "is no adapter: it lacks adapter_config.json" in refusal(capsys, "adapters", "info", folder)
+
+
+def test_adapters_mix_makes_an_adapter_of_several(folder, adapters, tmp_path, capsys):
+    pairs = [f"{adapters / 'telephony'}=0.5", f"{adapters / 'noisy'}=0.25"]
+    assert run("adapters", "mix", folder, *pairs, "--out", tmp_path / "both", "--method", "cat") == 0
+    assert "cat of" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        path.name for path in (adapters / "noisy").iterdir()
+    }
+    bank = AdapterBank.load(str(folder), {name: adapters / name for name in ("telephony", "noisy")})
+    bank.combine("expected", {"telephony": 0.5, "noisy": 0.25}, "cat")
+    bank.add("mixed", tmp_path / "both")
+    assert relative_error(bank.embed(WAVE, adapter="mixed"), bank.embed(WAVE, adapter="expected")) < 1e-6
+    assert relative_error(bank.embed(WAVE, adapter="mixed"), bank.embed(WAVE, adapter=None)) > 0.01
+    assert set(AdapterFacts.load(tmp_path / "both").layers.values()) == {6}
+
+
+def test_adapters_mix_takes_rank_and_density(folder, adapters, tmp_path):
+    pairs = [f"{adapters / 'telephony'}=0.5", f"{adapters / 'noisy'}=0.5"]
+    assert run("adapters", "mix", folder, *pairs, "--out", tmp_path / "svd", "--rank", 3) == 0  # the usual method
+    assert set(AdapterFacts.load(tmp_path / "svd").layers.values()) == {3}
+    more = ["--method", "ties_svd", "--density", 0.5]
+    assert run("adapters", "mix", folder, *pairs, "--out", tmp_path / "ties", *more) == 0
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("svd", "ties"))
+    assert one.keys() == other.keys()
+
+
+def test_adapters_mix_refuses_what_it_cannot_mix(folder, adapters, tmp_path, capsys):
+    pair, out = f"{adapters / 'noisy'}=1", ["--out", tmp_path / "out"]
+    for words in (["noisy"], ["noisy=much"], [f"{adapters / 'noisy'}="]):
+        message = refusal(capsys, "adapters", "mix", folder, *words, *out)
+        assert f"{words[0]!r}: expected ADAPTER=WEIGHT, a path or Hub id and a number" in message
+    assert "density: got None for 'ties'" in refusal(capsys, "adapters", "mix", folder, pair, *out, "--method", "ties")
+    (tmp_path / "there").mkdir()
+    assert "exists already" in refusal(capsys, "adapters", "mix", folder, pair, "--out", tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "there"}  # the base, and what was there
+
+
+def test_adapters_merge_makes_a_plain_model(folder, adapters, tmp_path, capsys):
+    assert run("adapters", "merge", folder, adapters / "telephony", tmp_path / "merged") == 0
+    assert "a model without adapters" in capsys.readouterr().out
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    assert type(merged) is MRLReDimNetModel and not [n for n, _ in merged.named_parameters() if "lora" in n]
+    bank = AdapterBank.load(str(folder), {"x": adapters / "telephony"})
+    assert relative_error(embed(merged), bank.embed(WAVE, adapter="x")) < 1e-5
+    assert relative_error(embed(merged), bank.embed(WAVE, adapter=None)) > 0.01
+    message = refusal(capsys, "adapters", "merge", folder, adapters / "noisy", tmp_path / "merged")
+    assert "merged exists already" in message
+
+
+def test_adapters_over_the_hub(hub, folder, adapters, corpus, capsys):  # noqa: F811
+    """Pushed, found, looked at, pulled and used by their ids alone."""
+    assert run("push", folder, "anna/base", "--tag", "v1") == 0
+    assert f"{hub.url}/anna/base: pushed, at " in capsys.readouterr().out
+    for _ in range(2):
+        push = ["adapters", "push", adapters / "telephony", "anna/phone", "--base", "anna/base", "--private"]
+        assert run(*push) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "anna/phone: pushed, at" in first and "nothing new, no commit made" in second
+    assert hub.repositories["anna/phone"].private and "v1" in hub.repositories["anna/base"].tags
+    assert run("adapters", "list", "anna/base") == 0
+    (row,) = capsys.readouterr().out.splitlines()
+    assert row.split()[:2] == ["anna/phone", "telephony"] and row.endswith("private")
+    assert run("adapters", "list", "anna/phone") == 0
+    assert capsys.readouterr().out == "No adapter on the Hub names anna/phone as its base.\n"
+    assert run("adapters", "info", "anna/phone") == 0
+    assert (
+        f"base     anna/base ({AdapterFacts.load(adapters / 'telephony').base.fingerprint[:19]}"
+        in capsys.readouterr().out
+    )
+    assert run("adapters", "pull", "anna/phone") == 0
+    pulled = Path(capsys.readouterr().out.strip())
+    one, other = (load_file(at / "adapter_model.safetensors") for at in (pulled, adapters / "telephony"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_not_on_the_hub_is_said(hub, adapters, capsys):  # noqa: F811
+    assert "anna/nothing" in refusal(capsys, "adapters", "pull", "anna/nothing")
+    message = refusal(capsys, "adapters", "push", adapters / "noisy", "bert/noisy", "--base", "anna/base")
+    assert "bert/noisy" in message
+    assert "is no model" in refusal(capsys, "push", adapters / "noisy", "anna/noisy")
+
+
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["convert"], ["evaluate", "model"]])
+@pytest.mark.parametrize("argv", [[], ["fly"], ["convert"], ["evaluate", "model"], ["adapters"]])
 def test_an_incomplete_command_is_explained(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         main(argv)

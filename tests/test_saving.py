@@ -1,16 +1,22 @@
-"""Model folders: whole, loadable by every class, and replaced in one step or not at all."""
+"""Model and adapter folders: whole, loadable by every class, and replaced in one step or not at all."""
 
 import json
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model, waves
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
+from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.folders import replace_folder
-from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.evaluation import AttributeRow, VerificationRow
+from mrl_redimnet.folders import refuse_existing, replace_folder
+from mrl_redimnet.hub_cards.results import Evaluation
+from mrl_redimnet.saving import load_model, publish_adapter, save_adapter, save_model, write_adapter_card
 
 BATCH = torch.stack(waves(*[4000] * 2))
 FILES = {
@@ -45,6 +51,27 @@ def test_speakers_and_card_facts_are_written(tmp_path):
     assert SpeakerTable.load(tmp_path / "some-name/speakers.json").names == ("b", "a")
     card = (tmp_path / "some-name/README.md").read_text()
     assert "some-name" in card and "Not at all." in card
+
+
+def rates(percent: float) -> list[VerificationRow]:
+    return [VerificationRow(dim, percent / 100, 0.5, percent / 200, percent / 50) for dim in (8, 32)]
+
+
+def test_an_evaluation_stands_on_the_card_and_beside_it(tmp_path):
+    evaluation = Evaluation("rotated", {"vox": {"as trained": rates(3.21), "rotated": rates(1.87)}})
+    save_model(tiny_model(), tmp_path / "model", evaluation=evaluation)
+    assert names(tmp_path / "model") == FILES | {"evaluation.json", "eer.png"}
+    assert Evaluation.load(tmp_path / "model") == evaluation
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "1.87 [0.9, 3.7]" in card.text and "3.21" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [1.87, 1.87]
+
+
+def test_an_evaluation_of_earlier_weights_does_not_stay(tmp_path):
+    save_model(tiny_model(), tmp_path / "model", evaluation=Evaluation("base", {"vox": {"base": rates(3.21)}}))
+    save_model(tiny_model(), tmp_path / "model")
+    assert names(tmp_path / "model") == FILES
+    assert "3.21" not in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_the_shortest_utterance_is_the_models(tmp_path):
@@ -110,3 +137,121 @@ def test_another_architecture_is_refused(tmp_path):
 def test_a_path_without_a_model_is_not_taken_for_a_hub_id(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder: give a saved model's folder, or a Hub id"):
         load_model(tmp_path / "missing")
+
+
+def test_a_folder_that_is_there_is_refused(tmp_path):
+    refuse_existing(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    for there in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match=f"{there.name} exists already: give a new folder, or remove it"):
+            refuse_existing(there)
+
+
+# ---------------------------------------------------------------- adapters
+
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "mrl_redimnet_adapter.json"}
+
+
+@pytest.fixture
+def strategy() -> Vanilla:
+    """An adapter on a small encoder, of two ranks, that changes its answers."""
+    plan = AdapterPlan(steps=1, placement="linear", rank=3, segment_ranks=[1, 2, 3])
+    made = Vanilla(tiny_model(), plan, Probe(list, lambda batch: None))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return made
+
+
+def facts(**changes) -> AdapterFacts:
+    return AdapterFacts(**{"domain": "telephony", "base": Base("me/base", "v2", fingerprint(tiny_model())), **changes})
+
+
+def embed(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_values=BATCH).embeddings
+
+
+def test_an_adapter_is_saved_for_plain_peft(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "best")
+    assert names(tmp_path / "best") == ADAPTER_FILES and names(tmp_path) == {"best"}
+    assert torch.equal(embed(PeftModel.from_pretrained(tiny_model(), tmp_path / "best")), embed(strategy.peft))
+    assert not torch.allclose(embed(strategy.peft), embed(tiny_model()), atol=0.01)
+    config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "v2")
+
+
+def test_the_facts_of_an_adapter_hold_the_ranks_of_its_layers(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "best")
+    stored = AdapterFacts.load(tmp_path / "best")
+    assert stored.layers == strategy.ranks()
+    assert [stored.layers[f"projection.segments.{i}"] for i in range(3)] == [1, 2, 3]
+    assert set(stored.layers.values()) == {1, 2, 3} and len(stored.layers) > 3
+    assert (stored.domain, stored.base, stored.training) == ("telephony", facts().base, "")
+
+
+def test_the_card_of_an_adapter_tells_base_domain_and_size(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "best")
+    card = ModelCard.load(tmp_path / "best" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("me/base", "peft")
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "best" / "adapter_model.safetensors").values())
+    layers = len(strategy.ranks())
+    assert "# base-telephony\n" in card.text and f"{count:,} parameters, ranks 1 to 3 in {layers} layers" in card.text
+    assert "No results are recorded" in card.text and str(tmp_path) not in card.text
+
+
+@pytest.mark.parametrize("kind", ["verification", "classification"])
+def test_a_published_adapter_is_the_saved_one_with_training_and_results(strategy, tmp_path, kind):
+    if kind == "verification":
+        told, results, shown = facts(), {"base": rates(9.25), "adapter": rates(4.75)}, ["9.25", "4.75 [2.4, 9.5]"]
+    else:
+        told = facts(domain="gender", task="classification", labels=["f", "m"])
+        results, shown = {"adapter": [AttributeRow("accuracy", 0.9625, 0.9, 0.9875)]}, ["96.25 [90.0, 98.8]"]
+    evaluation = Evaluation("adapter", {"held out": results}, "On a small machine.")
+    save_adapter(strategy, told, tmp_path / "best_as_trained")
+    publish_adapter(tmp_path / "best_as_trained", tmp_path / "best", "Trained for 7 steps.", evaluation)
+    pictures = {"eer.png"} if kind == "verification" else set()
+    assert names(tmp_path / "best") == ADAPTER_FILES | {"evaluation.json"} | pictures
+    assert names(tmp_path / "best_as_trained") == ADAPTER_FILES
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "best" / file).read_bytes() == (tmp_path / "best_as_trained" / file).read_bytes()
+    before, after = (AdapterFacts.load(tmp_path / name) for name in ("best_as_trained", "best"))
+    assert (before.training, after.training) == ("", "Trained for 7 steps.")
+    assert (after.domain, after.labels, after.layers, after.base) == (
+        told.domain,
+        told.labels,
+        before.layers,
+        told.base,
+    )
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert all(text in card for text in (*shown, "Trained for 7 steps.", "On a small machine."))
+    stored = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert Evaluation.load(tmp_path / "best") == evaluation and stored["results"]["held out"].keys() == results.keys()
+
+
+def test_publishing_again_replaces_what_was_measured(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "trained")
+    for percent in (9.25, 4.75):
+        evaluation = Evaluation("adapter", {"vox": {"adapter": rates(percent)}})
+        publish_adapter(tmp_path / "trained", tmp_path / "best", f"At {percent}.", evaluation)
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "At 4.75." in card and "9.25" not in card and Evaluation.load(tmp_path / "best") == evaluation
+    publish_adapter(tmp_path / "best", tmp_path / "copy")  # what is not said again is not claimed
+    assert names(tmp_path / "copy") == ADAPTER_FILES and AdapterFacts.load(tmp_path / "copy").training == ""
+
+
+def test_an_adapter_that_cannot_be_published_leaves_nothing(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "trained")
+    (tmp_path / "trained" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        publish_adapter(tmp_path / "trained", tmp_path / "best")
+    assert names(tmp_path) == {"trained"}
+
+
+def test_a_card_can_be_written_again_from_the_files(strategy, tmp_path):
+    save_adapter(strategy, facts(), tmp_path / "best")
+    before = (tmp_path / "best" / "README.md").read_text()
+    (tmp_path / "best" / "README.md").unlink()
+    write_adapter_card(tmp_path / "best")
+    assert (tmp_path / "best" / "README.md").read_text() == before

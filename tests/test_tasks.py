@@ -142,7 +142,8 @@ def test_trials_are_scored_in_the_domain_of_their_test(root, speech, recipe):
 def test_of_two_models_the_one_with_fewer_errors_scores_lower():
     better = [VerificationRow(8, 0.1, 1.0), VerificationRow(32, 0.05, 1.0)]
     worse = [VerificationRow(8, 0.3, 0.1), VerificationRow(32, 0.04, 0.1)]
-    assert Verification.score(better) == pytest.approx(0.075) < Verification.score(worse) == pytest.approx(0.17)
+    assert Verification.score(better) == pytest.approx(0.075)
+    assert Verification.score(worse) == pytest.approx(0.17)
 
 
 @pytest.mark.parametrize("where", ["model", "output"])
