@@ -82,6 +82,7 @@ WAYS = {
     "pissa": dict(options=dict(init_lora_weights="pissa")),
     "olora": dict(options=dict(init_lora_weights="olora")),
     "segments": dict(segment_ranks=[8, 4, 2]),
+    "projection whole": dict(placement="attention", options=dict(modules_to_save=["projection"])),
     "all": dict(placement="all"),
     "mixed all": dict(placement="all"),
     "head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
