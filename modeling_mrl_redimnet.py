@@ -810,6 +810,8 @@ def _untracked_batch_norms(model: nn.Module):
 class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
     """Speaker embeddings from waveforms: front end, trunk, pooling, Matryoshka projection."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # of a model saved with its head
+
     def __init__(self, config):
         super().__init__(config)
         self.front_end = MelFrontEnd(config)

@@ -255,3 +255,9 @@ def test_a_card_can_be_written_again_from_the_files(strategy, tmp_path):
     (tmp_path / "best" / "README.md").unlink()
     write_adapter_card(tmp_path / "best")
     assert (tmp_path / "best" / "README.md").read_text() == before
+
+
+def test_an_encoder_loads_from_a_model_with_its_head_without_complaints(tmp_path):
+    save_model(tiny_model(kind=MRLReDimNetForXVector), tmp_path / "model")
+    _, report = MRLReDimNetModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
