@@ -15,6 +15,7 @@ from torch import nn
 from mrl_redimnet.adapters.facts import ADAPTER_PARTS, AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import explicit_config
+from mrl_redimnet.folders import refuse_missing
 
 HEADS = ("classifier", "score")  # what PEFT saves beside every adapter of a sequence classification
 # Initialisations that take weights out of the base: such an adapter fits only a base that was changed the same way.
@@ -45,8 +46,7 @@ def local_folder(source: str | Path, revision: str | None, token: str | None) ->
     """`source` itself where it is a folder, else the snapshot of that Hub repository."""
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id.")
+    refuse_missing(source)
     from mrl_redimnet.adapters.hub import pull  # here, because folders need no Hub
 
     return pull(source, revision=revision, token=token)

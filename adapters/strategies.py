@@ -5,7 +5,8 @@ A strategy puts a trainable adapter on a model and follows it through the run; `
     strategy = STRATEGIES[name](host, plan, probe)      PEFT layers are in, only they train
     loss + strategy.penalty()                           every micro-batch
     strategy.after_step(step)                           after every optimiser step, gradients still there
-    strategy.cut()                                      at step `plan.cut_step`; new layers, so a new optimiser
+    strategy.cut()                                      at step `plan.cut_step` if `changes_ranks`: new layers, so a new
+                                                        optimiser; returns what to print
     strategy.save(folder)                               an ordinary LoRA adapter, whatever the strategy
 """
 
@@ -80,7 +81,7 @@ class Vanilla:
 
     @property
     def changes_ranks(self) -> bool:
-        """Whether `cut` is still to come."""
+        """Whether a `cut`, a method of strategies that have one, is still to come."""
         return False
 
     def settled(self, step: int) -> bool:
@@ -93,10 +94,6 @@ class Vanilla:
 
     def after_step(self, step: int):
         """Called after optimiser step `step`, before gradients are cleared."""
-
-    def cut(self) -> str:
-        """Called once at the plan's `cut_step` if `changes_ranks`; returns what to print."""
-        raise NotImplementedError(f"{type(self).__name__} has no cut")
 
     def state(self) -> object | None:
         """An object with state_dict and load_state_dict that checkpoints must hold, besides tensors."""

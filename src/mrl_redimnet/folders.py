@@ -6,6 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def refuse_missing(source: str | Path):
+    """Raises FileNotFoundError where `source` reads like a folder, not like a Hub id, and there is none."""
+    if (isinstance(source, Path) or source.startswith(("/", ".", "~"))) and not Path(source).is_dir():
+        raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id.")
+
+
 def refuse_existing(folder: Path):
     """Raises FileExistsError where `folder` is there already."""
     if folder.exists():

@@ -15,7 +15,7 @@ from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.folders import refuse_missing, replace_folder
 from mrl_redimnet.hub_cards import adapter_card, base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
 
@@ -94,8 +94,7 @@ def write_adapter_card(folder: Path, evaluation: Evaluation | None = None):
 
 def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
     """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode."""
-    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
-        raise FileNotFoundError(f"{model} is not a folder: give a saved model's folder, or a Hub id.")
+    refuse_missing(model)
     config = MRLReDimNetConfig.from_pretrained(model)
     name = (config.architectures or [MRLReDimNetModel.__name__])[0]
     if name not in modeling_mrl_redimnet.__all__:
