@@ -354,10 +354,11 @@ def describe(run: Run):
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    classes = run.dataset.num_labels if task.targets is None else max(1, len(task.labels))
     speech = f"{len(task.corpus):,} utterances of {len(task.corpus.unique('speaker')):,} speakers"
     accelerator.print(
         f"{recipe.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters with the classifier of "
-        f"{run.dataset.num_labels:,} classes, {trained:,} of them trained ({recipe.trains}).\n"
+        f"{classes:,} classes, {trained:,} of them trained ({recipe.trains}).\n"
         f"{speech}, {sum(task.corpus['seconds']) / 3600:.1f} h; "
         + "; ".join(f"{title}: {len(test):,} trials or utterances" for title, test in task.development.items())
         + f".\n{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x {accelerator.num_processes} crops "

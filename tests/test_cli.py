@@ -349,7 +349,9 @@ def test_adapters_mix_makes_an_adapter_of_several(folder, adapters, tmp_path, ca
     bank.add("mixed", tmp_path / "both")
     assert relative_error(bank.embed(WAVE, adapter="mixed"), bank.embed(WAVE, adapter="expected")) < 1e-6
     assert relative_error(bank.embed(WAVE, adapter="mixed"), bank.embed(WAVE, adapter=None)) > 0.01
-    assert set(AdapterFacts.load(tmp_path / "both").layers.values()) == {6}
+    facts = AdapterFacts.load(tmp_path / "both")
+    assert set(facts.layers.values()) == {6}
+    assert facts.domain == "telephony+noisy" and "0.5 x telephony + 0.25 x noisy" in facts.training
 
 
 def test_adapters_mix_takes_rank_and_density(folder, adapters, tmp_path):
@@ -368,6 +370,7 @@ def test_adapters_mix_refuses_what_it_cannot_mix(folder, adapters, tmp_path, cap
         message = refusal(capsys, "adapters", "mix", folder, *words, *out)
         assert f"{words[0]!r}: expected ADAPTER=WEIGHT, a path or Hub id and a number" in message
     assert "density: got None for 'ties'" in refusal(capsys, "adapters", "mix", folder, pair, *out, "--method", "ties")
+    assert "is named twice" in refusal(capsys, "adapters", "mix", folder, pair, pair, *out)
     (tmp_path / "there").mkdir()
     assert "exists already" in refusal(capsys, "adapters", "mix", folder, pair, "--out", tmp_path / "there")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "there"}  # the base, and what was there
@@ -381,6 +384,7 @@ def test_adapters_merge_makes_a_plain_model(folder, adapters, tmp_path, capsys):
     bank = AdapterBank.load(str(folder), {"x": adapters / "telephony"})
     assert relative_error(embed(merged), bank.embed(WAVE, adapter="x")) < 1e-5
     assert relative_error(embed(merged), bank.embed(WAVE, adapter=None)) > 0.01
+    assert str(tmp_path) not in (tmp_path / "merged/README.md").read_text()
     message = refusal(capsys, "adapters", "merge", folder, adapters / "noisy", tmp_path / "merged")
     assert "merged exists already" in message
 

@@ -408,3 +408,41 @@ def test_a_corpus_may_lie_anywhere(root, speech, recipe, tmp_path):
     corpus = load_corpus(moved)
     assert tasks.root_of(corpus) == moved / "wav"
     assert all((tasks.root_of(corpus) / path).is_file() for path in corpus["path"])
+
+
+# ---------------------------------------------------------------- heads and labels that look right and are not
+
+
+@pytest.mark.parametrize("kind", [MRLReDimNetForXVector, MRLReDimNetForSequenceClassification])
+def test_a_head_of_the_same_shape_for_something_else_is_not_kept(root, speech, labelled, tmp_path, kind):
+    """Neither two speakers' margin rows nor a head for labels of other names is one for two genders."""
+    saved = tiny_model(tiny_config(num_speakers=2, num_labels=2), kind=kind)
+    save_model(saved, tmp_path / "two")
+    settings = labelled(genders(root), model=str(tmp_path / "two"), model_options={})
+    model, _ = make_task(settings, speech).build_model(settings, 99)
+    assert not torch.equal(model.classifier.weight, saved.classifier.weight)
+    assert torch.equal(model.redimnet.trunk.mix.logits, saved.redimnet.trunk.mix.logits)
+
+
+def test_a_label_of_a_speaker_who_is_not_there_changes_nothing(root, speech, labelled):
+    ages = {path: 20 + row for row, path in enumerate(speech["path"])}
+    assert make_task(labelled({**ages, "someone/else/1.wav": ""}, key="path"), speech).name == "regression"
+
+
+def test_a_name_among_the_numbers_of_a_test_is_refused(root, speech, labelled):
+    names = everyone(root)
+    table = dict(zip(names, range(20, 20 + len(names)), strict=True)) | {names[-1]: "old"}
+    tests = {"held out": {"folder": str(root / "test")}}
+    with pytest.raises(ValueError, match=r"\['old'\] occur in a test, the training speech has numbers"):
+        make_task(labelled(table, tests=tests), speech)
+
+
+def test_a_test_without_usable_speech_is_refused_before_training(root, speech, labelled):
+    tests = {"held out": {"folder": str(root / "test")}}
+    with pytest.raises(ValueError, match="tests.held out: no usable file below"):
+        make_task(labelled(genders(root), tests=tests, min_seconds=60.0), speech)
+
+
+def test_a_label_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "labels.csv").write_text("speaker,gender\na,f\n", encoding="utf-8-sig")
+    assert tasks.read_labels(tmp_path / "labels.csv", "gender", "speaker") == {"a": "f"}

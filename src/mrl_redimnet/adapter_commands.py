@@ -129,13 +129,19 @@ def _mix(arguments):
     weights = {}
     for pair in arguments.weights:
         source, _, weight = pair.rpartition("=")
+        if source in weights:
+            raise ValueError(f"{source} is named twice: give it one weight.")
         try:
             weights[source] = float(weight)
         except ValueError as error:
             raise ValueError(f"{pair!r}: expected ADAPTER=WEIGHT, a path or Hub id and a number.") from error
-    names = {source: f"adapter {number}" for number, source in enumerate(weights, start=1)}
-    bank = AdapterBank.load(arguments.base, {name: source for source, name in names.items()})
-    chosen = {names[source]: weight for source, weight in weights.items()}
+    bank, chosen = AdapterBank.load(arguments.base), {}
+    for source, weight in weights.items():
+        facts = adapter_info(source).facts
+        name = (facts.domain if facts else "adapter").replace(".", "-")
+        name = f"{name} {len(chosen) + 1}" if name in chosen else name
+        bank.add(name, source)
+        chosen[name] = weight
     bank.combine("mix", chosen, arguments.method, rank=arguments.rank, density=arguments.density)
     bank.save("mix", arguments.out)
     write_adapter_card(arguments.out)
@@ -145,5 +151,8 @@ def _mix(arguments):
 def _merge(arguments):
     refuse_existing(arguments.out)
     bank = AdapterBank.load(arguments.base, {"adapter": arguments.adapter})
-    save_model(bank.merged("adapter"), arguments.out, training=f"{arguments.base} with {arguments.adapter} folded in.")
+    base, adapter = (
+        Path(source).name if Path(source).is_dir() else source for source in (arguments.base, arguments.adapter)
+    )
+    save_model(bank.merged("adapter"), arguments.out, training=f"{base} with the adapter {adapter} folded in.")
     print(f"{arguments.out}: {arguments.base} with {arguments.adapter} folded in; a model without adapters.")

@@ -202,7 +202,7 @@ def _percent(value: float, low: float | None, high: float | None) -> str:
 
 
 def _attribute(row: AttributeRow) -> str:
-    if row.metric == "accuracy":
+    if row.metric in SHARES:
         return f"{_percent(row.value, row.low, row.high)}   {row.metric} %"
     interval = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
     return f"{row.value:.2f}{interval}   {row.metric}"

@@ -101,9 +101,9 @@ class Attribute:
     def __init__(self, recipe: Recipe, corpus: Dataset):
         """corpus: the usable training rows; the label file must know them all."""
         table = read_labels(recipe.label_file, recipe.label_column, recipe.label_key)
-        numbers = all(is_number(value) for value in table.values())
-        self.name = "regression" if numbers else "classification"
         found = {label_of(table, key, recipe) for key in corpus[recipe.label_key]}
+        numbers = all(is_number(value) for value in found)
+        self.name = "regression" if numbers else "classification"
         self.labels = () if numbers else tuple(sorted(found))
         self.corpus, held_out = hold_out(corpus, recipe)
         self.targets = self._targets(table, self.corpus, recipe)
@@ -114,12 +114,16 @@ class Attribute:
         self.tests = {}
         for name, test in recipe.tests.items():
             rows, _ = split_usable(load_corpus(test["folder"], recipe.layout), recipe.min_seconds)
+            if not len(rows):
+                raise ValueError(f"tests.{name}: no usable file below {test['folder']} (min_seconds, broken files?).")
             self.tests[name] = LabelledTest(rows, self._targets(table, rows, recipe), test_domain(test))
         self.speakers = speaker_table(self.corpus, recipe)
 
     def _targets(self, table: dict[str, str], corpus: Dataset, recipe: Recipe) -> np.ndarray:
         found = [label_of(table, key, recipe) for key in corpus[recipe.label_key]]
         if not self.labels:
+            if words := sorted({value for value in found if not is_number(value)}):
+                raise ValueError(f"{recipe.label_column}: {words} occur in a test, the training speech has numbers.")
             return np.array([float(value) for value in found], dtype=np.float32)
         unknown = sorted(set(found) - set(self.labels))
         if unknown:
@@ -133,10 +137,19 @@ class Attribute:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         head = {"classifier.weight", "classifier.bias"}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, head, **names)
+        if recipe.model not in SIZES and not self._is_own_head(recipe.model):
+            model.classifier.reset_parameters()  # it may have been of the same shape, for something else
+            fresh = True
         if fresh and not self.labels:
             with torch.no_grad():  # a head that begins at the training speech's mean has less to learn
                 model.classifier.bias.fill_(float(self.targets.mean()))
         return model, False
+
+    def _is_own_head(self, folder: str) -> bool:
+        """Whether a saved model's head is for these very labels."""
+        config = MRLReDimNetConfig.from_pretrained(folder)
+        same = not self.labels or tuple(config.id2label.values()) == self.labels
+        return same and (config.architectures or []) == [MRLReDimNetForSequenceClassification.__name__]
 
     @torch.no_grad()
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
@@ -228,7 +241,7 @@ def test_domain(test: dict):
 
 def read_labels(file: str | Path, column: str, key: str) -> dict[str, str]:
     """`key` -> label from a CSV file with a header. Raises ValueError where columns are missing or labels differ."""
-    with open(file, newline="", encoding="utf-8") as lines:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines)
         missing = {column, key} - set(rows.fieldnames or ())
         if missing:
