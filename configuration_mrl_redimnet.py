@@ -13,6 +13,7 @@ FEATURE_NORMS = ("mean", "mean_variance", "batch", "none")
 BLOCKS_1D = ("att", "conv+att", "conv", "fc")
 BLOCKS_2D = ("convnext_like", "convnext_like_relu", "basic_resnet", "basic_resnet_fwse")
 POOLINGS = ("ASTP", "TAP", "TSDP", "TSTP")
+SPEAKER_LOSSES = ("aam", "sphereface2")
 ATTENTION_HEADS = 4
 FFT_SIZE = 512
 WINDOW_LENGTH = 400
@@ -117,16 +118,25 @@ class MRLReDimNetConfig(PretrainedConfig):
         stages: records {frequency_stride, blocks, expansion, reduction}; reduction None leaves out the 1-D block.
         block_1d, block_2d: kinds of blocks; group_divisor: channels per group of 3x3 convolutions, None = one group.
         aggregation_channels: width after the last mixing (a 1x1 layer and a norm), None = no such layer.
-        map_dropout: dropout on each stage's feature map in training.
+        map_dropout: dropout on each stage's feature map in training; aggregation_dropout: on what the pooling sees.
     Pooling and head:
         pooling: "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (deviation) or "TSTP" (both).
         pooling_context: attention sees the utterance's mean and deviation; pooling_bottleneck: its hidden width.
+        projection_dropout: dropout on the pooled vector, between its batch norm and the projection, in training.
         embedding_size, embedding_norm (a batch norm after the projection).
         matryoshka_dims: increasing prefixes that stand alone; the last one is embedding_size.
         window_seconds: a longer utterance is cut into equal windows of at most this length, embeddings averaged.
     Training (MRLReDimNetForXVector):
-        num_speakers: rows of the margin classifier.
-        margin (radians), scale, label_smoothing: additive angular margin softmax (arXiv 1801.07698).
+        num_speakers: speakers of the margin classifier.
+        loss: "aam", additive angular margin softmax (arXiv 1801.07698), or "sphereface2", a yes-or-no question per
+            speaker (arXiv 2108.01513, its type C: the margin moves similarities, not angles).
+        margin (radians for "aam", a part of a similarity from -1 to 1 for "sphereface2"), scale.
+        label_smoothing: of "aam" alone.
+        sphereface2_balance: share of the positive pair in the loss (lambda in the paper).
+        sphereface2_exponent: t of the similarity 2 ((cosine + 1) / 2)^t - 1, which spreads out high cosines.
+        sub_centers: rows per speaker in the classifier; the nearest one counts (sub-center ArcFace, Deng et al. 2020).
+        hard_negatives, hard_negative_margin: the angles to so many nearest wrong speakers are reduced by so many
+            radians (inter-top-k, arXiv 2110.05042).
         prefix_weights: weight of each Matryoshka prefix in the loss, None = all alike; only ratios matter.
     """
 
@@ -152,19 +162,27 @@ class MRLReDimNetConfig(PretrainedConfig):
     group_divisor: int | None = 4
     aggregation_channels: int | None = None
     map_dropout: float = 0.0
+    aggregation_dropout: float = 0.0
 
     pooling: str = "ASTP"
     pooling_context: bool = True
     pooling_bottleneck: int = 128
+    projection_dropout: float = 0.0
     embedding_size: int = 256
     embedding_norm: bool = False
     matryoshka_dims: list[int] = field(default_factory=lambda: [64, 128, 192, 256])
     window_seconds: float = 60.0
 
     num_speakers: int = 2
+    loss: str = "aam"
     margin: float = 0.2
     scale: float = 32.0
     label_smoothing: float = 0.0
+    sphereface2_balance: float = 0.7
+    sphereface2_exponent: float = 3.0
+    sub_centers: int = 1
+    hard_negatives: int = 0
+    hard_negative_margin: float = 0.06
     prefix_weights: list[float] | None = None
 
     def __post_init__(self, **kwargs):
@@ -229,24 +247,29 @@ class MRLReDimNetConfig(PretrainedConfig):
             ("block_1d", BLOCKS_1D),
             ("block_2d", BLOCKS_2D),
             ("pooling", POOLINGS),
+            ("loss", SPEAKER_LOSSES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         if self.front_end == "tf_mel" and self.feature_norm != "mean":
             raise ValueError(f"feature_norm: front_end 'tf_mel' has only 'mean', got {self.feature_norm!r}.")
+        if self.loss != "aam" and self.label_smoothing != 0:
+            raise ValueError(f"label_smoothing: loss {self.loss!r} has none, got {self.label_smoothing!r}, expected 0.")
 
     def _check_numbers(self):
-        for name in (
-            "num_mel_bins",
-            "hop_length",
-            "base_channels",
-            "pooling_bottleneck",
-            "embedding_size",
-            "num_speakers",
+        for name, least in (
+            ("num_mel_bins", 1),
+            ("hop_length", 1),
+            ("base_channels", 1),
+            ("pooling_bottleneck", 1),
+            ("embedding_size", 1),
+            ("num_speakers", 1),
+            ("sub_centers", 1),
+            ("hard_negatives", 0),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}.")
         for name in ("group_divisor", "aggregation_channels"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -256,9 +279,24 @@ class MRLReDimNetConfig(PretrainedConfig):
             if len(low_high) != 2 or not 0 <= low_high[0] < low_high[1]:
                 raise ValueError(f"{name}: got {low_high}, expected [low, high) with 0 <= low < high.")
             setattr(self, name, low_high)
-        for name, low, high in (("map_dropout", 0, 1), ("label_smoothing", 0, 1), ("margin", 0, 1.5)):
+        for name, low, high in (
+            ("map_dropout", 0, 1),
+            ("aggregation_dropout", 0, 1),
+            ("projection_dropout", 0, 1),
+            ("label_smoothing", 0, 1),
+            ("margin", 0, 1.5),
+            ("hard_negative_margin", 0, 1.5),
+        ):
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {low} <= {name} < {high}.")
+        if not 0 < self.sphereface2_balance < 1:
+            raise ValueError(
+                f"sphereface2_balance: got {self.sphereface2_balance!r}, expected a number between 0 and 1."
+            )
+        if not self.sphereface2_exponent >= 1:  # below, the similarity has an infinite slope at a cosine of -1
+            raise ValueError(
+                f"sphereface2_exponent: got {self.sphereface2_exponent!r}, expected a number of at least 1."
+            )
         for name in ("scale", "window_seconds", "front_end_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number above 0.")

@@ -16,9 +16,11 @@ This file travels beside the weights to the Hub: torch and transformers are all 
 import contextlib
 import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -67,7 +69,7 @@ class SpeakerEmbeddingOutput(ModelOutput):
 @dataclass
 class MatryoshkaXVectorOutput(ModelOutput):
     """`loss` [] when labels were given, `logits` [B, speakers] (scaled cosines, no margin), `embeddings` [B, D],
-    `prefix_losses` [len(matryoshka_dims)] when labels were given."""
+    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -269,7 +271,12 @@ class BatchNorm(nn.BatchNorm1d):
 
     Freezing weights alone would let the statistics of a frozen network move with the data, and an adapter trained on
     it would not be the same when loaded again.
+
+    `synchronised` (see `synchronise_batch_norms`): where it learns in several processes of torch.distributed, the batch
+    is that of all of them. torch.nn.SyncBatchNorm does the same, but on GPUs alone.
     """
+
+    synchronised = False
 
     @property
     def learns(self) -> bool:
@@ -277,10 +284,75 @@ class BatchNorm(nn.BatchNorm1d):
         return self.training and self.weight.requires_grad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.learns and self.synchronised and _processes() > 1:
+            return self._normalise_jointly(x)
         if self.learns:
             return super().forward(x)
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+
+    def _normalise_jointly(self, x: torch.Tensor) -> torch.Tensor:
+        out, mean, variance, count = _JointBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():  # as torch's own: unbiased by the joint count, a plain mean over batches without momentum
+            share = self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                share = 1.0 / self.num_batches_tracked.item() if share is None else share
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)
+        return out
+
+
+class _JointBatchNorm(torch.autograd.Function):
+    """Batch norm of x [n, C] over the rows of all processes: (out [n, C], mean [C], biased variance [C], count []).
+
+    The backward pass is that of the sum of all processes' losses, so that gradients averaged over processes (as by
+    DistributedDataParallel) are those of one process with the joined batch and the mean of the losses. One collective
+    each way; an all-reduce, which every backend has on every device.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Each process's mean and squares around it rather than sums of squares, whose differences lose digits.
+        mean = wide.sum(0) / max(1, len(x))
+        own = torch.cat([mean, (wide - mean).square().sum(0), mean.new_tensor([len(x)])])
+        table = own.new_zeros(_processes(), len(own))
+        table[dist.get_rank()] = own
+        dist.all_reduce(table)
+        means, squares, counts = table.split([x.shape[1], x.shape[1], 1], dim=1)
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        variance = (squares + counts * (means - mean).square()).sum(0) / count
+        slope = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, slope, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return ((wide - mean) * (slope * weight) + bias).to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, slope, count = ctx.saved_tensors
+        grad = grad.to(mean.dtype)
+        normal = (x.to(mean.dtype) - mean) * slope
+        own = torch.stack([grad.sum(0), (grad * normal).sum(0)])
+        joint = own.clone()
+        dist.all_reduce(joint)
+        grad_x = (grad - (joint[0] + normal * joint[1]) / count) * (slope * weight)
+        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def synchronise_batch_norms(model: nn.Module, on: bool = True):
+    """Lets all batch norms of `model` that learn see the batch of all processes of torch.distributed, or no longer.
+
+    All processes must then call the model equally often. With one process nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.synchronised = on
 
 
 class ChannelBatchNorm(BatchNorm):
@@ -563,6 +635,7 @@ class ReDimNetTrunk(nn.Module):
         wide = config.aggregation_channels
         self.aggregate = None if wide is None else nn.Linear(config.trunk_width, wide)
         self.aggregate_norm = None if wide is None else ChannelBatchNorm(wide)
+        self.dropout = nn.Dropout(config.aggregation_dropout)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         maps = [self.stem(features, mask)]
@@ -574,7 +647,7 @@ class ReDimNetTrunk(nn.Module):
         x = self.mix(maps)
         if self.aggregate is not None:
             x = self.aggregate_norm(self.aggregate(x), mask)
-        return x
+        return self.dropout(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -639,13 +712,14 @@ class MatryoshkaProjection(nn.Module):
         self.dims = config.matryoshka_dims
         starts = [0, *self.dims[:-1]]
         self.norm = BatchNorm(config.pooled_size)
+        self.dropout = nn.Dropout(config.projection_dropout)
         self.segments = nn.ModuleList(
             nn.Linear(config.pooled_size, end - start) for start, end in zip(starts, self.dims, strict=True)
         )
         self.embedding_norm = BatchNorm(config.embedding_size) if config.embedding_norm else None
 
     def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
-        pooled = self.norm(pooled.to(self.norm.weight.dtype))
+        pooled = self.dropout(self.norm(pooled.to(self.norm.weight.dtype)))
         # A batch norm behind the projection knows only the whole embedding; then the prefix is cut at the end.
         wanted = self.dims[-1] if truncate_dim is None or self.embedding_norm is not None else truncate_dim
         used = [segment for segment, start in zip(self.segments, [0, *self.dims], strict=False) if start < wanted]
@@ -655,58 +729,8 @@ class MatryoshkaProjection(nn.Module):
         return embedding if truncate_dim is None else embedding[:, :truncate_dim]
 
 
-class MatryoshkaMarginClassifier(nn.Module):
-    """Additive angular margin softmax (arXiv 1801.07698) over every Matryoshka prefix, one weight matrix for all.
-
-    Embedding e and speaker row w are cut to each prefix and normalised there: cos_d = <e[:d], w[:d]> / |e[:d]| |w[:d]|.
-    Dot products and squared norms of a prefix are those of the one before plus one segment's, so all the cosines cost
-    one full-width product. Computed in float32 whatever the dtype around it.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.dims = config.matryoshka_dims
-        self.scale, self.margin, self.label_smoothing = config.scale, config.margin, config.label_smoothing
-        weights = config.prefix_weights or [1.0] * len(self.dims)
-        self.prefix_weights = [w / sum(weights) for w in weights]
-        self.weight = nn.Parameter(torch.empty(config.num_speakers, config.embedding_size))
-        nn.init.normal_(self.weight, std=config.embedding_size**-0.5)
-
-    def cosines(self, embeddings: torch.Tensor):
-        """embeddings [B, D] -> for each prefix in turn, cosines [B, speakers] float32."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings, weight = embeddings.float(), self.weight.float()
-            dots, e_squares, w_squares, start = 0.0, 0.0, 0.0, 0
-            for end in self.dims:
-                e, w = embeddings[:, start:end], weight[:, start:end]
-                dots = dots + e @ w.T
-                e_squares = e_squares + e.square().sum(1, keepdim=True)
-                w_squares = w_squares + w.square().sum(1)
-                yield dots * (e_squares + 1e-12).rsqrt() * (w_squares + 1e-12).rsqrt()
-                start = end
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, margin: float | None = None):
-        """embeddings [B, D], labels [B] -> loss [], prefix losses [len(dims)], full-width logits [B, speakers].
-
-        margin: replaces the configured one (a schedule's value at this step), in radians.
-        """
-        margin = self.margin if margin is None else margin
-        losses = []
-        for cosine in self.cosines(embeddings):
-            target = cosine.gather(1, labels[:, None])
-            logits = self.scale * cosine.scatter(1, labels[:, None], angular_margin(target, margin))
-            losses.append(F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing))
-        prefix_losses = torch.stack(losses)
-        loss = (prefix_losses * prefix_losses.new_tensor(self.prefix_weights)).sum()
-        return loss, prefix_losses.detach(), self.scale * cosine.detach()
-
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """embeddings [B, D] -> scaled cosines at full width [B, speakers], without margin."""
-        *_, cosine = self.cosines(embeddings)
-        return self.scale * cosine
-
-    def extra_repr(self) -> str:
-        return f"speakers={self.weight.shape[0]}, dims={self.dims}, margin={self.margin}, scale={self.scale}"
+# ----------------------------------------------------------------------------------------------------------------------
+# Speaker losses
 
 
 def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
@@ -716,9 +740,191 @@ def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
     """
     if margin == 0:
         return cosine
-    sine = (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
-    moved = cosine * math.cos(margin) - sine * math.sin(margin)
+    moved = cosine * math.cos(margin) - _sine(cosine) * math.sin(margin)
     return torch.where(cosine > -math.cos(margin), moved, cosine - math.sin(margin) * margin)
+
+
+def angular_gain(cosine: torch.Tensor, margin: float) -> torch.Tensor:
+    """cos(theta - margin) of a cosine; below theta = margin, where that would fall again, a line on from its 1."""
+    moved = cosine * math.cos(margin) + _sine(cosine) * math.sin(margin)
+    return torch.where(cosine < math.cos(margin), moved, 1.0 + cosine - math.cos(margin))
+
+
+def _sine(cosine: torch.Tensor) -> torch.Tensor:
+    return (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
+
+
+def harder_negatives(cosine: torch.Tensor, labels: torch.Tensor, count: int, margin: float) -> torch.Tensor:
+    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): cosine [B, N] with `angular_gain` on the `count` largest of
+    each row's wrong speakers (all of them, where there are fewer); labels [B]."""
+    count = min(count, cosine.shape[1] - 1)
+    if count == 0 or margin == 0:
+        return cosine
+    nearest = cosine.detach().scatter(1, labels[:, None], -torch.inf).topk(count, dim=1).indices
+    return cosine.scatter(1, nearest, angular_gain(cosine.gather(1, nearest), margin))
+
+
+def aam_loss(cosine, labels, margin: float, scale: float, bias: None, config) -> torch.Tensor:
+    """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), mean over utterances."""
+    target = angular_margin(cosine.gather(1, labels[:, None]), margin)
+    logits = scale * cosine.scatter(1, labels[:, None], target)
+    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+
+
+def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tensor:
+    """g(z) = 2 ((z + 1) / 2)^t - 1, from -1 to 1 (Wen et al. 2022, arXiv 2108.01513)."""
+    return 2.0 * ((cosine + 1.0) / 2.0).clamp(min=0.0).pow(exponent) - 1.0
+
+
+def sphereface2_loss(cosine, labels, margin: float, scale: float, bias: torch.Tensor, config) -> torch.Tensor:
+    """SphereFace2-C: is it this speaker, yes or no, asked of every speaker; summed over these, mean over utterances.
+
+    lambda log(1 + exp(-s (g(cos_y) - m) - b)) + (1 - lambda) sum_{i != y} log(1 + exp(s (g(cos_i) + m) + b)): the
+    paper's without its 1 / s, as for speakers in Han et al. 2023 (Exploring binary classification loss for speaker
+    verification). bias: b [].
+    """
+    similarity = sphereface2_similarity(cosine, config.sphereface2_exponent)
+    target = similarity.gather(1, labels[:, None])
+    positive = F.softplus(-(scale * (target - margin) + bias))[:, 0]
+    negative = F.softplus(scale * (similarity + margin) + bias).scatter(1, labels[:, None], 0.0).sum(1)
+    return (config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative).mean()
+
+
+def sphereface2_start_bias(config) -> float:
+    """The bias at which a fresh classifier's loss has no slope in it: all cosines 0, the configured margin.
+
+    With z = lambda / ((1 - lambda) (N - 1)), p = exp(s (g(0) - m) + b), n = exp(s (g(0) + m) + b) that is where
+    n (1 + p) = z (1 + n): a quadratic equation in n, since p = n exp(-2 s m).
+    """
+    odds = config.sphereface2_balance / ((1.0 - config.sphereface2_balance) * max(1, config.num_speakers - 1))
+    gap = 2.0 * config.scale * config.margin
+    root = math.sqrt((1.0 - odds) ** 2 + 4.0 * odds * math.exp(-gap))
+    # Two forms of the positive solution: neither subtracts numbers that are nearly alike.
+    log_n = math.log(2.0 * odds / (1.0 - odds + root)) if odds < 1 else math.log((odds - 1.0 + root) / 2.0) + gap
+    return log_n - config.scale * (2.0 * 0.5**config.sphereface2_exponent - 1.0 + config.margin)
+
+
+@dataclass(frozen=True)
+class SpeakerLoss:
+    """compute: (cosine [B, N] float32, labels [B], margin, scale, bias [] or None, config) -> loss [].
+
+    start_bias: config -> where each prefix's own learnt bias starts, None for a loss without one.
+    """
+
+    compute: Callable[..., torch.Tensor]
+    start_bias: Callable[[MRLReDimNetConfig], float] | None = None
+
+
+# By config.loss; the configuration knows the names.
+LOSSES = {
+    "aam": SpeakerLoss(aam_loss),
+    "sphereface2": SpeakerLoss(sphereface2_loss, sphereface2_start_bias),
+}
+
+
+class MatryoshkaMarginClassifier(nn.Module):
+    """One of `LOSSES` over every Matryoshka prefix, one weight matrix for all.
+
+    Embedding e and row w are cut to each prefix and normalised there: cos_d = <e[:d], w[:d]> / |e[:d]| |w[:d]|. Dot
+    products and squared norms of a prefix are those of the one before plus one segment's, so all the cosines cost one
+    full-width product. A speaker with several rows (sub-centers, side by side in `weight`
+    [speakers * sub_centers, D]) has the largest of their cosines, at each prefix anew. Computed in float32 whatever
+    the dtype around it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.dims = config.matryoshka_dims
+        self.scale, self.margin = config.scale, config.margin
+        self.prefix_weights = self._shares(config.prefix_weights or [1.0] * len(self.dims))
+        self.weight = nn.Parameter(torch.empty(config.num_speakers * config.sub_centers, config.embedding_size))
+        nn.init.normal_(self.weight, std=config.embedding_size**-0.5)
+        start = self.start_bias()
+        self.bias = None if start is None else nn.Parameter(torch.full((len(self.dims),), start))
+
+    @property
+    def num_speakers(self) -> int:
+        """Speakers that labels may name; fewer than the configuration's while a sample of the rows is in use."""
+        return self.weight.shape[0] // self.config.sub_centers
+
+    def start_bias(self) -> float | None:
+        """Where `bias` [len(dims)] starts; None when the loss has none."""
+        start = LOSSES[self.config.loss].start_bias
+        return None if start is None else start(self.config)
+
+    def cosines(self, embeddings: torch.Tensor) -> Iterator[Callable[[], torch.Tensor]]:
+        """embeddings [B, D] -> for each prefix in turn, what computes its cosines [B, speakers] float32."""
+        embeddings, weight = embeddings.float(), self.weight.float()
+        dots, e_squares, w_squares, start = 0.0, 0.0, 0.0, 0
+        for end in self.dims:
+            e, w = embeddings[:, start:end], weight[:, start:end]
+            dots = dots + e @ w.T
+            e_squares = e_squares + e.square().sum(1, keepdim=True)
+            w_squares = w_squares + w.square().sum(1)
+            yield functools.partial(self._prefix_cosine, dots, e_squares, w_squares)
+            start = end
+
+    def _prefix_cosine(self, dots, e_squares, w_squares) -> torch.Tensor:
+        cosine = dots * (e_squares + 1e-12).rsqrt() * (w_squares + 1e-12).rsqrt()
+        centers = self.config.sub_centers
+        return cosine if centers == 1 else cosine.unflatten(1, (-1, centers)).max(-1).values
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        margin: float | None = None,
+        prefix_weights: list[float] | None = None,
+    ):
+        """embeddings [B, D], labels [B] -> loss [], prefix losses [len(dims)], full-width logits [B, speakers].
+
+        margin: replaces the configured one (a schedule's value at this step), in its unit; the one of hard negatives
+        rises in proportion. prefix_weights: replace the configured ones; only ratios matter. A prefix of weight 0 is
+        left out, its prefix loss is NaN.
+
+        Raises ValueError for weights that do not fit.
+        """
+        margin = self.margin if margin is None else margin
+        shares = self.prefix_weights if prefix_weights is None else self._shares(prefix_weights)
+        loss, prefix_losses = 0.0, []
+        with torch.autocast(embeddings.device.type, enabled=False):
+            for i, (share, compute_cosine) in enumerate(zip(shares, self.cosines(embeddings), strict=True)):
+                if share == 0:
+                    prefix_losses.append(embeddings.new_full((), torch.nan, dtype=torch.float32))
+                    continue
+                cosine = compute_cosine()
+                prefix_loss = self._prefix_loss(cosine, labels, margin, i)
+                loss = loss + share * prefix_loss
+                prefix_losses.append(prefix_loss.detach())
+            if shares[-1] == 0:
+                with torch.no_grad():
+                    cosine = compute_cosine()
+        return loss, torch.stack(prefix_losses), self.scale * cosine.detach()
+
+    def _prefix_loss(self, cosine, labels, margin: float, index: int) -> torch.Tensor:
+        config = self.config
+        rise = margin / self.margin if self.margin else 1.0
+        cosine = harder_negatives(cosine, labels, config.hard_negatives, config.hard_negative_margin * rise)
+        bias = None if self.bias is None else self.bias[index].float()
+        return LOSSES[config.loss].compute(cosine, labels, margin, self.scale, bias, config)
+
+    def _shares(self, weights: list[float]) -> list[float]:
+        if len(weights) != len(self.dims) or not min(weights) >= 0 or not sum(weights) > 0:
+            raise ValueError(f"prefix_weights: got {weights}, expected {len(self.dims)} numbers >= 0, not all 0.")
+        return [weight / sum(weights) for weight in weights]
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """embeddings [B, D] -> scaled cosines at full width [B, speakers], without margin."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            *_, compute_cosine = self.cosines(embeddings)
+            return self.scale * compute_cosine()
+
+    def extra_repr(self) -> str:
+        return (
+            f"speakers={self.num_speakers}, dims={self.dims}, loss={self.config.loss}, margin={self.margin}, "
+            f"scale={self.scale}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -754,6 +960,8 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.logits)
         elif isinstance(module, MatryoshkaMarginClassifier):
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            if module.bias is not None:
+                init.constant_(module.bias, module.start_bias())
         elif isinstance(module, MelFrontEnd):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
@@ -924,14 +1132,16 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         margin: float | None = None,
+        prefix_weights: list[float] | None = None,
         **kwargs,
     ) -> MatryoshkaXVectorOutput:
-        """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin as in the classifier's forward."""
+        """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin, prefix_weights as in the
+        classifier's forward."""
         self._refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
-        loss, prefix_losses, logits = self.classifier(embeddings, labels, margin)
+        loss, prefix_losses, logits = self.classifier(embeddings, labels, margin, prefix_weights)
         return MatryoshkaXVectorOutput(loss=loss, logits=logits, embeddings=embeddings, prefix_losses=prefix_losses)
 
 

@@ -7,8 +7,8 @@
 Several CPU processes: torchrun --nproc_per_node 2 train_hf.py (accelerate launch starts one on CPUs).
 
 The run reads from top to bottom in `main` and `train`: data, model, optimiser, steps, evaluation, save. Below `output`
-it writes checkpoints/, the models best_as_trained/, last/ and at the end best/ (complete Hub folders), results.json and
-tracker logs.
+it writes checkpoints/, the models best_as_trained/, last/ and at the end best/ (complete Hub folders), results.json,
+history.jsonl with its picture curves.png, and tracker logs.
 """
 
 import copy
@@ -16,35 +16,47 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import mrl_redimnet  # noqa: F401  registers the models with transformers
 from configuration_mrl_redimnet import SIZES
+from modeling_mrl_redimnet import synchronise_batch_norms
 from mrl_redimnet.adapters import AdapterFacts, Base, adapter_report, fingerprint
 from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
-from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, InDomain, collate
-from mrl_redimnet.corpus import check_problems, load_corpus, split_usable
+from mrl_redimnet.augmentation import InDomain, Sources, make_augmentations
+from mrl_redimnet.averaging import Ema, LastWeights
+from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, augmented
+from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
+from mrl_redimnet.curves import Record, draw
+from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.evaluation import as_records, embed_files, format_table
 from mrl_redimnet.hub_cards.results import Evaluation
+from mrl_redimnet.loading import DrawnCrops, Loading, StreamedCrops
+from mrl_redimnet.partial import SampledRows
 from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import publish_adapter, save_adapter, save_model
+from mrl_redimnet.streaming import stream_contents
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.tasks import Attribute, Verification, make_task, training_domain
 from mrl_redimnet.training import (
     ChanceGuard,
     Progress,
+    augmentation_strength,
     build_optimizer,
     chance_loss,
     freeze,
@@ -52,15 +64,18 @@ from mrl_redimnet.training import (
     load_checkpoint,
     margin_at,
     newest_step,
+    prefix_weights_at,
     save_checkpoint,
 )
 
+ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: what is approximate there is learnt around
 PROBE_BATCHES = 8  # what data-driven ranks and initialisations look at
 
 
 def main(argv: list[str] | None = None):
     """Runs the training described by the command line `argv` (None: the process's own)."""
     recipe, resume = parse_command_line(argv, __doc__)
+    refuse_lost_processes()
     disable_progress_bar()  # of saving; the steps have their own
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
@@ -68,27 +83,35 @@ def main(argv: list[str] | None = None):
 
     # Data: training rows, development speech of other speakers; batches are a function of the step.
     task = prepare_task(recipe, accelerator)
-    dataset = build_dataset(recipe, task)
+    recipe.steps = steps_of(recipe, task, accelerator)
+    crops = build_crops(recipe, task, accelerator)
 
     # Model, and what of it is trained: all, a part, or an adapter on it.
-    model, fresh_classifier = task.build_model(recipe, dataset.num_labels)
+    model, fresh_classifier = task.build_model(recipe)
     check_fit(recipe, model.config)
-    guard = chance_guard(recipe, model) if fresh_classifier else None
-    run = Run(recipe, accelerator, task, dataset, model, guard, facts_of(recipe, task, model))
-    check_output(recipe, resume)
+    synchronise_batch_norms(model, recipe.synchronise_norms)
+    run = Run(recipe, accelerator, task, crops, model, facts=facts_of(recipe, task, model))
+    if recipe.classifier_sample:
+        run.rows = SampledRows(model.to(accelerator.device).classifier, recipe.classifier_sample, recipe.seed)
+    if fresh_classifier:
+        run.guard = chance_guard(recipe, model)
+    claim_output(recipe, task, resume)
     prepare_training(run, newest_step(checkpoints(recipe)) if resume else 0)
 
     # Steps, with evaluation and checkpoints in between; where what is trained changes, a new optimiser.
     progress = start_or_resume(run, resume)
-    for stop in phase_ends(recipe, progress.step):
-        train(run, progress, stop)
-        if stop < recipe.steps:
-            begin_phase(run, stop)
+    with told_where_to_go_on(run, progress):
+        for stop in phase_ends(recipe, progress.step):
+            if progress.ended:
+                break
+            train(run, progress, stop)
+            if stop < recipe.steps:
+                begin_phase(run, stop)
 
-    # Save and report.
-    if accelerator.is_main_process:
-        save(run, "last")
-    final_report(run, progress)
+        # Save and report.
+        if accelerator.is_main_process:
+            save(run, "last")
+        final_report(run, progress)
     accelerator.end_training()
 
 
@@ -96,27 +119,32 @@ def main(argv: list[str] | None = None):
 class Run:
     """What the parts of a run share. model: without wrappers; prepared: the same, as Accelerate trains it.
 
-    facts: of the adapter, None when none is trained; strategy: what holds it.
+    facts: of the adapter, None when none is trained; strategy: what holds it. ema, last: averages of weights;
+    teacher: what embeddings are to be like. Each None where the recipe has none.
     """
 
     recipe: Recipe
     accelerator: Accelerator
     task: Verification | Attribute
-    dataset: CropDataset
+    crops: DrawnCrops | StreamedCrops
     model: torch.nn.Module
     guard: ChanceGuard | None = None
     facts: AdapterFacts | None = None
     strategy: Vanilla | None = None
     prepared: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
+    ema: Ema | None = None
+    last: LastWeights | None = None
+    teacher: Teacher | None = None
+    rows: SampledRows | None = None
 
 
 def train(run: Run, progress: Progress, stop: int):
     """The steps from `progress.step` to before `stop`; the model is trained in place, `progress` kept up to date."""
     recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
-    batches = iter(build_loader(run, progress.step, stop))
+    batches = run.crops.batches(progress.step, stop)
     history = History(run, progress.step)
-    rotations = {int(share * recipe.steps) for share in recipe.rotate_at}
+    rotations = rotations_of(recipe)
     run.prepared.train()
     for step in range(progress.step, stop):
         torch.manual_seed(recipe.seed + 1_000_003 * (step + 1) + accelerator.process_index)  # dropout, spec-augment
@@ -125,49 +153,81 @@ def train(run: Run, progress: Progress, stop: int):
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate_at(step, recipe)
         for _ in range(recipe.accumulation):
-            batch = next(batches)
+            batch = history.timed(batches)
             progress.problems += batch["problems"]
             with accelerator.accumulate(run.prepared):
-                answer = forward(run, batch, step)
-                penalty = run.strategy.penalty() if run.strategy else 0.0
-                accelerator.backward(answer.loss + penalty)
+                answer, loss = forward(run, batch, step)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(run.prepared.parameters(), recipe.max_gradient_norm)
                 optimizer.step()
-                if run.strategy and accelerator.sync_gradients:
-                    run.strategy.after_step(step)
+                if accelerator.sync_gradients:
+                    after_step(run, step)
                 optimizer.zero_grad()
         history.add(step, answer)
         if run.guard is not None:
             guard_against_chance(run, step, answer, history)
 
         progress.step = step + 1
-        if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:
+        ends = progress.step == recipe.steps
+        if ends or progress.step % recipe.evaluate_every == 0:
             evaluate_and_keep_best(run, progress, history)
-        if progress.step % recipe.checkpoint_every == 0 or progress.step == recipe.steps:
+        if ends or progress.ended or progress.step % recipe.checkpoint_every == 0:
+            history.check_finite()  # a checkpoint of weights that are no numbers would be no place to go on from
+            progress.crops = run.crops.state()
             save_checkpoint(accelerator, checkpoints(recipe), progress, recipe)
+        if progress.ended:
+            accelerator.print(f"No better model in {recipe.patience} evaluations: ending at step {progress.step}.")
+            break
     history.close()
 
 
 def forward(run: Run, batch: dict, step: int):
-    """The model's answer, with loss, to one batch at one step."""
+    """The model's answer to one batch at one step, and the loss to be minimised: its own and what else there is."""
     inputs, labels = (batch[key].to(run.accelerator.device) for key in ("input_values", "labels"))
     if isinstance(run.task, Attribute):
-        return run.prepared(inputs, labels=labels)
-    return run.prepared(inputs, labels=labels, margin=margin_at(step, run.recipe, run.model.config.margin))
+        answer = run.prepared(inputs, labels=labels)
+    else:
+        config = run.model.config
+        weights = prefix_weights_at(step, run.recipe, config)
+        labels = labels if run.rows is None else run.rows.begin(labels, step, run.optimizer)
+        margin = margin_at(step, run.recipe, config.margin)
+        answer = run.prepared(inputs, labels=labels, margin=margin, prefix_weights=weights)
+    loss = answer.loss + (run.strategy.penalty() if run.strategy else 0.0)
+    if run.teacher is not None:
+        likeness = similarity_loss(answer.embeddings, run.teacher(inputs), config.matryoshka_dims, weights)
+        loss = loss + run.recipe.teacher_weight * likeness
+    return answer, loss
+
+
+def after_step(run: Run, step: int):
+    """What follows the optimiser's step: ranks that change, rows that go back, averages."""
+    if run.strategy is not None:
+        run.strategy.after_step(step)
+    if run.rows is not None:
+        run.rows.end(run.optimizer)
+    if run.ema is not None:
+        run.ema.update(run.model)
 
 
 def evaluate_and_keep_best(run: Run, progress: Progress, history: "History"):
-    """Judges the model on development speech; the best so far is saved. The first of several domains decides."""
+    """Judges the model on development speech; the best so far is saved. The first of several sets decides."""
+    history.check_finite()
     report_unreadable(run, progress)
-    tables = {title: run.task.evaluate(run.model, test) for title, test in run.task.development.items()}
-    history.report(progress.step, tables)
-    score = run.task.score(next(iter(tables.values())))
-    settled = run.strategy is None or run.strategy.settled(progress.step)
-    if settled and score <= progress.best_score:  # of equals the later, longer trained one
-        progress.best_score, progress.best_step = score, progress.step
-        if run.accelerator.is_main_process:
+    with averaged(run):
+        tables = {title: run.task.evaluate(run.model, test) for title, test in run.task.development.items()}
+        history.report(progress.step, tables)
+        score = run.task.score(next(iter(tables.values())))
+        settled = run.strategy is None or run.strategy.settled(progress.step)
+        better = settled and score <= progress.best_score  # of equals the later, longer trained one
+        if better:
+            progress.best_score, progress.best_step = score, progress.step
+        if better and run.accelerator.is_main_process:
             save(run, "best_as_trained")
+        if run.last is not None and run.accelerator.is_main_process:
+            run.last.add(progress.step, run.model, newest_step(checkpoints(run.recipe)))
+    progress.without_better = 0 if better else progress.without_better + settled
+    progress.ended = 0 < run.recipe.patience <= progress.without_better
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,8 +236,8 @@ def evaluate_and_keep_best(run: Run, progress: Progress, history: "History"):
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Devices, precision, accumulation, trackers."""
-    if recipe.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ModuleNotFoundError("tracker: wandb is not installed: pip install 'mrl-redimnet[wandb]'.")
+    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:  # Accelerate would drop it
+        raise ModuleNotFoundError(f"tracker: {recipe.tracker} is not installed: pip install {recipe.tracker}.")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes without an accelerator each train on their own
         mixed_precision=recipe.mixed_precision,
@@ -190,13 +250,51 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def refuse_lost_processes():
+    """`accelerate launch --num_processes 2` starts one process where there is no accelerator, and says nothing.
+
+    Raises ValueError when this process was launched so.
+    """
+    if torch.accelerator.is_available() or PartialState(cpu=True).num_processes > 1:
+        return
+    for parent in psutil.Process().parents():
+        words = [part for word in parent.cmdline() for part in word.split("=", 1)]
+        if "launch" not in words or not any("accelerate" in word for word in words):
+            continue
+        wanted = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--num_processes", "--num-processes")]
+        if wanted and wanted[-1].isdigit() and int(wanted[-1]) > 1:
+            raise ValueError(
+                f"accelerate launch was asked for {wanted[-1]} processes and started one: it does so on CPUs. Use "
+                f"torchrun --nproc_per_node {wanted[-1]} train_hf.py ..., or --num_processes 1."
+            )
+
+
+@contextmanager
+def told_where_to_go_on(run: Run, progress: Progress):
+    """An error that ends the run says at its end what is left of it."""
+    try:
+        yield
+    except Exception as error:
+        good = newest_step(checkpoints(run.recipe))
+        error.add_note(
+            f"The run stopped after step {progress.step} of {run.recipe.steps}. "
+            + (
+                f"Its last good checkpoint is {checkpoints(run.recipe)}/step-{good:08d}: once the cause is removed, "
+                "the same command with --resume goes on from there."
+                if good
+                else "It had not come to its first checkpoint."
+            )
+        )
+        raise
+
+
 def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Verification | Attribute:
-    """Reads the training folder, the main process first, the others from its cache."""
+    """Reads what training speech there is, the main process first, the others from its cache."""
     with accelerator.main_process_first():
         with_embedded_corpus(recipe)
-        task = make_task(recipe, load_training_speech(recipe, accelerator))
-        task.speakers.save(Path(recipe.output) / "speakers.json")
-        return task
+        if recipe.streaming:
+            return make_task(recipe, stream_contents(recipe.train, recipe.columns))
+        return make_task(recipe, load_training_speech(recipe, accelerator))
 
 
 def with_embedded_corpus(recipe: Recipe):
@@ -220,7 +318,7 @@ def with_embedded_corpus(recipe: Recipe):
 
 def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
     """The usable rows of the training folder; the others are counted, listed, and too many of them stop the run."""
-    corpus = load_corpus(recipe.train, recipe.layout)
+    corpus = load_corpus(recipe.train, recipe.layout, columns=recipe.columns)
     usable, problems = split_usable(corpus, recipe.min_seconds)
     report = Path(recipe.output) / "unusable_files.tsv"
     summary = check_problems(problems, len(corpus), recipe.max_problem_share, report)
@@ -229,23 +327,49 @@ def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
     return usable
 
 
-def build_dataset(recipe: Recipe, task: Verification | Attribute) -> CropDataset:
+def steps_of(recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator) -> int:
+    """The recipe's steps, or those of its epochs over the training utterances."""
+    if recipe.epochs is None:
+        return recipe.steps
+    return max(1, round(recipe.epochs * task.utterances / crops_per_step(recipe, accelerator)))
+
+
+def crops_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Training crops of one optimiser step, of all processes."""
+    return recipe.batch_size * recipe.accumulation * accelerator.num_processes
+
+
+def build_crops(recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator) -> DrawnCrops | StreamedCrops:
     """Training crops with the recipe's augmentations, then its domain."""
-    augmentations = []
-    if recipe.noise and recipe.domain != "noisy":  # there the noise is the domain's
-        augmentations.append(AddNoise(recipe.noise, tuple(recipe.noise_snr), recipe.noise_probability))
-    if recipe.domain != "clean":
-        augmentations.append(InDomain(training_domain(recipe), recipe.base_share))
-    return CropDataset(
+    talkers = None if recipe.streaming else CorpusTalkers(task.corpus)
+    chain = make_augmentations(recipe.augmentations, Sources(recipe.noise, recipe.rooms, talkers))
+    domain = None if recipe.domain == "clean" else InDomain(training_domain(recipe), recipe.base_share)
+    maker = CropMaker(len(task.speakers), tuple(recipe.speeds), partial(augmented, chain, domain))
+    loading = Loading(
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=recipe.workers,
+        seed=recipe.seed,
+        pin=accelerator.device.type == "cuda",
+    )
+    if recipe.streaming:
+        seconds = recipe.crop_range[0]
+        return StreamedCrops(recipe.train, recipe.columns, maker, task.speakers, seconds, recipe.min_seconds, loading)
+    dataset = CropDataset(
         task.corpus,
         task.speakers,
-        crop_seconds=recipe.crop_seconds,
+        maker,
+        crop_seconds=recipe.crop_range,
+        batch=recipe.batch_size * accelerator.num_processes,
         sampler=recipe.sampler,
-        speeds=tuple(recipe.speeds),
-        augmentations=augmentations,
+        utterances_per_speaker=recipe.utterances_per_speaker,
+        strength=partial(augmentation_strength, crops=crops_per_step(recipe, accelerator), recipe=recipe),
         seed=recipe.seed,
         targets=task.targets,
     )
+    return DrawnCrops(dataset, loading)
 
 
 def check_fit(recipe: Recipe, config):
@@ -257,6 +381,10 @@ def check_fit(recipe: Recipe, config):
         raise ValueError("rotate_at: a rotation folds embedding_norm in, which training still needs; leave out either.")
     if recipe.trains == "adapter" and recipe.model in SIZES:
         raise ValueError(f"trains: an adapter needs a trained base; model: {recipe.model} is random weights.")
+    if recipe.prefixes_from and len(recipe.prefixes_from) != len(config.matryoshka_dims):
+        raise ValueError(
+            f"prefixes_from: {len(recipe.prefixes_from)} shares for the prefixes {config.matryoshka_dims}."
+        )
     if recipe.segment_ranks and len(recipe.segment_ranks) != len(config.matryoshka_dims):
         raise ValueError(
             f"segment_ranks: {len(recipe.segment_ranks)} ranks for the segments of {config.matryoshka_dims} dimensions."
@@ -265,18 +393,25 @@ def check_fit(recipe: Recipe, config):
 
 def chance_guard(recipe: Recipe, model) -> ChanceGuard | None:
     """Knows the loss of a classifier that has learnt nothing, and the step by which it must have."""
-    crops = min(recipe.batch_size, 64)  # what more of them would change is small
-    mean, deviation = chance_loss(model.classifier, margin_at(0, recipe, model.config.margin), crops)
+    mean, deviation = chance_at(0, recipe, model)
     return ChanceGuard(mean, deviation, deadline=int(recipe.warmup * recipe.steps) + recipe.chance_steps)
+
+
+def chance_at(step: int, recipe: Recipe, model) -> tuple[float, float]:
+    """Chance level, and its spread over batches, with a step's margin and prefixes."""
+    crops = min(recipe.batch_size, 64)  # what more of them would change is small
+    margin, weights = margin_at(step, recipe, model.config.margin), prefix_weights_at(step, recipe, model.config)
+    return chance_loss(model.classifier, margin, crops, weights)
 
 
 def guard_against_chance(run: Run, step: int, answer, history: "History"):
     """Stops a run with a fresh classifier that is not set up right, or does not learn."""
     if step == 0:
         run.guard.check_start(float(answer.loss.detach()))
-    if history.loss is not None:
-        margin = margin_at(step, run.recipe, run.model.config.margin)
-        run.guard.check_progress(step, history.loss, run.model.config.scale * math.sin(margin))
+    if history.loss is not None and step >= run.guard.deadline:
+        chance, _ = chance_at(step, run.recipe, run.model)
+        run.guard.check_progress(step, history.loss, chance - run.guard.mean)
+        run.guard = None
 
 
 def facts_of(recipe: Recipe, task: Verification | Attribute, model) -> AdapterFacts | None:
@@ -295,23 +430,40 @@ def checkpoints(recipe: Recipe) -> Path:
     return Path(recipe.output) / "checkpoints"
 
 
-def check_output(recipe: Recipe, resume: bool):
-    """An earlier run's checkpoints are never overwritten."""
-    if not resume and checkpoints(recipe).exists() and any(checkpoints(recipe).iterdir()):
+def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
+    """An earlier run's checkpoints are never overwritten, nor continued with other classes."""
+    earlier = checkpoints(recipe).exists() and any(checkpoints(recipe).iterdir())
+    if earlier and not resume:
         raise FileExistsError(
             f"output: {recipe.output} holds checkpoints of an earlier run: --resume goes on with it, another --output "
             "begins anew."
         )
+    if task.classes is None:
+        return
+    names = Path(recipe.output) / "speakers.json"
+    if earlier and names.is_file() and SpeakerTable.load(names).names != task.classes.names:
+        raise ValueError(f"train: the speakers below {recipe.train} are not those that {recipe.output} began with.")
+    task.classes.save(names)
 
 
 def prepare_training(run: Run, resumed_at: int):
     """Freezes what stays, puts the adapter in, and says what is about to be trained; resumed_at: 0 for a new run."""
+    recipe, model = run.recipe, run.model
     step = max(0, resumed_at - 1)  # where what is trained changes, the checkpoint is still of what was before
     if run.facts is not None:
         run.strategy = attach_adapter(run, step, resumed_at > 0)
         if run.strategy.state() is not None:
             run.accelerator.register_for_checkpointing(run.strategy.state())
+    if recipe.teacher is not None:
+        run.teacher = Teacher(recipe.teacher, run.accelerator.device, run.accelerator.autocast)
     begin_phase(run, step)
+    if run.rows is not None:
+        run.accelerator.register_for_checkpointing(run.rows)
+    if recipe.ema:
+        run.ema = Ema(model, recipe.ema)
+        run.accelerator.register_for_checkpointing(run.ema)
+    if recipe.average_last:
+        run.last = LastWeights(Path(recipe.output) / "last_weights", recipe.average_last)
     describe(run)
 
 
@@ -344,22 +496,19 @@ def attach_adapter(run: Run, step: int, resumed: bool) -> Vanilla:
 
 def probe_batches(run: Run) -> list[dict]:
     """The same few training batches in every process, none of which is trained on."""
-    size, beyond = run.recipe.batch_size, 2**40
-    examples = [[run.dataset[beyond + i * size + j] for j in range(size)] for i in range(PROBE_BATCHES)]
     keys = ("input_values", "labels")
-    return [{key: collate(batch)[key].to(run.accelerator.device) for key in keys} for batch in examples]
+    return [{key: batch[key].to(run.accelerator.device) for key in keys} for batch in run.crops.probe(PROBE_BATCHES)]
 
 
 def describe(run: Run):
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    classes = run.dataset.num_labels if task.targets is None else max(1, len(task.labels))
-    speech = f"{len(task.corpus):,} utterances of {len(task.corpus.unique('speaker')):,} speakers"
+    classes = len(task.classes) if task.targets is None else max(1, len(task.labels))
     accelerator.print(
         f"{recipe.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters with the classifier of "
         f"{classes:,} classes, {trained:,} of them trained ({recipe.trains}).\n"
-        f"{speech}, {sum(task.corpus['seconds']) / 3600:.1f} h; "
+        f"{task.speech}; "
         + "; ".join(f"{title}: {len(test):,} trials or utterances" for title, test in task.development.items())
         + f".\n{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x {accelerator.num_processes} crops "
         f"of {recipe.crop_seconds} s on {accelerator.device}."
@@ -383,55 +532,58 @@ def begin_phase(run: Run, step: int):
     elif run.strategy.changes_ranks and step == run.strategy.plan.cut_step:
         run.accelerator.print(run.strategy.cut())
     run.accelerator.free_memory()
-    run.prepared, run.optimizer = run.accelerator.prepare(run.model, build_optimizer(run.model, run.recipe))
+    optimizer = build_optimizer(run.model, run.recipe, run.accelerator.num_processes)
+    run.prepared, run.optimizer = run.accelerator.prepare(run.model, optimizer)
 
 
 def start_or_resume(run: Run, resume: bool) -> Progress:
-    """Step 0, or the newest checkpoint when resuming."""
-    if not resume:
-        return Progress()
-    progress = load_checkpoint(run.accelerator, checkpoints(run.recipe), run.recipe)
-    if progress is None:
+    """Step 0, or the newest checkpoint when resuming; what was recorded after it is forgotten."""
+    progress = load_checkpoint(run.accelerator, checkpoints(run.recipe), run.recipe) if resume else None
+    if progress is not None:
+        run.accelerator.print(f"Resuming at step {progress.step} of {run.recipe.steps}.")
+        run.crops.go_on(progress.crops)
+    elif resume:
         run.accelerator.print(f"No checkpoint below {checkpoints(run.recipe)}: starting from the beginning.")
-        return Progress()
-    run.accelerator.print(f"Resuming at step {progress.step} of {run.recipe.steps}.")
+    progress = progress or Progress()
+    if run.accelerator.is_main_process:
+        Record(run.recipe.output).begin(progress.step)
+        if run.last is not None:
+            run.last.begin(progress.step)
     return progress
 
 
-def build_loader(run: Run, first_step: int, stop: int) -> DataLoader:
-    """Batches of the steps from `first_step` to before `stop`.
-
-    Not prepared by Accelerate: each process draws its own share already, and a resumed run begins at its step instead
-    of skipping batches.
-    """
-    recipe, accelerator = run.recipe, run.accelerator
-    batches = DrawBatches(
-        recipe.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        first=first_step * recipe.accumulation,
-        stop=stop * recipe.accumulation,
-    )
-    return DataLoader(
-        run.dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=recipe.workers,
-        generator=torch.Generator().manual_seed(recipe.seed),  # else the loader draws from the global one
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-
 class History:
-    """Losses on the device until a log line is due; progress bar and trackers."""
+    """Losses on the device until a log line is due, and where the time goes; progress bar, record and trackers."""
 
     def __init__(self, run: Run, first_step: int):
         self.run, self.accelerator, self.recipe = run, run.accelerator, run.recipe
+        self.record = Record(run.recipe.output) if run.accelerator.is_main_process else None
         self.pending: list[torch.Tensor] = []
         self.loss: float | None = None
-        self.clock = time.perf_counter()
         bar = not self.accelerator.is_main_process
         self.bar = tqdm(total=self.recipe.steps, initial=first_step, disable=bar, unit="step")
+        self._restart_clock()
+
+    def _restart_clock(self):
+        self.clock, self.waited, self.made_in, self.crops = time.perf_counter(), 0.0, 0.0, 0
+
+    def timed(self, batches: Iterator[dict]) -> dict:
+        """The next batch; how long it was waited for, and how long it took to make."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.made_in += batch["made_in"]
+        self.crops += len(batch["labels"])
+        return batch
+
+    def rates(self) -> dict[str, float]:
+        """Crops a second since the last log line, of all processes: altogether, of the loader alone (its workers side
+        by side) and of the step alone (without waiting for crops), and the ratio of the two."""
+        crops, seconds = self.crops * self.accelerator.num_processes, time.perf_counter() - self.clock
+        loader = crops / max(1e-9, self.made_in / max(1, self.recipe.workers))
+        step = crops / max(1e-9, seconds - self.waited)
+        rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
+        return {**rates, "loader_to_step": loader / step}
 
     def add(self, step: int, answer):
         """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
@@ -441,39 +593,75 @@ class History:
         self.pending.append(loss if prefixes is None else torch.cat([loss, prefixes]))
         if (step + 1) % self.recipe.log_every:
             return
-        self.loss, *prefixes = torch.stack(self.pending).mean(0).tolist()
-        crops = len(self.pending) * self.recipe.batch_size * self.recipe.accumulation * self.accelerator.num_processes
-        rate = crops / (time.perf_counter() - self.clock)
-        self.pending, self.clock = [], time.perf_counter()
-        learning_rate = learning_rate_at(step, self.recipe)
-        self.bar.set_postfix_str(f"loss {self.loss:.2f}, lr {learning_rate:.1e}, {rate:.0f} crops/s")
-        named = {f"loss/{d}": v for d, v in zip(self.run.model.config.matryoshka_dims, prefixes, strict=False)}
-        values = {"loss": self.loss, **named, "learning_rate": learning_rate, "crops_per_s": rate}
-        self.accelerator.log(values, step=step + 1)
+        self._fetch()
+        rates, learning_rate = self.rates(), learning_rate_at(step, self.recipe)
+        self._restart_clock()
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.2f}, lr {learning_rate:.1e}, {rates['crops_per_s']:.0f} crops/s, "
+            f"loader alone {rates['loader_to_step']:.1f} times the step"
+        )
+        margin = margin_at(step, self.recipe, self.run.model.config.margin)
+        values = {"loss": self.loss, "learning_rate": learning_rate, "margin": margin, **rates}
+        if self.record is not None:
+            self.record.add(step + 1, "train", {**values, "prefix_losses": self.prefix_losses})
+        self.accelerator.log({**values, **{f"loss/{d}": v for d, v in self.prefix_losses.items()}}, step=step + 1)
+
+    def _fetch(self):
+        self.loss, *prefixes = torch.stack(self.pending).nanmean(0).tolist()  # prefixes left out of a step are NaN
+        if any(not torch.isfinite(losses[0]) for losses in self.pending):
+            self.loss = math.nan
+        self.prefix_losses = dict(zip(map(str, self.run.model.config.matryoshka_dims), prefixes, strict=False))
+        self.pending = []
+        self.check_finite()
+
+    def check_finite(self):
+        """Raises FloatingPointError when a loss since the last log line was no number."""
+        losses = [losses[0] for losses in self.pending]
+        if (self.loss is not None and not math.isfinite(self.loss)) or not all(map(torch.isfinite, losses)):
+            raise FloatingPointError(
+                "The loss is no number. Lower learning_rate or max_gradient_norm, or train with mixed_precision: no; "
+                "if it comes back at the same step, look at that batch's audio."
+            )
 
     def report(self, step: int, tables: dict):
-        """Prints tables of development results and logs their scores."""
+        """Prints tables of development results, logs their scores and draws the curves."""
         scores = {f"score/{title}": self.run.task.score(rows) for title, rows in tables.items()}
         self.accelerator.log(scores, step=step)
-        if self.accelerator.is_main_process:
+        if self.record is not None:
             self.bar.write(f"step {step}\n{format_table(tables)}")
-        self.clock = time.perf_counter()
+            for title, rows in tables.items():
+                self.record.add(step, "evaluation", {"set": title, **self.run.task.curve(rows)})
+            draw(self.recipe.output)
+        self._restart_clock()
 
     def close(self):
         """Ends the progress bar."""
         self.bar.close()
 
 
-def training_embeddings(run: Run, model) -> np.ndarray:
-    """Embeddings of (a drawn share of) the training utterances, for the rotation, [N, D]."""
-    corpus = run.task.corpus
-    rows = np.random.default_rng([run.recipe.seed, 3]).permutation(len(corpus))[:ROTATION_UTTERANCES]
-    return embed_files(model, [corpus[int(row)]["audio"]["path"] for row in sorted(rows)], progress="rotation")
+def rotations_of(recipe: Recipe) -> set[int]:
+    """The steps before which the basis is rotated."""
+    return {int(share * recipe.steps) for share in recipe.rotate_at}
+
+
+@contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """The moving average in the model's place, where the recipe has one."""
+    with run.ema.applied(run.model) if run.ema else nullcontext():
+        yield
+
+
+def training_embeddings(run: Run, model, most: int = ROTATION_UTTERANCES, longest: float | None = None) -> np.ndarray:
+    """Embeddings of `most` drawn training utterances (cut to `longest` seconds), for the rotation, [N, D]."""
+    return embed_files(model, run.crops.sources(most, run.recipe.seed), progress="rotation", longest=longest)
 
 
 def rotate_in_training(run: Run):
     """Turns the basis mid-run; the optimiser forgets the moments of the turned tensors, which were of the old basis."""
-    rotate(run.model, training_embeddings(run, run.model))
+    turn = partial(rotate, embeddings=training_embeddings(run, run.model, *ROTATION_IN_TRAINING))
+    if run.ema is not None:
+        run.ema.transform(run.model, turn)
+    turn(run.model)
     for parameter in (*run.model.redimnet.projection.segments.parameters(), run.model.classifier.weight):
         run.optimizer.state.pop(parameter, None)
 
@@ -491,7 +679,8 @@ def save(run: Run, name: str):
     """Writes the adapter, or else the model, as it now is to `output`/`name`."""
     folder = Path(run.recipe.output) / name
     if run.strategy is None:
-        save_model(run.model, folder, run.task.speakers, name=Path(run.recipe.output).name)
+        with run.rows.gathered() if run.rows else nullcontext():
+            save_model(run.model, folder, run.task.classes, name=Path(run.recipe.output).name)
     else:
         save_adapter(run.strategy, run.facts, folder)
 
@@ -499,7 +688,7 @@ def save(run: Run, name: str):
 def final_report(run: Run, progress: Progress):
     """Evaluates the best model beside what it came from, writes best/ and results.json, and prints the tables."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
-    systems, saved, scores = final_systems(run)
+    systems, saved, scores = final_systems(run, progress)
     dims = sorted({*run.model.config.matryoshka_dims, *recipe.report_dims})
     results = {
         name: {s: task.evaluate(m, test, dims, recipe.resamples, name) for s, m in systems.items()}
@@ -512,7 +701,7 @@ def final_report(run: Run, progress: Progress):
     best = Path(recipe.output) / "best"
     if run.strategy is None:
         name = Path(recipe.output).name
-        save_model(systems[saved], best, task.speakers, name=name, training=sentence, evaluation=evaluation)
+        save_model(systems[saved], best, task.classes, name=name, training=sentence, evaluation=evaluation)
     else:
         publish_adapter(Path(recipe.output) / "best_as_trained", best, sentence, evaluation)
         ranks = AdapterFacts.load(best).layers
@@ -531,46 +720,54 @@ def final_report(run: Run, progress: Progress):
     print(f"\nSaved: {best} ({saved}), {recipe.output}/last, {recipe.output}/results.json")
 
 
-def final_systems(run: Run) -> tuple[dict, str, dict[str, float]]:
+def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, float]]:
     """The models to report, the name of the one to save, and development scores that it was chosen by.
 
     An adapter is loaded as its users will load it, beside the base without it. A trained verification model is
-    reported as trained and rotated: at full width the two score alike; prefixes gain much by the rotation when they
-    were not trained as prefixes of a rotated basis, and little or nothing after `rotate_at`: the development trials
-    decide.
+    reported as trained and, where the recipe asks for it, as the mean of its last weights, each also rotated: at full
+    width that scores alike; prefixes gain much by it when they were not trained as prefixes of a rotated basis, and
+    little or nothing after `rotate_at`. The development trials decide.
     """
     recipe, task, device = run.recipe, run.task, run.accelerator.device
     folder = Path(recipe.output) / "best_as_trained"
     systems = {}
     if recipe.model not in SIZES and isinstance(task, Verification):
-        systems["base"] = task.build_model(recipe, run.dataset.num_labels)[0].to(device).eval()
+        systems["base"] = task.build_model(recipe)[0].to(device).eval()
     if run.strategy is not None:
-        model = task.build_model(recipe, run.dataset.num_labels)[0].to(device).eval()
+        model = task.build_model(recipe)[0].to(device).eval()
         PeftModel.from_pretrained(model if isinstance(task, Attribute) else model.redimnet, folder)
         return {**systems, "adapter": model}, "adapter", {}
-    trained = type(run.model).from_pretrained(folder).to(device)
-    systems["as trained"] = trained
-    if isinstance(task, Attribute) or recipe.trains != "all":
-        return systems, "as trained", {}
-    systems["rotated"] = copy.deepcopy(trained)
-    rotate(systems["rotated"], training_embeddings(run, trained))
+    trained = {"as trained": type(run.model).from_pretrained(folder).to(device)}
+    if run.last is not None:
+        run.accelerator.wait_for_everyone()  # the main process writes its last weights
+        trained["mean of the last"] = copy.deepcopy(trained["as trained"])
+        turns = [step for step in rotations_of(recipe) if step < progress.step]
+        run.last.mean_into(trained["mean of the last"], since=max(turns, default=-1) + 1)  # of one basis
+    if isinstance(task, Verification) and recipe.trains == "all":
+        for name, model in list(trained.items()):
+            turned = "rotated" if name == "as trained" else f"{name}, rotated"
+            trained[turned] = copy.deepcopy(model)
+            rotate(trained[turned], training_embeddings(run, model))
     judge = next(iter(task.development.values()))
-    scores = {state: task.score(task.evaluate(systems[state], judge)) for state in ("as trained", "rotated")}
-    return systems, "rotated" if scores["rotated"] <= scores["as trained"] else "as trained", scores
+    scores = {}
+    if len(trained) > 1:
+        scores = {name: task.score(task.evaluate(model, judge)) for name, model in trained.items()}
+    saved = min(scores, key=lambda name: (scores[name], "rotated" not in name)) if scores else "as trained"
+    return {**systems, **trained}, saved, scores
 
 
 def training_sentence(run: Run, progress: Progress, saved: str) -> str:
     """What the card says about the training."""
-    recipe, corpus = run.recipe, run.task.corpus
+    recipe = run.recipe
     start = "random weights" if recipe.model in SIZES else f"`{Path(recipe.model).name}`"
-    crops = recipe.batch_size * recipe.accumulation * run.accelerator.num_processes
+    crops = crops_per_step(recipe, run.accelerator)
+    length = " to ".join(f"{seconds:g}" for seconds in dict.fromkeys(recipe.crop_range))
     what = "Trained" if run.strategy is None else f"An adapter ({recipe.placement}, {recipe.strategy}) trained"
     domain = "" if recipe.domain == "clean" else f", {1 - recipe.base_share:.0%} of them made {recipe.domain},"
     return (
-        f"{what} from {start} by `train_hf.py`: {recipe.steps} steps of {crops} crops of {recipe.crop_seconds} s"
-        f"{domain} from {len(corpus):,} utterances of {len(corpus.unique('speaker')):,} speakers "
-        f"({sum(corpus['seconds']) / 3600:.1f} h). Step {progress.best_step} was best on the development speech."
-        + (f" Prefixes are {saved}." if saved in ("as trained", "rotated") else "")
+        f"{what} from {start} by `train_hf.py`: {progress.step} steps of {crops} crops of {length} s"
+        f"{domain} from {run.task.speech}. Step {progress.best_step} was best on the development speech."
+        + (f" Saved is: {saved}." if run.strategy is None else "")
     )
 
 

@@ -5,7 +5,7 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioInfo, audio_info, read_audio
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioInfo, Encoded, audio_info, read_audio
 
 
 def noise(samples, seed=0):
@@ -67,6 +67,25 @@ def test_info_agrees_with_what_is_read(recordings, name):
     assert info.seconds * SAMPLING_RATE == pytest.approx(len(read_audio(recordings / name)), abs=1)
     # AAC's frames pad the end: by little in an m4a, which states the length, by up to two frames in a bare stream.
     assert info.seconds == pytest.approx(2.0205, abs=0.13 if name.endswith(".aac") else 1e-3)
+
+
+def encoded(path):
+    return Encoded(path.name, path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(start=st.floats(0, 1.9), seconds=st.floats(0.001, 2.5))
+def test_bytes_are_read_as_the_file_is(recordings, name, start, seconds):
+    source = encoded(recordings / name)
+    assert audio_info(source) == audio_info(recordings / name)
+    np.testing.assert_array_equal(read_audio(source, start, seconds), read_audio(recordings / name, start, seconds))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a"])
+def test_bytes_without_a_suffix_are_known_by_their_beginning(recordings, name):
+    source = Encoded("row 7", (recordings / name).read_bytes())
+    np.testing.assert_array_equal(read_audio(source), read_audio(recordings / name))
 
 
 def test_info_fields(recordings):
@@ -166,6 +185,16 @@ def test_unreadable_files_are_named(tmp_path, make, use):
     with pytest.raises(AudioError) as error:
         use(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("make", [no_bytes, no_samples, text_as_wav, text_as_m4a, cut_m4a, flac_of_unknown_length])
+def test_unreadable_bytes_are_named_as_the_file_would_be(tmp_path, make):
+    path = make(tmp_path)
+    source = Encoded(f"set/{path.name}", path.read_bytes())
+    for use in (audio_info, read_audio):
+        with pytest.raises(AudioError, match=f"set/{path.name} "):
+            use(source)
+    assert len(repr(source)) < 100  # the bytes do not fill a log
 
 
 def test_truncated_flac_gives_its_start_but_not_its_end(tmp_path):

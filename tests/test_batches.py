@@ -1,7 +1,9 @@
-"""Training crops: signal-to-noise ratios, lengths, determinism, epochs, speeds, unreadable files, who draws what."""
+"""Training crops: lengths, determinism, epochs, groups of a speaker, speeds, unreadable files, who draws what."""
 
+from functools import cache, partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -10,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.batches import AddNoise, CropDataset, DrawBatches, InDomain, Problem, collate, fitted, mix_at_snr
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded
+from mrl_redimnet.augmentation import Chain, InDomain, Sources, make_augmentations
+from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, DrawBatches, Problem, augmented, collate
 from mrl_redimnet.corpus import SpeakerTable, load_corpus
 from mrl_redimnet.domains import make_domain
+from mrl_redimnet.prepare import prepare
+from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.training import augmentation_strength
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 SECONDS = {"a/s0/0": 0.5, "a/s0/1": 1.5, "a/s1/0": 0.75, "b/s0/0": 1.0, "c/s0/0": 0.6, "c/s0/1": 0.6}
@@ -28,9 +34,17 @@ def write(folder: Path, waves: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-def dataset(folder: Path, **options) -> CropDataset:
-    corpus = load_corpus(folder, cache_dir=folder.parent / "cache")
-    return CropDataset(corpus, SpeakerTable(sorted(set(corpus["speaker"]))), **{"crop_seconds": 0.5, **options})
+@cache
+def corpus_of(folder: Path) -> datasets.Dataset:
+    return load_corpus(folder, cache_dir=folder.parent / "cache")
+
+
+def dataset(corpus: Path | datasets.Dataset, seconds=0.5, speeds=(1.0,), augment=None, **options) -> CropDataset:
+    """Crops of a folder (or a corpus) of `seconds`, or of (shortest, longest)."""
+    corpus = corpus_of(corpus) if isinstance(corpus, Path) else corpus
+    speakers = SpeakerTable(sorted(set(corpus["speaker"])))
+    limits = seconds if isinstance(seconds, tuple) else (seconds, seconds)
+    return CropDataset(corpus, speakers, CropMaker(len(speakers), speeds, augment), limits, **options)
 
 
 def level(index: int) -> float:
@@ -55,107 +69,21 @@ def same(one: dict, other: dict) -> bool:
     return one["label"] == other["label"] and np.array_equal(one["input_values"], other["input_values"])
 
 
-def power_ratio(signal: np.ndarray, mixed: np.ndarray) -> float:
-    noise = mixed.astype(np.float64) - signal
-    return 10 * np.log10(np.mean(signal.astype(np.float64) ** 2) / np.mean(noise**2))
+def file_of(example: dict) -> int:
+    """The place of an example's file in SECONDS, by its level."""
+    return round(float(np.median(example["input_values"])) * 64) - 1
 
 
-# ---------------------------------------------------------------- noise
-
-
-@SETTINGS
-@given(st.integers(0, 10**6), st.integers(200, 3000), st.floats(-20, 40), st.floats(0.001, 1.0), st.floats(0.001, 1.0))
-def test_the_ratio_is_the_one_asked_for(seed, samples, snr, signal_level, noise_level):
-    rng = np.random.default_rng(seed)
-    signal, noise = rng.standard_normal((2, samples), dtype=np.float32) * np.float32([[signal_level], [noise_level]])
-    mixed = mix_at_snr(signal, noise, snr)
-    assert mixed.dtype == np.float32
-    assert power_ratio(signal, mixed) == pytest.approx(snr, abs=0.02)
-
-
-@pytest.mark.parametrize("silent", [0, 1])
-def test_nothing_is_mixed_with_silence(silent):
-    parts = np.random.default_rng(0).standard_normal((2, 100), dtype=np.float32)
-    parts[silent] = 0
-    assert np.array_equal(mix_at_snr(*parts, 10.0), parts[0])
-
-
-def test_drawn_ratios_fill_their_range(noises):
-    signal = np.random.default_rng(1).standard_normal(5000).astype(np.float32)
-    add = AddNoise(noises, snr=(5.0, 15.0), probability=1.0)
-    ratios = [power_ratio(signal, add(signal, np.random.default_rng(i))) for i in range(100)]
-    assert 4.99 < min(ratios) < 5.5 and 14.5 < max(ratios) < 15.01
-
-
-def test_share_of_crops_with_noise(noises):
-    signal = np.ones(1000, dtype=np.float32)
-    add = AddNoise(noises, probability=0.3)
-    rng = np.random.default_rng(0)
-    changed = [not np.array_equal(signal, add(signal, rng)) for _ in range(500)]
-    assert np.mean(changed) == pytest.approx(0.3, abs=0.06)
-
-
-def test_every_noise_file_is_used_and_none_is_missing(noises, tmp_path):
-    assert len(AddNoise(noises).files) == 6
-    with pytest.raises(FileNotFoundError, match="nothing is not a folder"):
-        AddNoise(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no audio"):
-        AddNoise(tmp_path)
-
-
-# ---------------------------------------------------------------- domains
-
-
-def upside_down(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return -crop
-
-
-@pytest.mark.parametrize(("base_share", "low", "high"), [(0, 1, 1), (1, 0, 0), (0.5, 0.46, 0.54), (0.1, 0.87, 0.93)])
-def test_a_share_of_crops_stays_out_of_the_domain(base_share, low, high):
-    """Of 2000 draws the standard error is 0.011 at most."""
-    crop, bring = np.ones(4, dtype=np.float32), InDomain(upside_down, base_share)
-    brought = np.array([bring(crop, np.random.default_rng([7, draw])) for draw in range(2000)])
-    assert low <= np.mean(brought[:, 0] == -1) <= high
-    assert set(np.unique(brought)) <= {1.0, -1.0}
-
-
-def test_by_default_a_tenth_of_crops_stays_out_of_the_domain():
-    assert InDomain(upside_down).base_share == 0.1
-
-
-def test_what_is_in_the_domain_has_its_length_and_is_drawn(levels, noises):
-    signal = np.random.default_rng(1).standard_normal(8000).astype(np.float32)
-    bring = InDomain(make_domain("noisy", noise=noises, room_probability=0.0), base_share=0.0)
-    one, again, other = (bring(signal, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    assert one.shape == signal.shape and one.dtype == np.float32
-    assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, signal)
+def noise_of(noises: Path, probability: float = 0.6) -> Chain:
+    return make_augmentations([{"kind": "noise", "probability": probability}], Sources(noise=noises))
 
 
 # ---------------------------------------------------------------- lengths
 
 
-@SETTINGS
-@given(st.integers(1, 60), st.integers(1, 200), st.integers(0, 1000))
-def test_fitted_is_one_stretch_or_the_whole_repeated(length, samples, seed):
-    """Of 0, 1, 2 ... each number but the last is followed by the next, and the last by 0."""
-    out = fitted(np.arange(length), samples, np.random.default_rng(seed))
-    assert len(out) == samples
-    expected = out[0] + np.arange(samples)
-    if length >= samples:
-        assert np.array_equal(out, expected)
-    else:
-        assert np.array_equal(out, expected % length)
-
-
-@pytest.mark.parametrize(("length", "starts"), [(9, 5), (5, 1), (3, 3)])
-def test_every_start_is_drawn(length, starts):
-    drawn = {fitted(np.arange(length), 5, np.random.default_rng(seed))[0] for seed in range(200)}
-    assert drawn == set(range(starts))
-
-
 def test_a_short_utterance_is_repeated_not_padded(tmp_path):
     wave = np.random.default_rng(0).uniform(0.1, 0.9, 4000).astype(np.float32)  # no zeros
-    crops = dataset(write(tmp_path / "speech", {"a/s/0": wave}), crop_seconds=1.1)
+    crops = dataset(write(tmp_path / "speech", {"a/s/0": wave}), 1.1)
     crop = crops[0]["input_values"]
     assert len(crop) == 17600
     assert np.array_equal(crop[4000:], crop[:-4000]) and crop.min() > 0.09
@@ -163,17 +91,63 @@ def test_a_short_utterance_is_repeated_not_padded(tmp_path):
 
 def test_crops_come_from_everywhere_in_an_utterance(tmp_path):
     rising = np.linspace(0, 0.9, 3 * SAMPLING_RATE)
-    crops = dataset(write(tmp_path / "speech", {"a/s/0": rising}), crop_seconds=0.5)
+    crops = dataset(write(tmp_path / "speech", {"a/s/0": rising}), 0.5)
     found = np.array([crops[n]["input_values"] for n in range(100)])
     assert np.abs(np.diff(found, axis=1) - 0.9 / len(rising)).max() < 4e-5  # each is one stretch
     assert found[:, 0].min() < 0.05 and found[:, -1].max() > 0.85
+
+
+LENGTHS = (0.05, 0.3)
+
+
+def lengths(crops: CropDataset, batches: DrawBatches) -> list[set[int]]:
+    """The crops' lengths in each micro-batch."""
+    return [{len(crops[draw]["input_values"]) for draw in batch} for batch in batches]
+
+
+def test_drawn_lengths_fill_their_range_and_are_those_of_a_whole_batch(levels):
+    crops = dataset(levels, LENGTHS, batch=6)
+    found = lengths(crops, DrawBatches(6, stop=120))
+    assert {len(of_batch) for of_batch in found} == {1}
+    found = np.array([of_batch.pop() for of_batch in found]) / SAMPLING_RATE
+    assert 0.05 <= found.min() < 0.06 and 0.29 < found.max() <= 0.3
+    assert np.mean(found) == pytest.approx(0.175, abs=0.025)
+
+
+def test_lengths_are_set_by_the_seed(levels):
+    found = [lengths(dataset(levels, LENGTHS, batch=4, seed=seed), DrawBatches(4, stop=6)) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+@SETTINGS
+@given(
+    worlds=st.sampled_from([(1, 4), (2, 2), (4, 1)]),
+    group=st.sampled_from([1, 2]),
+    limits=st.sampled_from([(0.1, 0.1), (0.05, 0.3)]),
+    sampler=st.sampled_from(["speaker", "utterance"]),
+    seed=st.integers(0, 1000),
+    first=st.integers(0, 50),
+)
+def test_any_number_of_processes_sees_the_same_crops(levels, worlds, group, limits, sampler, seed, first):
+    """One with batches of 8, two of 4 or four of 2; all crops of a step have one length."""
+    world, size = worlds[0], 2 * worlds[1]
+    options = dict(seconds=limits, speeds=(1.0, 0.9), sampler=sampler, seed=seed, batch=8)
+    options |= dict(utterances_per_speaker=group) if sampler == "speaker" else {}
+    alone = dataset(levels, **options)
+    several = [dataset(levels, **options) for _ in range(world)]
+    shares = [DrawBatches(size, rank, world, first, first + 3) for rank in range(world)]
+    for whole, *parts in zip(DrawBatches(8, first=first, stop=first + 3), *shares, strict=True):
+        expected = [alone[draw] for draw in whole]
+        found = [crops[draw] for crops, part in zip(several, parts, strict=True) for draw in part]
+        assert all(same(one, other) for one, other in zip(expected, found, strict=True))
+        assert len({len(example["input_values"]) for example in found}) == 1
 
 
 # ---------------------------------------------------------------- example n
 
 
 def test_an_example_does_not_depend_on_those_before(levels, noises):
-    options = dict(speeds=(1.0, 0.9), augmentations=[AddNoise(noises)], seed=3)
+    options = dict(speeds=(1.0, 0.9), augment=noise_of(noises), seed=3)
     one, other = dataset(levels, **options), dataset(levels, **options)
     forwards = [one[n] for n in range(12)]
     backwards = [other[n] for n in reversed(range(12))][::-1]
@@ -182,13 +156,12 @@ def test_an_example_does_not_depend_on_those_before(levels, noises):
 
 
 def test_an_example_depends_on_the_seed(levels, noises):
-    noise = [AddNoise(noises, probability=1.0)]
-    zero, one = (dataset(levels, augmentations=noise, seed=seed)[0] for seed in (0, 1))
+    zero, one = (dataset(levels, augment=noise_of(noises, 1.0), seed=seed)[0] for seed in (0, 1))
     assert not np.array_equal(zero["input_values"], one["input_values"])
 
 
 def test_worker_processes_make_the_same_batches(levels, noises):
-    crops = dataset(levels, speeds=(1.0, 1.1), augmentations=[AddNoise(noises)])
+    crops = dataset(levels, LENGTHS, speeds=(1.0, 1.1), augment=noise_of(noises), batch=4)
     batches = [
         list(DataLoader(crops, batch_sampler=DrawBatches(4, stop=6), collate_fn=collate, num_workers=workers))
         for workers in (0, 2)
@@ -206,16 +179,163 @@ def voices(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("voices") / "speech", waves)
 
 
+TELEPHONE = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), base_share=0.5)
+
+
 def test_in_a_domain_a_resumed_run_sees_the_same_batches(voices):
     """From another step, in another process: the same crops in and out of the domain."""
-    telephone = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), base_share=0.5)
-    crops, plain = dataset(voices, augmentations=[telephone], seed=2), dataset(voices, seed=2)
+    crops, plain = dataset(voices, augment=partial(augmented, Chain(), TELEPHONE), seed=2), dataset(voices, seed=2)
     whole = [collate([crops[n] for n in batch]) for batch in DrawBatches(3, stop=4)]
     rest = DataLoader(crops, batch_sampler=DrawBatches(3, first=2, stop=4), collate_fn=collate, num_workers=1)
     for one, other in zip(whole[2:], rest, strict=True):
         assert torch.equal(one["input_values"], other["input_values"]) and torch.equal(one["labels"], other["labels"])
     changed = [not same(crops[n], plain[n]) for n in range(12)]
     assert True in changed and False in changed
+
+
+def all_at_once(voices: Path, noises: Path) -> CropDataset:
+    """Crops with everything that is drawn: groups, lengths, speeds, babble of the corpus, rising noise, a domain."""
+    entries = [{"kind": "noise", "probability": 0.7}, {"kind": "babble", "probability": 0.5, "snr": [0, 5]}]
+    chain = make_augmentations(entries, Sources(noise=noises, talkers=CorpusTalkers(corpus_of(voices))))
+    recipe = Recipe(steps=8, batch_size=4, augmentation_rise=[0.0, 1.0])
+    return dataset(
+        voices,
+        (0.1, 0.4),
+        (1.0, 0.9, 1.1),
+        partial(augmented, chain, TELEPHONE),
+        batch=4,
+        utterances_per_speaker=2,
+        strength=partial(augmentation_strength, crops=4, recipe=recipe),
+        seed=5,
+    )
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(voices, noises, first):
+    whole = [
+        collate([crops[n] for n in batch])
+        for crops in [all_at_once(voices, noises)]
+        for batch in DrawBatches(4, stop=8)
+    ]
+    loader = partial(DataLoader, all_at_once(voices, noises), collate_fn=collate, num_workers=1)
+    rest = list(loader(batch_sampler=DrawBatches(4, first=first, stop=8)))
+    assert len(rest) == 8 - first and len({batch["input_values"].shape for batch in whole}) == 8
+    for one, other in zip(whole[first:], rest, strict=True):
+        assert torch.equal(one["input_values"], other["input_values"]) and torch.equal(one["labels"], other["labels"])
+
+
+# ---------------------------------------------------------------- what is done to crops
+
+
+def told_strength(crop: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    return np.full_like(crop, strength)
+
+
+def test_the_strength_of_a_draw_reaches_the_augmentation(levels):
+    crops = dataset(levels, augment=told_strength, strength=lambda draw: draw / 64)
+    assert [set(crops[draw]["input_values"].tolist()) for draw in (0, 1, 48, 64)] == [{0.0}, {1 / 64}, {0.75}, {1.0}]
+
+
+def test_without_one_augmentations_have_their_full_strength(levels):
+    assert set(dataset(levels, augment=told_strength)[3]["input_values"].tolist()) == {1.0}
+
+
+def test_augmentation_rises_over_the_shares_of_a_run(levels, noises):
+    recipe = Recipe(steps=100, batch_size=4, augmentation_rise=[0.2, 0.6])
+    strength = partial(augmentation_strength, crops=4, recipe=recipe)
+    crops = dataset(levels, 0.1, augment=noise_of(noises, 1.0), strength=strength)
+    plain = dataset(levels, 0.1)
+    changed = np.array([not same(crops[draw], plain[draw]) for draw in range(400)])
+    assert not changed[:80].any() and changed[240:].all()
+    assert np.mean(changed[120:200]) == pytest.approx(0.5, abs=0.15)
+    assert changed[80:160].sum() < changed[160:240].sum()
+
+
+def doubled(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return 2 * crop
+
+
+def shifted(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return crop + 1
+
+
+def test_crops_are_augmented_first_and_then_brought_into_the_domain():
+    crop, chain = np.full(8, 0.25, dtype=np.float32), Chain([partial(apply_always, shifted)])
+    rng = np.random.default_rng
+    assert augmented(chain, None, crop, rng(0), 1.0).tolist() == [1.25] * 8
+    assert augmented(chain, InDomain(doubled, 0.0), crop, rng(0), 1.0).tolist() == [2.5] * 8
+    assert augmented(Chain(), InDomain(doubled, 0.0), crop, rng(0), 0.0).tolist() == [0.5] * 8  # whatever the strength
+
+
+def apply_always(augment, crop: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    return augment(crop, rng)
+
+
+def test_a_maker_makes_crops_at_the_speed_it_is_told(levels):
+    """Or at a drawn one: each comes."""
+    maker, source = CropMaker(7, (1.0, 0.9, 1.1)), str(levels / "a/s0/1.wav")
+    for speed in range(3):
+        example = maker.make(source, 1.5, 4, np.random.default_rng(0), 0.5, speed=speed)
+        assert example["label"] == 4 + 7 * speed and example["input_values"].shape == (8000,)
+        assert example["input_values"].dtype == np.float32
+    drawn = [maker.make(source, 1.5, 4, np.random.default_rng(seed), 0.1)["label"] for seed in range(300)]
+    assert np.bincount(drawn, minlength=21)[[4, 11, 18]] == pytest.approx([100] * 3, abs=30)
+
+
+def test_a_batch_says_how_long_it_took_to_make(levels):
+    examples = [dataset(levels)[n] for n in range(4)]
+    assert all(example["made_in"] > 0 for example in examples)
+    assert collate(examples)["made_in"] == pytest.approx(sum(example["made_in"] for example in examples))
+
+
+# ---------------------------------------------------------------- babble of the corpus itself
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_talkers_are_stretches_of_every_utterance(levels, seconds):
+    talkers, samples = CorpusTalkers(corpus_of(levels)), round(seconds * SAMPLING_RATE)
+    drawn = [talkers.draw(np.random.default_rng(seed), samples) for seed in range(60)]
+    assert {(voice.shape, voice.dtype) for voice in drawn} == {((samples,), np.dtype(np.float32))}
+    assert {round(float(voice[0]) * 64) - 1 for voice in drawn} == set(range(len(SECONDS)))
+    assert all(np.ptp(voice) == 0 for voice in drawn)  # a short one is repeated, not padded
+    assert np.array_equal(talkers.draw(np.random.default_rng(7), samples), drawn[7])
+
+
+def test_talkers_are_drawn_from_anywhere_in_an_utterance(tmp_path):
+    rising = np.linspace(0, 0.9, 3 * SAMPLING_RATE)
+    talkers = CorpusTalkers(corpus_of(write(tmp_path / "speech", {"a/s/0": rising})))
+    starts = [talkers.draw(np.random.default_rng(seed), 8000)[0] for seed in range(100)]
+    assert min(starts) < 0.05 and 0.7 < max(starts) < 0.76
+
+
+# ---------------------------------------------------------------- parquet files
+
+
+@pytest.fixture(scope="module")
+def prepared(voices, tmp_path_factory) -> datasets.Dataset:
+    """The rows of `voices` from parquet files, in the folder's order."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(voices, folder / "shards", cache_dir=folder / "cache")
+    corpus = load_corpus(folder / "shards", cache_dir=folder / "cache")
+    return corpus.select(np.argsort(corpus["path"]))
+
+
+def test_crops_of_parquet_files_are_those_of_the_files_in_them(voices, prepared, noises):
+    assert prepared["path"] == corpus_of(voices)["path"] and prepared[0]["audio"]["bytes"] is not None
+    options = dict(seconds=0.3, speeds=(1.0, 0.9), utterances_per_speaker=2)
+    made = []
+    for corpus in (corpus_of(voices), prepared):
+        talkers = CorpusTalkers(corpus)
+        chain = make_augmentations([{"kind": "babble", "count": [1, 2]}], Sources(talkers=talkers))
+        crops = dataset(corpus, augment=chain, **options)
+        made.append([crops[n] for n in range(8)])
+    assert all(map(same, *made))
+
+
+def test_damaged_audio_in_parquet_files_is_a_problem_with_a_name():
+    broken = Encoded("a/s/0.wav", b"RIFF, once")
+    problem = CropMaker(1).make(broken, 1.0, 0, np.random.default_rng(0), 0.5)
+    assert isinstance(problem, Problem) and problem.path == "a/s/0.wav" and "cannot be read" in problem.reason
 
 
 # ---------------------------------------------------------------- targets
@@ -226,12 +346,12 @@ def test_targets_replace_speakers_and_speeds_leave_them(levels):
     targets = np.array([5, 3, 3, 0, 7, 7])
     for sampler in ("speaker", "utterance"):
         one, fast = (
-            dataset(levels, targets=targets, sampler=sampler, speeds=speeds, crop_seconds=0.3)
+            dataset(levels, 0.3, speeds=speeds, targets=targets, sampler=sampler)
             for speeds in ((1.0,), (1.0, 0.9, 1.1))
         )
         for crops in (one, fast):
             examples = [crops[n] for n in range(24)]
-            files = [round(float(np.median(example["input_values"])) * 64) - 1 for example in examples]
+            files = [file_of(example) for example in examples]
             assert [example["label"] for example in examples] == targets[files].tolist()
             assert len(set(files)) > 3
     batch = collate([fast[n] for n in range(4)])
@@ -252,7 +372,8 @@ def test_numbers_to_estimate_stay_numbers(levels):
 
 def test_an_utterance_epoch_has_every_utterance_once(levels):
     crops = dataset(levels, sampler="utterance")
-    files = [round(float(crops[n]["input_values"][0]) * 64) - 1 for n in range(18)]
+    files = [file_of(crops[n]) for n in range(18)]
+    assert crops.epoch_length == 6
     epochs = [files[:6], files[6:12], files[12:]]
     assert [sorted(epoch) for epoch in epochs] == [list(range(6))] * 3
     assert epochs[0] != epochs[1]
@@ -261,23 +382,22 @@ def test_an_utterance_epoch_has_every_utterance_once(levels):
 def test_a_speaker_epoch_has_every_speaker_once(levels):
     crops = dataset(levels, sampler="speaker")
     labels = [crops[n]["label"] for n in range(30)]
+    assert crops.epoch_length == 3
     assert [sorted(labels[i : i + 3]) for i in range(0, 30, 3)] == [[0, 1, 2]] * 10
     assert len({tuple(labels[i : i + 3]) for i in range(0, 30, 3)}) > 1
 
 
 def test_longer_utterances_of_a_speaker_come_more_often(levels):
-    crops = dataset(levels, sampler="speaker", crop_seconds=0.1)
+    crops = dataset(levels, 0.1, sampler="speaker")
     values = [crops[n]["input_values"][0] for n in range(1500) if crops[n]["label"] == 0]
     shares = [np.mean(np.isclose(values, level(i))) for i in range(3)]
     assert shares == pytest.approx([0.5 / 2.75, 1.5 / 2.75, 0.75 / 2.75], abs=0.06)
 
 
 def test_labels_are_those_of_the_table(levels):
-    corpus = load_corpus(levels, cache_dir=levels.parent / "cache")
-    crops = CropDataset(corpus, SpeakerTable(["gone", "c", "b", "a"]), crop_seconds=0.5, sampler="utterance")
-    label_of = {round(float(crops[n]["input_values"][0]) * 64) - 1: crops[n]["label"] for n in range(6)}
-    assert label_of == {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 1}
-    assert crops.num_labels == 4
+    names = SpeakerTable(["gone", "c", "b", "a"])
+    crops = CropDataset(corpus_of(levels), names, CropMaker(4), (0.5, 0.5), sampler="utterance")
+    assert {file_of(crops[n]): crops[n]["label"] for n in range(6)} == {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 1}
 
 
 def test_an_unknown_sampler_is_refused(levels):
@@ -285,17 +405,87 @@ def test_an_unknown_sampler_is_refused(levels):
         dataset(levels, sampler="random")
 
 
+# ---------------------------------------------------------------- groups of one speaker
+
+MOST = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 1}  # utterances of each speaker
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory) -> datasets.Dataset:
+    """Files of 0.2 s and more, each with a level of its own: the n-th row's is level(n)."""
+    names = [f"{name}/s/{i}" for name, count in MOST.items() for i in range(count)]
+    waves = {name: np.full(3200 + 800 * i, level(i)) for i, name in enumerate(names)}
+    return corpus_of(write(tmp_path_factory.mktemp("groups") / "speech", waves))
+
+
+@SETTINGS
+@given(
+    kept=st.lists(st.booleans(), min_size=16, max_size=16).filter(any),
+    size=st.integers(1, 5),
+    speeds=st.sampled_from([(1.0,), (1.0, 0.9, 1.1)]),
+    seed=st.integers(0, 10**6),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_has_every_speaker_once_with_different_utterances(groups, kept, size, speeds, seed, epoch):
+    """K draws in a row are of one speaker and speed, so of one class; utterances come again only where there are fewer."""
+    corpus = groups.select(np.flatnonzero(kept))
+    files = np.flatnonzero(kept)
+    crops = dataset(corpus, 0.1, speeds, utterances_per_speaker=size, seed=seed)
+    speakers = len(crops.speakers)
+    assert crops.epoch_length == speakers * size
+    examples = [crops[epoch * crops.epoch_length + n] for n in range(crops.epoch_length)]
+    seen = []
+    for start in range(0, len(examples), size):
+        group = examples[start : start + size]
+        (label,) = {example["label"] for example in group}
+        assert 0 <= label < speakers * len(speeds)
+        seen.append(label % speakers)
+        name = crops.speakers.names[seen[-1]]
+        own = [file for file, row in zip(files, corpus, strict=True) if row["speaker"] == name]
+        drawn = [file_of(example) for example in group]
+        assert set(drawn) <= set(own)
+        counts = [drawn.count(file) for file in own]
+        assert max(counts) - min(counts) <= 1 if size >= len(own) else max(counts) == 1
+    assert sorted(seen) == list(range(speakers))
+
+
+def test_groups_have_every_speed_and_others_each_time(groups):
+    crops = dataset(groups, 0.1, (1.0, 0.9, 1.1), utterances_per_speaker=2)
+    labels = np.array([crops[n]["label"] for n in range(0, 600, 2)])
+    assert np.bincount(labels // len(MOST)) == pytest.approx([100] * 3, abs=30)
+    drawn = {
+        frozenset((file_of(crops[n]), file_of(crops[n + 1]))) for n in range(0, 600, 2) if crops[n]["label"] % 6 == 4
+    }
+    assert len(drawn) == 10  # all pairs of five
+
+
+def test_in_groups_longer_utterances_come_more_often(tmp_path):
+    waves = {
+        f"a/s/{i}": np.full(1600 * (1 + 4 * (i == 0)), level(i)) for i in range(4)
+    }  # 5/8 of the speech is the first
+    crops = dataset(write(tmp_path / "speech", waves), 0.05, utterances_per_speaker=2)
+    first = [file_of(crops[n]) == 0 for n in range(0, 800, 2)]
+    assert np.mean(first) == pytest.approx(5 / 8, abs=0.07)
+
+
+def test_a_group_is_the_same_wherever_it_is_begun(groups):
+    """Its second draw, made alone in another process, belongs to the first."""
+    options = dict(seconds=0.1, speeds=(1.0, 0.9), utterances_per_speaker=4, seed=9)
+    crops = dataset(groups, **options)
+    forwards = [crops[n] for n in range(48)]
+    for n in (47, 5, 6, 30, 29):
+        assert same(dataset(groups, **options)[n], forwards[n])
+
+
 # ---------------------------------------------------------------- speeds
 
 
-def test_each_speed_moves_the_pitch_and_is_a_speaker_of_its_own(tmp_path):
-    tones = {"a": 1000.0, "b": 2000.0}
+@pytest.mark.parametrize("group", [1, 2])
+def test_each_speed_moves_the_pitch_and_is_a_speaker_of_its_own(tmp_path, group):
     times = np.arange(2 * SAMPLING_RATE) / SAMPLING_RATE
-    folder = write(
-        tmp_path / "speech", {f"{name}/s/0": 0.5 * np.sin(2 * np.pi * hz * times) for name, hz in tones.items()}
-    )
-    crops = dataset(folder, crop_seconds=1.0, speeds=(1.0, 0.9, 1.1))
-    assert crops.num_labels == 6
+    tones = {f"{name}/s/{i}": hz for name, hz in (("a", 1000.0), ("b", 2000.0)) for i in range(2)}
+    waves = {name: 0.5 * np.sin(2 * np.pi * hz * times) for name, hz in tones.items()}
+    crops = dataset(write(tmp_path / "speech", waves), 1.0, (1.0, 0.9, 1.1), utterances_per_speaker=group)
     pitch_of = {}
     for n in range(40):
         example = crops[n]
@@ -309,7 +499,7 @@ def test_each_speed_moves_the_pitch_and_is_a_speaker_of_its_own(tmp_path):
 @pytest.mark.parametrize("seconds", [0.4, 0.5, 0.55, 1.0])
 def test_a_crop_has_its_length_at_every_speed(tmp_path, speed, seconds):
     wave = np.full(round(seconds * SAMPLING_RATE), 0.3)
-    crops = dataset(write(tmp_path / "speech", {"a/s/0": wave}), crop_seconds=0.5, speeds=(1.0, speed))
+    crops = dataset(write(tmp_path / "speech", {"a/s/0": wave}), 0.5, speeds=(1.0, speed))
     for n in range(10):
         crop = crops[n]["input_values"]
         assert len(crop) == 8000

@@ -36,6 +36,17 @@ PUBLISHED_PARAMETERS = {
         (dict(freq_mask_width=[6, 6]), r"freq_mask_width: got \[6, 6\], expected \[low, high\)"),
         (dict(time_mask_width=[-1, 8]), r"time_mask_width: got \[-1, 8\]"),
         (dict(map_dropout=1.0), "map_dropout: got 1.0, expected 0 <= map_dropout < 1"),
+        (dict(aggregation_dropout=-0.1), "aggregation_dropout: got -0.1, expected 0 <= aggregation_dropout < 1"),
+        (dict(projection_dropout=1.0), "projection_dropout: got 1.0, expected 0 <= projection_dropout < 1"),
+        (dict(loss="softmax"), "loss: got 'softmax', expected one of aam, sphereface2"),
+        (dict(sub_centers=0), "sub_centers: got 0, expected a whole number of at least 1"),
+        (dict(hard_negatives=-1), "hard_negatives: got -1, expected a whole number of at least 0"),
+        (dict(hard_negatives=0.5), "hard_negatives: got 0.5"),
+        (dict(hard_negative_margin=1.5), "hard_negative_margin: got 1.5, expected 0 <= hard_negative_margin < 1.5"),
+        (dict(sphereface2_balance=1.0), "sphereface2_balance: got 1.0, expected a number between 0 and 1"),
+        (dict(sphereface2_balance=float("nan")), "sphereface2_balance: got nan"),
+        (dict(sphereface2_exponent=0.5), "sphereface2_exponent: got 0.5, expected a number of at least 1"),
+        (dict(loss="sphereface2", label_smoothing=0.1), "label_smoothing: loss 'sphereface2' has none, got 0.1"),
         (dict(label_smoothing=-0.1), "label_smoothing: got -0.1"),
         (dict(margin=1.5), "margin: got 1.5, expected 0 <= margin < 1.5"),
         (dict(scale=0), "scale: got 0, expected a number above 0"),
@@ -92,7 +103,13 @@ def test_matryoshka_fields_must_agree(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("num_mel_bin", "num_mel_bins"), ("matryoshka_dim", "matryoshka_dims"), ("margins", "margin")]
+    ("wrong", "meant"),
+    [
+        ("num_mel_bin", "num_mel_bins"),
+        ("matryoshka_dim", "matryoshka_dims"),
+        ("margins", "margin"),
+        ("sub_centres", "sub_centers"),
+    ],
 )
 def test_a_misspelt_field_is_refused(wrong, meant):
     """transformers keeps unknown keywords as attributes: a slip would silently change nothing."""

@@ -1,17 +1,30 @@
+import io
 import json
 import os
 
 import av
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrl_redimnet import corpus
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
+from mrl_redimnet.audio import Encoded, read_audio
+from mrl_redimnet.corpus import (
+    LAYOUTS,
+    SpeakerTable,
+    audio_source,
+    check_problems,
+    labels_of,
+    load_corpus,
+    seconds_of,
+    speakers_of,
+    split_usable,
+)
 
 RATE = 16_000
 COLUMNS = ["audio", "path", "speaker", "session", "seconds", "problem"]
@@ -89,6 +102,18 @@ def test_voxceleb2_tree(tmp_path):
         ("part1/monday/ann/one.flac", "*/session/speaker/utterance", "ann", "monday"),
         ("ann/far/one.flac", "speaker/*/utterance", "ann", "one"),
         ("wav/ann/one.two.flac", "speaker/utterance", "ann", "one.two"),
+        (
+            "CN-Celeb_flac/data/id00000/live_broadcast-01-001.flac",
+            "*/*/speaker/session-utterance",
+            "id00000",
+            "live_broadcast-01",
+        ),
+        ("data/id00000/singing-01-001.flac", "cnceleb1", "id00000", "singing-01"),
+        ("id10000/singing-01-001.flac", "cnceleb2", "id10000", "singing-01"),
+        ("wav/id10001/1zcIwhmdeo4/00001.wav", "voxceleb1", "id10001", "1zcIwhmdeo4"),
+        ("id000000/DwgYRqnQZHM/00000.wav", "voxblink2", "id000000", "DwgYRqnQZHM"),
+        ("part/84-121123-0001.flac", "*/speaker-session-utterance", "84", "121123"),
+        ("a_b_1.wav", "speaker_session_utterance", "a", "b"),
     ],
 )
 def test_other_layouts(tmp_path, path, layout, speaker, session):
@@ -97,7 +122,11 @@ def test_other_layouts(tmp_path, path, layout, speaker, session):
     assert (row["speaker"], row["session"]) == (speaker, session)
 
 
-@pytest.mark.parametrize("layout", ["", "speaker", "session/utterance", "utterance/speaker", "speaker/spk/utterance"])
+MALFORMED = ["", "speaker", "session/utterance", "utterance/speaker", "speaker/spk/utterance", "voxceleb3"]
+MALFORMED += ["speaker/utterance-session", "speaker/session-*-utterance", "speaker-session_utterance"]
+
+
+@pytest.mark.parametrize("layout", MALFORMED)
 def test_malformed_layouts(tmp_path, layout):
     with pytest.raises(ValueError, match="'utterance' last"):
         load_corpus(tmp_path, layout)
@@ -113,6 +142,13 @@ def test_files_at_another_depth_are_listed_with_the_layout_that_fits(tmp_path):
     utterance(tmp_path / "data" / "a" / "b" / "c" / "one.wav")
     with pytest.raises(ValueError, match=r"1 of 5 .* a/b/c/one.wav: layout='\*/speaker/session/utterance'"):
         load_corpus(tmp_path / "data", "speaker/utterance")
+
+
+def test_file_names_that_do_not_fit_are_listed(tmp_path):
+    for name in ("singing-01-001.wav", "plain.wav"):
+        utterance(tmp_path / "data" / "id00000" / name)
+    with pytest.raises(ValueError, match="1 of 2 audio files .* names that fit layout .*, first id00000/plain.wav"):
+        load_corpus(tmp_path / "data", LAYOUTS["cnceleb1"])
 
 
 def test_two_format_folders_are_ambiguous(tmp_path):
@@ -183,6 +219,118 @@ def test_unreadable_and_short_files_leave_with_a_reason(voxceleb1, tmp_path):
     assert "0 bytes" in problems[0][1]
     assert "not there" in problems[1][1]
     assert problems[2][1] == "0.100 s long, shorter than 0.2 s"
+
+
+def test_usable_rows_without_problems_are_the_same_data(voxceleb1, tmp_path):
+    data = load_corpus(voxceleb1, cache_dir=tmp_path / "cache")
+    assert split_usable(data, 0.1)[0] is data
+
+
+def test_columns_as_arrays(voxceleb1, tmp_path):
+    data = load_corpus(voxceleb1, cache_dir=tmp_path / "cache")
+    table = SpeakerTable(["id10002", "nobody", "id10001"])
+    for rows in (range(4), [3, 0, 3], [2]):
+        some = data.select(rows)
+        labels = labels_of(some, table)
+        assert labels.dtype == np.int32 and labels.tolist() == [table.id(name) for name in some["speaker"]]
+        assert seconds_of(some).dtype == np.float64 and seconds_of(some).tolist() == some["seconds"][:]
+        assert speakers_of(some) == sorted(set(some["speaker"]))
+    with pytest.raises(ValueError, match="'id10001' is not among"):
+        labels_of(data, SpeakerTable(["id10002"]))
+    nothing = data.select([])
+    assert len(labels_of(nothing, table)) == len(seconds_of(nothing)) == len(speakers_of(nothing)) == 0
+
+
+def audio_bytes(seconds, format="flac"):
+    buffer = io.BytesIO()
+    sf.write(buffer, np.zeros(round(seconds * RATE), np.float32), RATE, format=format)
+    return buffer.getvalue()
+
+
+def write_parquet(path, features, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, datasets.Features(features).arrow_schema), path)
+
+
+def test_parquet_with_a_class_label_and_no_lengths(tmp_path):
+    features = {"audio": datasets.Audio(decode=False), "label": datasets.ClassLabel(names=["ann", "bob"])}
+    rows = [{"audio": {"bytes": audio_bytes(0.1 * (n + 1)), "path": "a.flac"}, "label": n % 2} for n in range(3)]
+    rows.append({"audio": {"bytes": b"", "path": None}, "label": None})
+    write_parquet(tmp_path / "set" / "b.parquet", features, rows[:2])
+    write_parquet(tmp_path / "set" / "c.parquet", features, rows[2:])
+    for source in (tmp_path / "set", str(tmp_path / "set" / "*.parquet"), f"file://{tmp_path}/set"):
+        data = load_corpus(source, cache_dir=tmp_path / "cache")
+        assert data.column_names == COLUMNS and data.features["audio"] == datasets.Audio(decode=False)
+        assert data["path"][:] == ["ann/00000000-a.flac", "bob/00000001-a.flac", "ann/00000002-a.flac", "/00000003"]
+        assert data["speaker"][:] == ["ann", "bob", "ann", ""]
+        np.testing.assert_allclose(data["seconds"][:], [0.1, 0.2, 0.3, 0])
+        assert len(set(data["session"][:])) == 4
+        assert data["problem"][:] == ["", "", "", "no label is given"]
+        source = audio_source(data, 1)
+        assert isinstance(source, Encoded) and len(read_audio(source, 0.05, 0.1)) == 1600
+        usable, problems = split_usable(data, 0.15)
+        assert usable["path"][:] == ["bob/00000001-a.flac", "ann/00000002-a.flac"] and len(problems) == 2
+
+
+def test_parquet_of_other_column_names(tmp_path):
+    features = {name: datasets.Value("string") for name in ("who", "video_id", "file")}
+    features |= {"clip": datasets.Audio(), "length": datasets.Value("float32")}
+    row = {"who": "7", "video_id": "v", "file": "x.wav", "clip": {"bytes": audio_bytes(0.2), "path": None}, "length": 2}
+    write_parquet(tmp_path / "a.parquet", features, [row])
+    columns = {"speaker": "who", "seconds": "length"}  # the audio is known by its type
+    (found,) = load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache", columns=columns)
+    assert (found["speaker"], found["session"], found["path"], found["seconds"]) == ("7", "v", "7/x.wav", 2.0)
+    with pytest.raises(ValueError, match=r"no column is named as the speaker usually is .*clip \(Audio\)"):
+        load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"no column whom; there are who \(string\)"):
+        load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache", columns={"speaker": "whom"})
+    with pytest.raises(ValueError, match="columns: got voice, expected some of audio, speaker"):
+        load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache", columns={"voice": "clip"})
+
+
+def test_numbers_in_a_label_column_are_no_speakers(tmp_path):
+    features = {"audio": datasets.Audio(decode=False), "label": datasets.Value("int64")}
+    write_parquet(tmp_path / "a.parquet", features, [{"audio": {"bytes": b"x", "path": None}, "label": 1}])
+    with pytest.raises(ValueError, match=r"the speaker usually is .*label \(int64\)"):
+        load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache")
+
+
+def test_changed_parquet_is_read_again(tmp_path):
+    features = {"audio": datasets.Audio(decode=False), "speaker": datasets.Value("string")}
+    for speaker in ("ann", "bob"):
+        row = {"audio": {"bytes": audio_bytes(0.1), "path": None}, "speaker": speaker}
+        write_parquet(tmp_path / "a.parquet", features, [row] * len(speaker))
+        os.utime(tmp_path / "a.parquet", (len(os.listdir(tmp_path)), 5 if speaker == "ann" else 9))
+        assert set(load_corpus(tmp_path / "a.parquet", cache_dir=tmp_path / "cache")["speaker"]) == {speaker}
+
+
+def test_a_hub_data_set_is_loaded_by_its_name_and_split(tmp_path, monkeypatch):
+    features = {"audio": datasets.Audio(decode=False), "speaker_id": datasets.Value("int64")}
+    row = {"audio": {"bytes": audio_bytes(0.1), "path": "a.flac"}, "speaker_id": 12}
+    write_parquet(tmp_path / "owner" / "name" / "data" / "test-00000-of-00001.parquet", features, [row])
+    asked, load = [], datasets.load_dataset
+
+    def local(path, **options):  # the Hub's part: its name and split arrive, the loader is the real one
+        asked.append((path, options["split"]))
+        return load(str(tmp_path / path), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    (found,) = load_corpus("owner/name:test", cache_dir=tmp_path / "cache")
+    assert asked == [("owner/name", "test")]
+    assert (found["speaker"], found["path"]) == ("12", "12/00000000-a.flac")
+
+
+def test_a_source_that_is_nowhere_is_named(tmp_path, monkeypatch):
+    def missing(path, **options):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    with pytest.raises(FileNotFoundError, match="own/gone is no folder or file here.*doesn't exist on the Hub"):
+        load_corpus("own/gone")
+    with pytest.raises(FileNotFoundError, match=r"\*\.parquet: no file has such a path"):
+        load_corpus(str(tmp_path / "*.parquet"))
+    with pytest.raises(FileNotFoundError, match="gone.parquet is not there"):
+        load_corpus(tmp_path / "gone.parquet")
 
 
 def test_problems_are_summed_up_and_reported(tmp_path):

@@ -1,5 +1,4 @@
 import copy
-import math
 import subprocess
 import sys
 
@@ -15,11 +14,9 @@ from torch import nn
 from modeling_mrl_redimnet import (
     BatchNorm,
     ChannelBatchNorm,
-    MatryoshkaMarginClassifier,
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
     MRLReDimNetModel,
-    angular_margin,
 )
 
 MODELS = (MRLReDimNetModel, MRLReDimNetForXVector, MRLReDimNetForSequenceClassification)
@@ -281,6 +278,32 @@ def test_spec_augment_hides_stretches_in_training_only():
     assert not hidden.all(1)[:, :3].any()
 
 
+def test_aggregation_dropout_hides_what_the_pooling_sees_in_training_only():
+    wave = torch.stack(waves(8_000, 8_000))
+    for variant in ("convnext_convatt", "aggregation"):
+        model, plain = (tiny_model(tiny_config(variant, aggregation_dropout=p)) for p in (0.4, 0.0))
+        assert_equal(embed(model, wave), embed(plain, wave))
+        features = model.front_end(wave)
+        hidden = model.train().trunk(features) == 0
+        assert hidden.float().mean().item() == pytest.approx(0.4, abs=0.05)
+        assert not (plain.train().trunk(features) == 0).any()
+
+
+def test_projection_dropout_hides_pooled_numbers_in_training_only():
+    """Behind the batch norm, whose statistics therefore do not change; the same numbers for every prefix."""
+    projection, plain = (tiny_model(tiny_config(projection_dropout=p)).projection for p in (0.4, 0.0))
+    pooled = torch.randn(8, plain.norm.num_features)
+    assert_equal(projection(pooled), plain(pooled))
+    seen = []
+    for segment in projection.segments:
+        segment.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for each in (projection, plain):
+        each.train()(pooled)
+    assert (seen[0] == 0).float().mean().item() == pytest.approx(0.4, abs=0.05)
+    assert all(torch.equal(one, seen[0]) for one in seen)
+    assert_equal(projection.norm.running_var, plain.norm.running_var)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving and precision
 
@@ -366,97 +389,6 @@ def test_tuple_output(model):
     wave = torch.stack(waves(8_000))
     with torch.inference_mode():
         assert_equal(model(wave, return_dict=False)[0], model(wave).embeddings)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def oracle(classifier, embeddings, labels, margin):
-    """The loss as papers write it, prefix by prefix and utterance by utterance, in float64."""
-    weight, losses = classifier.weight.double(), []
-    for dim in classifier.dims:
-        rows = []
-        for embedding, label in zip(embeddings.double(), labels.tolist(), strict=True):
-            cosines = F.normalize(weight[:, :dim], dim=1) @ F.normalize(embedding[:dim], dim=0)
-            theta = torch.acos(cosines[label])
-            if theta + margin < math.pi:
-                target = torch.cos(theta + margin)
-            else:
-                target = cosines[label] - margin * math.sin(margin)
-            logits = [target if speaker == label else cosine for speaker, cosine in enumerate(cosines)]
-            log_p = F.log_softmax(classifier.scale * torch.stack(logits), dim=0)
-            smoothing = classifier.label_smoothing
-            rows.append(-(1 - smoothing) * log_p[label] - smoothing * log_p.mean())
-        losses.append(torch.stack(rows).mean())
-    return torch.stack(losses)
-
-
-def margin_classifier(**changes) -> MatryoshkaMarginClassifier:
-    torch.manual_seed(0)
-    return MatryoshkaMarginClassifier(tiny_config(**changes))
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5, 1.4])
-@pytest.mark.parametrize("changes", [{}, dict(label_smoothing=0.1), dict(prefix_weights=[1, 2, 5]), dict(scale=8.0)])
-def test_loss_and_gradients_against_a_plain_loop(margin, changes):
-    classifier = margin_classifier(margin=margin, **changes)
-    embeddings, labels = torch.randn(6, 32), torch.tensor([0, 4, 1, 1, 2, 3])
-    embeddings[0] = -3 * classifier.weight[0].detach() + 0.1 * torch.randn(32)  # its angle and a margin exceed pi
-    embeddings.requires_grad_()
-    loss, prefix_losses, _ = classifier(embeddings, labels)
-    weights = torch.tensor(changes.get("prefix_weights", [1, 1, 1]), dtype=torch.float64)
-    expected = oracle(classifier, embeddings, labels, margin)
-    torch.testing.assert_close(prefix_losses, expected.float().detach(), rtol=1e-4, atol=1e-5)
-    total = (expected * weights).sum() / weights.sum()
-    torch.testing.assert_close(loss, total.float(), rtol=1e-4, atol=1e-5)
-    inputs = (embeddings, classifier.weight)
-    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(total, inputs), strict=True):
-        assert relative_error(ours, theirs) < 1e-4
-
-
-def test_without_margin_it_is_a_softmax_of_scaled_cosines():
-    classifier, embeddings, labels = margin_classifier(margin=0.0), torch.randn(4, 32), torch.tensor([0, 1, 2, 3])
-    _, prefix_losses, logits = classifier(embeddings, labels)
-    cosines = F.cosine_similarity(embeddings[:, None], classifier.weight[None], dim=-1)
-    torch.testing.assert_close(logits, 32.0 * cosines)
-    torch.testing.assert_close(prefix_losses[-1], F.cross_entropy(32.0 * cosines, labels))
-
-
-def test_a_margin_passed_in_replaces_the_configured_one():
-    embeddings, labels = torch.randn(4, 32), torch.tensor([0, 1, 2, 3])
-    given_margin = margin_classifier(margin=0.0)(embeddings, labels, margin=0.4)[0]
-    assert_equal(given_margin, margin_classifier(margin=0.4)(embeddings, labels)[0])
-
-
-def test_a_prefix_of_weight_zero_does_not_count():
-    classifier = margin_classifier(prefix_weights=[1, 0, 0])
-    embeddings = torch.randn(2, 32, requires_grad=True)
-    classifier(embeddings, torch.tensor([0, 1]))[0].backward()
-    assert (embeddings.grad[:, :8] != 0).all()
-    assert (embeddings.grad[:, 8:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 1e-6, 1e4])
-def test_loss_is_finite_at_the_ends(dtype, factor):
-    """Embeddings that are a speaker's row, or its opposite, or nothing: where an arccos or a norm has no slope."""
-    classifier = margin_classifier().to(dtype)
-    embeddings = (factor * classifier.weight[:3].detach()).requires_grad_()
-    loss = classifier(embeddings, torch.tensor([0, 1, 2]))[0]
-    loss.backward()
-    assert loss.isfinite()
-    assert embeddings.grad.isfinite().all()
-    assert classifier.weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("margin", [0.1, 0.5, 1.4])
-def test_margin_makes_every_angle_harder(margin):
-    """The target's logit falls with the angle all the way to pi, and is below the plain cosine."""
-    cosine = torch.linspace(-1, 1, 2_001)
-    moved = angular_margin(cosine, margin)
-    assert (moved < cosine).all()
-    assert (moved.diff() > 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

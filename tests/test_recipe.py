@@ -3,12 +3,24 @@
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from mrl_redimnet.recipe import Recipe, parse_command_line, read_recipe
+from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
+from mrl_redimnet.audio import SAMPLING_RATE
+from mrl_redimnet.augmentation import FileTalkers, Sources, make_augmentations
+from mrl_redimnet.recipe import PARTS, Recipe, parse_command_line, read_recipe
+from mrl_redimnet.tasks import training_domain
 
 FOLDER = Path(__file__).parent.parent
 RECIPES = [path for part in ("recipes", "adapters") for path in sorted((FOLDER / part).glob("*.yaml"))]
+
+
+def shipped(path: Path, **settings) -> Recipe:
+    """A recipe of this repository; one of an attribute with the labels that it cannot bring along."""
+    labels = {"label_file": "labels.csv"} if "label_column:" in path.read_text() else {}
+    return read_recipe(path, {**labels, **settings})
 
 
 def parse(*argv: str) -> Recipe:
@@ -56,9 +68,20 @@ def test_the_command_line_replaces_the_file(recipe_file):
 
 def test_values_are_read_as_yaml():
     recipe = parse(
-        "--model_options", "{num_mel_bins: 24}", "--rotate_at", "[0.5]", "--noise", "null", "--noise_snr=[-5, 5]"
+        "--model_options", "{num_mel_bins: 24}", "--rotate_at", "[0.5]", "--noise", "null", "--report_dims=[4, 8]"
     )
-    assert recipe == Recipe(model_options={"num_mel_bins": 24}, rotate_at=[0.5], noise_snr=[-5, 5])
+    assert recipe == Recipe(model_options={"num_mel_bins": 24}, rotate_at=[0.5], report_dims=[4, 8])
+
+
+def test_a_crop_has_one_length_or_two_limits():
+    assert parse("--crop_seconds", "3").crop_range == (3.0, 3.0)
+    assert parse("--crop_seconds=[2, 3.5]").crop_range == (2.0, 3.5)
+    assert Recipe().crop_range == (2.0, 2.0)
+
+
+def test_augmentations_keep_their_order_and_options():
+    recipe = parse("--augmentations=[{kind: noise, snr: [0, 5]}, {kind: codec, probability: 0.2}]")
+    assert recipe.augmentations == [{"kind": "noise", "snr": [0, 5]}, {"kind": "codec", "probability": 0.2}]
 
 
 @pytest.mark.parametrize("argv", [["--resume"], ["--resume", "--steps", "5"], ["--steps", "5", "--resume"]])
@@ -67,13 +90,69 @@ def test_resume_is_no_setting(argv):
     assert parse_command_line([x for x in argv if x != "--resume"], "")[1] is False
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# ---------------------------------------------------------------- the recipes of this repository
+
+EACH_RECIPE = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+
+
+@EACH_RECIPE
 def test_recipes_parse(path):
-    """Those of attributes with the labels that they cannot bring along."""
-    labels = {"label_file": "labels.csv"} if "label_column:" in path.read_text() else {}
-    recipe = read_recipe(path, labels)
-    assert recipe != Recipe(**({**labels, "label_column": "x"} if labels else {}))
+    recipe, labels = shipped(path), {"label_file": "labels.csv", "label_column": "x"}
+    assert recipe != Recipe(**(labels if recipe.label_column else {}))
     assert (recipe.trains == "adapter") is (path.parent.name == "adapters")
+
+
+@EACH_RECIPE
+def test_recipes_set_fields_that_models_have(path):
+    recipe = shipped(path)
+    size = recipe.model if recipe.model in SIZES else "nano"
+    config = MRLReDimNetConfig.from_size(size, **recipe.model_options)
+    assert all(getattr(config, name) == value for name, value in recipe.model_options.items())
+
+
+@EACH_RECIPE
+def test_rates_and_decays_of_parts_are_numbers_in_recipes(path):
+    """As the setting of the whole is, which may be written 1e-5: a string in YAML."""
+    recipe = shipped(path)
+    values = [*recipe.learning_rates.values(), *recipe.weight_decays.values()]
+    assert [type(value) for value in values] == [float] * len(values)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """MUSAN and RIRS_NOISES in small, and other noise below `noise`."""
+    folder, rng = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
+    noise = [f"musan/{kind}/set/{kind}-set-000{i}.wav" for kind in ("noise", "music", "speech") for i in range(2)]
+    for name in (*noise, "RIRS_NOISES/simulated_rirs/smallroom/Room001/Room001-00001.wav"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        fade = np.exp(-np.arange(8000) / 500) if "RIRS" in name else 0.1
+        soundfile.write(folder / name, fade * rng.standard_normal(8000), SAMPLING_RATE)
+    return folder
+
+
+@EACH_RECIPE
+def test_what_recipes_do_to_crops_can_be_done(path, sounds):
+    """Their augmentations and their domain can be built from the folders that they name, and leave crops whole."""
+    recipe = shipped(path, noise=str(sounds / "musan"), rooms=str(sounds / "RIRS_NOISES"))
+    talkers = FileTalkers(sorted(str(file) for file in (sounds / "musan/speech").rglob("*.wav")))
+    chain = make_augmentations(recipe.augmentations, Sources(recipe.noise, recipe.rooms, talkers))
+    domain = training_domain(recipe)
+    crop = 0.1 * np.random.default_rng(1).standard_normal(16_000, dtype=np.float32)
+    made = [chain(crop, np.random.default_rng(seed)) for seed in range(30)]
+    made += [domain(crop, np.random.default_rng(seed)) for seed in range(3)]
+    assert {(one.shape, one.dtype, np.isfinite(one).all()) for one in made} == {((16_000,), np.dtype(np.float32), True)}
+    changed = [not np.array_equal(one, crop) for one in made]
+    assert any(changed[:30]) is bool(recipe.augmentations)
+    assert any(changed[30:]) is (recipe.domain != "clean")
+
+
+def test_the_last_stage_follows_the_first(sounds):
+    """It starts from its model, with the classes of its speakers: the same ones are held out."""
+    first, last = (shipped(FOLDER / f"recipes/voxceleb2{stage}.yaml") for stage in ("", "_large_margin"))
+    assert last.model == f"{first.output}/best" and first.model in SIZES
+    assert (last.layout, last.dev_speakers, last.seed) == (first.layout, first.dev_speakers, first.seed)
+    assert set(last.speeds) < set(first.speeds) and last.crop_range > first.crop_range
+    assert last.model_options["margin"] > first.model_options["margin"] and last.margin_rise == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["gender", "age"])
@@ -84,12 +163,12 @@ def test_recipes_of_attributes_ask_for_labels(capsys, name):
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
     assert names >= {"nano_small_corpus", "telephony", "noisy", "gender", "age", "voxceleb", "cnceleb"}
+    assert names >= {"voxceleb2", "voxceleb2_large_margin", "matryoshka_finetune"}
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "adapters"], ids=lambda p: p.stem)
-def test_no_two_recipes_write_to_one_folder(path):
-    outputs = [line for other in RECIPES for line in other.read_text().splitlines() if line.startswith("output:")]
-    assert outputs.count(f"output: runs/{path.stem}") == 1
+def test_no_two_recipes_write_to_one_folder():
+    outputs = [shipped(path).output for path in RECIPES]
+    assert len(set(outputs)) == len(outputs)
 
 
 # ---------------------------------------------------------------- types
@@ -100,6 +179,18 @@ def test_numbers_yaml_takes_for_strings(text, value, recipe_file):
     from_file = parse(recipe_file(f"learning_rate: {text}\n")).learning_rate
     assert from_file == parse("--learning_rate", text).learning_rate == value
     assert type(from_file) is float
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "weight_decays"])
+@pytest.mark.parametrize("part", PARTS)
+def test_numbers_of_parts_yaml_takes_for_strings(name, part, recipe_file):
+    from_file = getattr(parse(recipe_file(f"{name}: {{{part}: 1e-5}}\n")), name)
+    assert from_file == getattr(parse(f"--{name}={{{part}: 1e-5}}"), name) == {part: 1e-5}
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "weight_decays"])
+def test_what_is_no_number_is_refused_for_a_part(capsys, name):
+    assert name in refusal(capsys, f"--{name}={{trunk: slow}}")
 
 
 def test_no_is_a_word(recipe_file):
@@ -113,8 +204,14 @@ def test_no_is_a_word(recipe_file):
         ("steps", "true", "True", "int"),
         ("steps", "2.5", "2.5", "int"),
         ("steps", "many", "'many'", "int"),
-        ("crop_seconds", "true", "True", "float"),
-        ("crop_seconds", "long", "'long'", "float"),
+        ("crop_seconds", "true", "True", "float or list"),
+        ("crop_seconds", "long", "'long'", "float or list"),
+        ("learning_rate", "true", "True", "float"),
+        ("epochs", "many", "'many'", "float or nothing"),
+        ("learning_rate_batch", "64.0", "64.0", "int or nothing"),
+        ("streaming", "1", "1", "bool"),
+        ("augmentations", "{kind: noise}", "{'kind': 'noise'}", "list"),
+        ("learning_rates", "1e-5", "'1e-5'", "dict"),
         ("speeds", "0.9", "0.9", "list"),
         ("tests", "[1]", r"[1]", "dict"),
         ("model", "null", "None", "str"),
@@ -139,6 +236,28 @@ def test_a_misspelt_name_is_answered_with_the_nearest(capsys, recipe_file):
 def test_a_name_like_no_other_is_answered_with_all(capsys):
     message = refusal(capsys, "--xyzzy", "1")
     assert all(field.name in message for field in fields(Recipe))
+
+
+@pytest.mark.parametrize("where", ["alone", "behind the file", "before the file"])
+@pytest.mark.parametrize("value", ["1", "[0, 15]", "{trunk: 1e-5}"])
+def test_an_unknown_name_is_told_whatever_its_value_and_place(capsys, recipe_file, where, value):
+    """argparse takes an unknown `--name=value` with a space in it for a file."""
+    word, file = f"--lerning_rate={value}", recipe_file("seed: 1\n")
+    argv = {"alone": [word], "behind the file": [file, word], "before the file": [word, file]}[where]
+    expected = "command line: no setting named 'lerning_rate'. Did you mean learning_rate?"
+    assert expected in refusal(capsys, *argv, "--steps=5")
+
+
+def test_a_known_name_may_have_any_value_in_any_place(recipe_file):
+    word, file = "--tests={a: {trials: b, folder: c}}", recipe_file("seed: 1\n")
+    expected = Recipe(seed=1, tests={"a": {"trials": "b", "folder": "c"}})
+    assert parse(word, file) == parse(file, word) == expected
+
+
+@pytest.mark.parametrize("name", ["noise_snr", "noise_probability", "trunk_learning_rate", "num_labels"])
+def test_what_was_a_setting_once_is_not_taken_silently(capsys, recipe_file, name):
+    assert f"no setting named '{name}'" in refusal(capsys, f"--{name}", "0.5")
+    assert f"no setting named '{name}'" in refusal(capsys, recipe_file(f"{name}: [0, 15]\n"))
 
 
 def test_abbreviations_are_refused(capsys):
@@ -186,10 +305,45 @@ def test_a_missing_file(capsys):
         (["--speeds", "[]"], "begins with 1.0"),
         (["--margin_rise", "[0.5, 0.1]"], "two rising shares between 0 and 1"),
         (["--margin_rise", "[0.5]"], "two rising shares between 0 and 1"),
-        (["--tracker", "mlflow"], "tracker: got 'mlflow', expected tensorboard, wandb or none"),
+        (["--margin_rise", "[low, high]"], "margin_rise: got ['low', 'high']"),
+        (["--augmentation_rise", "[0.5, 0.1]"], "augmentation_rise: got [0.5, 0.1], expected two rising shares"),
+        (["--augmentation_rise", "[0, 1.5]"], "augmentation_rise: got [0, 1.5], expected two rising shares"),
+        (["--tracker", "mlflow"], "tracker: got 'mlflow', expected one of tensorboard, wandb, trackio, none"),
+        (["--optimizer", "adam"], "optimizer: got 'adam', expected one of adamw, sgd"),
+        (["--schedule", "step"], "schedule: got 'step', expected one of cosine, exponential"),
+        (["--schedule=exponential", "--final_learning_rate=0"], "final_learning_rate: an exponential needs one above"),
+        (["--schedule=exponential", "--final_learning_rate=1"], "final_learning_rate: an exponential needs one above"),
+        (["--learning_rates", "{stem: 1}"], "learning_rates: got stem, expected some of trunk, head, classifier"),
+        (["--weight_decays", "{stem: 1}"], "weight_decays: got stem, expected some of trunk, head, classifier"),
+        (["--learning_rate_batch", "0"], "learning_rate_batch: got 0, expected a number above 0"),
+        (["--epochs", "0"], "epochs: got 0.0, expected a number above 0"),
+        (["--epochs=-1"], "epochs: got -1.0, expected a number above 0"),
+        (["--momentum", "1"], "momentum: got 1.0, expected a share"),
+        (["--ema", "1"], "ema: got 1.0, expected a share"),
+        (["--patience=-1"], "patience: got -1, expected at least 0"),
+        (["--average_last=-1"], "average_last: got -1, expected at least 0"),
+        (["--prefixes_per_step=-1"], "prefixes_per_step: got -1, expected at least 0"),
+        (["--prefixes_from", "[0.5, 0.1]"], "prefixes_from: got [0.5, 0.1]; expected shares, the last"),
+        (["--prefixes_from", "[-0.1, 0]"], "prefixes_from: got [-0.1, 0]; expected shares, the last"),
+        (["--prefixes_from", "[2, 0]"], "prefixes_from: got [2, 0]; expected shares, the last"),
+        (["--crop_seconds", "0"], "crop_seconds: got 0.0, expected a length, or [shortest, longest]"),
+        (["--crop_seconds", "[3, 2]"], "crop_seconds: got [3, 2], expected a length, or [shortest, longest]"),
+        (["--crop_seconds", "[1, 2, 3]"], "crop_seconds: got [1, 2, 3], expected a length, or [shortest, longest]"),
+        (["--crop_seconds", "[0, 2]"], "crop_seconds: got [0, 2], expected a length, or [shortest, longest]"),
+        (["--crop_seconds", "[1, long]"], "crop_seconds: got [1, 'long'], expected a length, or [shortest, longest]"),
+        (["--utterances_per_speaker", "0"], "utterances_per_speaker: got 0, expected at least 1"),
+        (["--utterances_per_speaker=5", "--batch_size=12"], "batch_size that it divides, got speaker and 12"),
+        (
+            ["--utterances_per_speaker=2", "--sampler=utterance"],
+            "utterances_per_speaker: 2 needs sampler: speaker and a batch_size that it divides, got utterance and 48",
+        ),
+        (["--classifier_sample=9", "--accumulation=2"], "classifier_sample: works with accumulation: 1"),
+        (["--classifier_sample=9", "--ema=0.9"], "classifier_sample: works without rotate_at, ema and average_last"),
         (["--dev_trials", "trials.txt"], "dev_trials and dev_folder: give both or neither"),
         (["--dev_speakers", "1"], "dev_speakers: at least 2"),
         (["--tests", "{vox: {trials: a}}"], "tests.vox: got ['trials'], expected the entries folder and trials"),
+        (["--tests", "{vox: trials.txt}"], "tests.vox: got "),
+        (["--tests", "{vox: null}"], "tests.vox: got "),
         (["--trains", "trunk"], "trains: got 'trunk', expected one of all, head, projection, adapter"),
         (["--strategy", "adalora"], "strategy: got 'adalora', expected one of vanilla, dynamic, warm_up, mixed"),
         (["--label_key", "file"], "label_key: got 'file', expected one of speaker, path"),
@@ -218,12 +372,47 @@ def test_a_start_rank_counts_only_where_ranks_are_cut(strategy):
 def test_what_only_a_whole_model_can_do_is_refused_for_a_part(capsys, trains):
     message = refusal(capsys, f"--trains={trains}", "--trunk_frozen_until=0.5")
     assert f"trunk_frozen_until: with trains: {trains} the trunk never trains; leave it out" in message
-    message = refusal(capsys, f"--trains={trains}", "--rotate_at=[0.5]")
-    assert f"rotate_at: with trains: {trains} the basis is not ours to turn; leave it out" in message
+    for word in ("--rotate_at=[0.5]", "--ema=0.99", "--average_last=3", "--classifier_sample=100"):
+        message = refusal(capsys, f"--trains={trains}", word)
+        assert f"{word[2:].partition('=')[0]}: works with trains: all; with {trains} leave it out" in message
+        assert parse("--trains=all", word)
     assert parse("--trains=all", "--trunk_frozen_until=0.5", "--rotate_at=[0.5]").rotate_at == [0.5]
 
 
 VERIFICATION, ATTRIBUTE = [], ["--label_file=labels.csv", "--label_column=age"]
+
+
+@pytest.mark.parametrize(
+    "word", ["--teacher=b6", "--classifier_sample=100", "--prefixes_from=[0.5, 0]", "--prefixes_per_step=2"]
+)
+def test_what_belongs_to_the_learning_of_speakers_is_refused_for_labels(capsys, word):
+    message = refusal(capsys, *ATTRIBUTE, word)
+    assert (
+        f"{word[2:].partition('=')[0]}: belongs to the learning of speakers; with label_column leave it out" in message
+    )
+    assert parse(*VERIFICATION, word)
+
+
+STREAMING = ["--streaming=true", "--sampler=utterance", "--dev_trials=trials.txt", "--dev_folder=wav"]
+
+
+def test_a_stream_has_its_trials_given_and_crops_of_one_length():
+    assert parse(*STREAMING).streaming and parse(*STREAMING, "--crop_seconds=[3, 3]").crop_range == (3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--streaming=true"], "streaming: sampler must be utterance, got speaker"),
+        ([*STREAMING, "--sampler=speaker"], "streaming: sampler must be utterance, got speaker"),
+        ([*STREAMING, *ATTRIBUTE], "streaming: label_file must be None, got labels.csv"),
+        ([*STREAMING, "--augmentation_rise=[0, 0.5]"], "streaming: augmentation_rise must be [0.0, 0.0], got [0, 0.5]"),
+        ([*STREAMING, "--crop_seconds=[2, 3]"], "streaming: crops have one length; crop_seconds: got [2, 3]"),
+        (["--streaming=true", "--sampler=utterance"], "streaming: no speakers can be held out of a stream"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(capsys, argv, message):
+    assert message in refusal(capsys, *argv)
 
 
 @pytest.mark.parametrize(

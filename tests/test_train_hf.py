@@ -3,24 +3,32 @@
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoModelForAudioXVector
 
 import train_hf
 from modeling_mrl_redimnet import MRLReDimNetModel
+from mrl_redimnet.audio import AudioError
+from mrl_redimnet.cli import main as cli_main
 from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.curves import Record
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
 
@@ -30,15 +38,27 @@ TINY = (
     "pooling_bottleneck: 16, spec_augment: true, map_dropout: 0.1, "
     "stages: [{frequency_stride: 2, blocks: 1, expansion: 1, reduction: 8}]}"
 )
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+NOISE = "[{kind: one_of, probability: 0.8, choices: [{kind: noise, snr: [0, 15]}, {kind: babble, snr: [5, 15]}]}]"
 EVERYTHING = dict(
     steps=12,
     checkpoint_every=3,
     evaluate_every=6,
     accumulation=2,
     speeds=[1.0, 0.9],
-    rotate_at=[0.5],
-    noise_probability=0.8,
+    rotate_at=[0.25],
+    utterances_per_speaker=2,
+    crop_seconds=[0.3, 0.5],
+    augmentation_rise=[0.0, 0.5],
+    prefixes_from=[0.5, 0.25, 0.0],
+    prefixes_per_step=2,
+    ema=0.5,
+    average_last=2,
     report_dims=[4],
+)
+# What two processes do as one with twice the batch: nothing that draws from a process's own generator.
+STILL = dict(
+    model_options=TINY.replace("true", "false").replace("0.1", "0.0"), steps=6, checkpoint_every=2, evaluate_every=3
 )
 
 
@@ -62,12 +82,7 @@ def start(corpus: Path, argv: list[str], *, processes: int = 1) -> subprocess.Po
     launcher += ["--log-dir", str(corpus.parent / "elastic")]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *argv],
-        env={
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "HF_DATASETS_CACHE": str(corpus.parent / "cache"),
-        },
+        env={**os.environ, **ALONE, "HF_DATASETS_CACHE": str(corpus.parent / "cache")},
         cwd=corpus.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,23 +107,38 @@ def results_of(output: Path) -> dict:
 @pytest.fixture(scope="module")
 def whole(corpus) -> Path:
     output = corpus.parent / "whole"
-    finish(start(corpus, command_line(corpus, output, **EVERYTHING)))
+    finish(start(corpus, command_line(corpus, output, augmentations=NOISE, **EVERYTHING)))
     return output
 
 
-@pytest.fixture(scope="module")
-def resumed(corpus) -> Path:
-    """The same run, killed after its second checkpoint and taken up again, with another number of workers."""
-    output = corpus.parent / "resumed"
-    process = start(corpus, command_line(corpus, output, **EVERYTHING))
+def killed_when(process: subprocess.Popen, seen: Callable[[], bool]):
+    """Kills the process and its children, as an empty battery would, as soon as something is seen."""
     deadline = time.monotonic() + 240
-    while not (output / "checkpoints/step-00000006").exists():
+    while not seen():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (output / "results.json").exists()
-    printed = finish(start(corpus, command_line(corpus, output, "--resume", **{**EVERYTHING, "workers": 1})))
+    assert process.returncode == -signal.SIGKILL
+
+
+def trained_steps(output: Path) -> int:
+    file = output / "history.jsonl"
+    return sum('"train"' in line for line in file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def resumed(corpus) -> Path:
+    """The same run, killed in an evaluation, in a step, and while it writes a checkpoint; the last time it goes on
+    with another number of workers."""
+    output = corpus.parent / "resumed"
+    argv = command_line(corpus, output, augmentations=NOISE, **EVERYTHING)
+    killed_when(start(corpus, argv), lambda: trained_steps(output) >= 6)  # the evaluation follows at once
+    argv.append("--resume")
+    killed_when(start(corpus, argv), lambda: trained_steps(output) >= 8)
+    killed_when(start(corpus, argv), lambda: (output / "checkpoints/writing-00000009").exists())
+    assert not (output / "results.json").exists()
+    printed = finish(start(corpus, [*argv, "--workers=1"]))
     assert "Resuming at step 6 of 12" in printed or "Resuming at step 9 of 12" in printed
     return output
 
@@ -146,24 +176,25 @@ def test_models_load_by_themselves(whole, folder):
     assert model(torch.stack(waves(4000, 4000))).embeddings.shape == (2, 32)
     head = AutoModelForAudioXVector.from_pretrained(whole / folder).classifier
     speakers = SpeakerTable.load(whole / folder / "speakers.json")
-    assert len(speakers) == 4 and head.weight.shape == (8, 32)  # six, less two held out; at two speeds
+    assert len(speakers) == 8 and head.weight.shape == (8, 32)  # six, less two held out; at two speeds
+    assert speakers.names[4:] == tuple(f"{name} at speed 0.9" for name in speakers.names[:4])
 
 
 def test_results_have_every_dimension_as_trained_and_rotated(whole):
     (states,) = results_of(whole)["results"].values()
-    assert list(states) == ["as trained", "rotated"]
-    assert [[row["dim"] for row in rows] for rows in states.values()] == [[4, 8, 16, 32]] * 2
+    assert list(states) == ["as trained", "mean of the last", "rotated", "mean of the last, rotated"]
+    assert [[row["dim"] for row in rows] for rows in states.values()] == [[4, 8, 16, 32]] * 4
     assert all(0 <= row["eer_low"] <= row["eer_high"] <= 1 for rows in states.values() for row in rows)
 
 
 def test_the_rotation_costs_nothing_at_full_width(whole):
-    as_trained, rotated = (rows[-1] for rows in results_of(whole)["results"]["synthetic"].values())
-    assert as_trained == rotated
+    states = results_of(whole)["results"]["synthetic"]
+    assert states["as trained"][-1] == states["rotated"][-1]
 
 
 def test_the_card_tells_how_it_was_trained(whole):
     card = (whole / "best/README.md").read_text()
-    assert "12 steps of 8 crops of 0.5 s from 16 utterances of 4 speakers" in card
+    assert "12 steps of 8 crops of 0.3 to 0.5 s from 16 utterances of 4 speakers" in card
     assert "| trials | weights | 4 | 8 | 16 | 32 |" in card and card.count("# whole") == 1
 
 
@@ -172,20 +203,63 @@ def test_results_hold_the_recipe(whole):
     assert {key: recipe[key] for key in EVERYTHING} == EVERYTHING
 
 
+def test_the_record_is_whole_and_drawn(whole, resumed):
+    one, other = (Record(output) for output in (whole, resumed))
+    for kind, steps in (("train", list(range(1, 13))), ("evaluation", [6, 6, 12, 12])):
+        assert [line["step"] for line in one.lines(kind)] == [line["step"] for line in other.lines(kind)] == steps
+    assert [line["loss"] for line in one.lines("train")] == [line["loss"] for line in other.lines("train")]
+    assert {line["set"] for line in one.lines("evaluation")} == {"development", "training speakers"}
+    rates = one.lines("train")[-1]
+    assert rates["loader_to_step"] == pytest.approx(rates["loader_crops_per_s"] / rates["step_crops_per_s"])
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ---------------------------------------------------------------- two processes
 
 
-def test_two_processes_train_one_model(corpus):
+@pytest.fixture(scope="module")
+def two(corpus) -> Path:
     output = corpus.parent / "two"
-    argv = command_line(corpus, output, steps=3, rotate_at=[0.5], tracker="tensorboard", checkpoint_every=2)
+    argv = command_line(corpus, output, tracker="tensorboard", rotate_at=[0.5], **STILL)
     printed = finish(start(corpus, argv, processes=2))
-    assert printed.count("3 steps of 4 x 1 x 2 crops") == 1 and printed.count("Saved:") == 1
-    assert [path.name for path in output.rglob("results.json")] == ["results.json"]
-    assert len(list((output / "checkpoints/step-00000003").glob("random_states_*"))) == 2
-    (events,) = (output / "logs").rglob("events.out.*.0")
+    assert printed.count("6 steps of 4 x 1 x 2 crops") == 1 and printed.count("Saved:") == 1
+    return output
+
+
+def test_two_processes_train_one_model(two):
+    assert [path.name for path in two.rglob("results.json")] == ["results.json"]
+    assert len(list((two / "checkpoints/step-00000006").glob("random_states_*"))) == 2
+    (events,) = (two / "logs").rglob("events.out.*.0")
     losses = [event.value for event in EventAccumulator(str(events)).Reload().Scalars("loss")]
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(output / "last/model.safetensors").values())
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+
+
+def test_two_processes_killed_and_resumed_end_with_the_same_weights(corpus, two):
+    output = corpus.parent / "two_resumed"
+    argv = command_line(corpus, output, rotate_at=[0.5], **STILL)
+    killed_when(start(corpus, argv, processes=2), lambda: trained_steps(output) >= 3)
+    assert "Resuming at step 2 of 6" in finish(start(corpus, [*argv, "--resume"], processes=2))
+    one, other = (load_file(run / "last/model.safetensors") for run in (two, output))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_two_processes_do_as_one_with_twice_the_batch(train, two):
+    one = train(batch_size=8, rotate_at=[0.5], **STILL)
+    losses = [[line["loss"] for line in Record(run).lines("train")] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    before, after = (load_file(run / "last/model.safetensors") for run in (one, two))
+    for name, tensor in before.items():
+        if "num_batches" not in name:
+            assert torch.allclose(tensor, after[name], atol=2e-4), name
+
+
+def test_accelerate_that_starts_one_process_of_two_is_told(corpus):
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    argv = command_line(corpus, corpus.parent / "lost")
+    done = subprocess.run([*launch, str(SCRIPT), *argv], capture_output=True, text=True, env={**os.environ, **ALONE})
+    assert done.returncode and "asked for 2 processes and started one" in done.stderr
+    assert "torchrun --nproc_per_node 2" in done.stderr and not (corpus.parent / "lost/checkpoints").exists()
 
 
 # ---------------------------------------------------------------- in this process
@@ -260,15 +334,174 @@ def test_a_converted_model_is_trained_further(train, tmp_path, capsys):
     assert (config.matryoshka_dims, config.map_dropout, config.num_speakers) == ([8, 32], 0.1, 4)
 
 
-def test_speakers_keep_their_labels_when_training_goes_on(train, corpus, tmp_path):
-    first = train().rename(tmp_path / "first")
-    second = train(model=first / "last", model_options="{}", dev_speakers=3, seed=1)
-    old, new = (SpeakerTable.load(run / "speakers.json").names for run in (first, second))
-    assert new[: len(old)] == old
+def rows_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The classifier's rows by the names of their classes."""
+    weight = load_file(folder / "model.safetensors")["classifier.weight"]
+    return dict(zip(SpeakerTable.load(folder / "speakers.json").names, weight, strict=True))
+
+
+def test_a_second_stage_keeps_the_rows_of_the_speakers_it_has_by_name(train, tmp_path):
+    """Large-margin fine-tuning without speeds: the other speeds' rows are left behind, new speakers begin anew."""
+    first = train(speeds=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
+    still = dict(learning_rate=0.0, final_learning_rate=0.0, weight_decay=0.0)
+    second = train(model=first / "last", model_options="{margin: 0.5}", dev_speakers=2, seed=1, **still)
+    before, after = rows_of(first / "last"), rows_of(second / "last")
+    assert len(before) == 6 and len(after) == 4
+    shared = before.keys() & after.keys()
+    assert shared and all(torch.equal(before[name], after[name]) for name in shared)
+    assert not any("speed" in name for name in after)
+    assert AutoModelForAudioXVector.from_pretrained(second / "last").config.margin == 0.5
+
+
+def test_all_rows_sampled_is_the_whole_classifier(train, tmp_path):
+    whole = train(steps=3).rename(tmp_path / "whole")
+    sampled = train(steps=3, classifier_sample=4)
+    before, after = (load_file(run / "last/model.safetensors") for run in (whole, sampled))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_a_teacher_changes_what_is_learnt(train, tmp_path):
+    alone = train().rename(tmp_path / "alone")
+    taught = train(teacher=alone / "best")
+    before, after = (load_file(run / "last/model.safetensors") for run in (alone, taught))
+    assert not torch.equal(before["classifier.weight"], after["classifier.weight"]) or not torch.equal(
+        before["redimnet.trunk.stem.conv.weight"], after["redimnet.trunk.stem.conv.weight"]
+    )
+
+
+@pytest.mark.parametrize("settings", [dict(optimizer="sgd", schedule="exponential"), dict(sampler="utterance")])
+def test_the_other_ways_to_train_run_through(train, settings):
+    rates = [line["learning_rate"] for line in Record(train(steps=4, **settings)).lines("train")]
+    assert len(rates) == 4 and rates[1:] == sorted(rates[1:], reverse=True)
+
+
+@pytest.mark.parametrize("loss", ["{loss: sphereface2}", "{sub_centers: 2, hard_negatives: 1}"])
+def test_every_loss_is_trained(train, loss):
+    output = train(model_options=TINY[:-1] + ", " + loss[1:], steps=3)
+    assert all(math.isfinite(line["loss"]) for line in Record(output).lines("train"))
+
+
+def test_epochs_are_counted_in_utterances(train):
+    output = train(epochs=1.5)  # of 16 utterances, four a step
+    assert results_of(output)["recipe"]["steps"] == 6
+
+
+# ---------------------------------------------------------------- parquet
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus) -> Path:
+    arguments = [str(corpus / "train"), str(corpus.parent / "prepared"), "--shard-mb", "0.05"]
+    assert cli_main(["prepare", *arguments]) == 0
+    return corpus.parent / "prepared"
+
+
+def test_parquet_is_trained_on_like_the_folder_it_was_made_of(train, prepared, tmp_path):
+    folder = train(sampler="utterance").rename(tmp_path / "folder")
+    parquet = train(sampler="utterance", train=prepared)
+    speakers = [SpeakerTable.load(run / "speakers.json").names for run in (folder, parquet)]
+    assert speakers[0] == speakers[1]
+    assert results_of(parquet)["results"].keys() == results_of(folder)["results"].keys()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_was_stopped_goes_on_where_it_was(train, corpus, prepared, tmp_path, monkeypatch, workers):
+    tests = {"dev_trials": corpus / "test/trials.txt", "dev_folder": corpus / "test/wav", "workers": workers}
+    settings = dict(train=prepared, streaming=True, sampler="utterance", steps=4, checkpoint_every=1, **tests)
+    whole = train(**settings).rename(tmp_path / "whole")
+    save = train_hf.save_checkpoint
+
+    def save_and_stop(accelerator, folder, progress, recipe):
+        save(accelerator, folder, progress, recipe)
+        if progress.step == 3:
+            raise Stop
+
+    monkeypatch.setattr(train_hf, "save_checkpoint", save_and_stop)
+    with pytest.raises(Stop):
+        train(**settings)
+    monkeypatch.setattr(train_hf, "save_checkpoint", save)
+    resumed = train("--resume", **settings)
+    one, other = (load_file(run / "last/model.safetensors") for run in (whole, resumed))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# ---------------------------------------------------------------- runs that stop by themselves
+
+
+def notes_of(stopped: pytest.ExceptionInfo) -> str:
+    return "".join(getattr(stopped.value, "__notes__", []))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(train):
+    with pytest.raises(FloatingPointError, match="loss is no number") as stopped:
+        train(steps=30, checkpoint_every=1, learning_rate=1e20, final_learning_rate=1e20, max_gradient_norm=1e30)
+    assert "Its last good checkpoint is" in notes_of(stopped) and "--resume goes on from there" in notes_of(stopped)
+
+
+def test_speech_that_vanishes_stops_the_run(train, corpus, tmp_path, monkeypatch):
+    speech = shutil.copytree(corpus / "train", tmp_path / "speech")
+    describe = train_hf.describe
+
+    def describe_and_lose(run):
+        describe(run)
+        shutil.rmtree(speech)
+
+    monkeypatch.setattr(train_hf, "describe", describe_and_lose)
+    with pytest.raises(AudioError, match="No example of a whole batch of 4 could be read") as stopped:
+        train(train=speech)
+    assert "had not come to its first checkpoint" in notes_of(stopped)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(train, tmp_path, monkeypatch):
+    """A limit on the size of files, as of now smaller than a checkpoint's: writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    evaluate = train_hf.evaluate_and_keep_best
+
+    def evaluate_then_fill_up(run, progress, history):
+        evaluate(run, progress, history)
+        if progress.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+
+    monkeypatch.setattr(train_hf, "evaluate_and_keep_best", evaluate_then_fill_up)
+    try:
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as stopped:
+            train(steps=3, checkpoint_every=1, evaluate_every=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step-00000001: once the cause is removed" in notes_of(stopped)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+
+
+def test_a_dead_worker_stops_the_run(corpus):
+    output = corpus.parent / "dead"
+    process = start(corpus, command_line(corpus, output, steps=100_000, workers=1, checkpoint_every=2))
+    while trained_steps(output) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    (worker,) = (
+        child for child in psutil.Process(process.pid).children() if "resource_tracker" not in str(child.cmdline())
+    )
+    worker.kill()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode and "worker" in printed and "Its last good checkpoint is" in printed
+
+
+def test_a_run_without_a_better_model_ends(train, capsys):
+    settings = dict(steps=40, evaluate_every=1, checkpoint_every=40, patience=2, learning_rate=0.05)
+    output = train(**settings)
+    ended = trained_steps(output)
+    assert ended < 40 and f"ending at step {ended}" in capsys.readouterr().out
+    train("--resume", **settings)
+    assert trained_steps(output) == ended
 
 
 def test_without_a_test_the_development_trials_are_reported(train):
-    assert list(results_of(train(tests="{}"))["results"]) == ["development"]
+    assert list(results_of(train(tests="{}"))["results"]) == ["development", "training speakers"]
 
 
 def test_too_many_development_speakers_are_refused(train):

@@ -2,21 +2,27 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import tiny_config, waves
+from conftest import tiny_config, tiny_model, waves
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.recipe import Recipe
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
+from mrl_redimnet.recipe import PARTS, Recipe
 from mrl_redimnet.training import (
     ChanceGuard,
     Progress,
+    augmentation_strength,
     build_optimizer,
     chance_loss,
     check_optimizer,
@@ -25,17 +31,26 @@ from mrl_redimnet.training import (
     load_checkpoint,
     margin_at,
     newest_step,
+    part_of,
+    prefix_weights_at,
+    rise,
     save_checkpoint,
 )
+
+SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 # ---------------------------------------------------------------- schedules
 
 SHAPES = [(1000, 0.1), (400, 0.05), (10, 0.05), (7, 0.5), (3, 0.0), (1, 0.05), (2, 0.0)]
 
 
+SCHEDULES = pytest.mark.parametrize("schedule", ["cosine", "exponential"])
+
+
+@SCHEDULES
 @pytest.mark.parametrize(("steps", "warmup"), SHAPES)
-def test_learning_rate_rises_then_falls(steps, warmup):
-    recipe = Recipe(steps=steps, warmup=warmup, learning_rate=1.0, final_learning_rate=0.01)
+def test_learning_rate_rises_then_falls(steps, warmup, schedule):
+    recipe = Recipe(steps=steps, warmup=warmup, learning_rate=1.0, final_learning_rate=0.01, schedule=schedule)
     rates = [learning_rate_at(step, recipe) for step in range(steps)]
     top = rates.index(max(rates))
     assert top <= math.ceil(warmup * steps)
@@ -43,9 +58,10 @@ def test_learning_rate_rises_then_falls(steps, warmup):
     assert all(0 < rate <= 1 for rate in rates)
 
 
+@SCHEDULES
 @pytest.mark.parametrize(("steps", "warmup"), [(1000, 0.1), (400, 0.05), (3, 0.0)])
-def test_learning_rate_endpoints(steps, warmup):
-    recipe = Recipe(steps=steps, warmup=warmup, learning_rate=1.0, final_learning_rate=0.01)
+def test_learning_rate_endpoints(steps, warmup, schedule):
+    recipe = Recipe(steps=steps, warmup=warmup, learning_rate=1.0, final_learning_rate=0.01, schedule=schedule)
     start = int(warmup * steps)
     assert learning_rate_at(0, recipe) == pytest.approx(1 / (start + 1))
     assert learning_rate_at(start, recipe) == pytest.approx(1.0)
@@ -65,9 +81,116 @@ def test_margin_rises_between_its_shares():
     assert margins == sorted(margins)
 
 
-def test_margin_may_be_full_from_the_second_step():
+def test_an_exponential_falls_by_the_same_factor_every_step():
+    recipe = Recipe(steps=101, warmup=0.0, learning_rate=1.0, final_learning_rate=1e-4, schedule="exponential")
+    rates = np.array([learning_rate_at(step, recipe) for step in range(101)])
+    assert rates[1:] / rates[:-1] == pytest.approx(np.full(100, 1e-4**0.01))
+    assert rates[50] == pytest.approx(1e-2)
+
+
+def test_margin_may_be_full_from_the_first_step():
     recipe = Recipe(steps=10, margin_rise=[0.0, 0.0])
-    assert [margin_at(step, recipe, 0.2) for step in range(3)] == [0.0, 0.2, 0.2]
+    assert [margin_at(step, recipe, 0.2) for step in range(3)] == [0.2, 0.2, 0.2]
+
+
+SHARES = st.floats(0, 1)
+
+
+@SETTINGS
+@given(SHARES, SHARES, st.lists(SHARES, min_size=2, max_size=6))
+def test_what_rises_is_0_before_1_after_and_never_falls(start, end, shares):
+    between = sorted((start, end))
+    values = [rise(share, between) for share in sorted(shares)]
+    assert values == sorted(values) and all(0 <= value <= 1 for value in values)
+    for share, value in zip(sorted(shares), values, strict=True):
+        assert value == 1.0 if share >= between[1] else value == 0.0 if share <= between[0] else True
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 1.0])
+def test_a_margin_may_come_all_at_once(at):
+    recipe = Recipe(steps=10, margin_rise=[at, at])
+    assert [margin_at(step, recipe, 0.2) for step in range(10)] == [
+        0.2 if step / 10 >= at else 0.0 for step in range(10)
+    ]
+
+
+def test_augmentation_rises_with_the_steps_whatever_their_crops():
+    for crops in (4, 48, 1000):
+        recipe = Recipe(steps=50, augmentation_rise=[0.2, 0.6])
+        strengths = [augmentation_strength(step * crops, crops, recipe) for step in range(51)]
+        assert strengths[:11] == [0.0] * 11 and strengths[30:] == [1.0] * 21
+        assert strengths[20] == pytest.approx(0.5) and strengths == sorted(strengths)
+    assert augmentation_strength(0, 4, Recipe()) == augmentation_strength(2**40, 4, Recipe()) == 1.0
+
+
+# ---------------------------------------------------------------- prefixes
+
+PREFIXES = tiny_config(embedding_size=64, matryoshka_dims=[4, 8, 16, 32, 64])
+
+
+def test_all_prefixes_are_trained_with_the_configured_weights_unless_told():
+    assert prefix_weights_at(3, Recipe(), PREFIXES) is None
+
+
+@st.composite
+def prefix_recipes(draw) -> Recipe:
+    shares = [*draw(st.lists(SHARES, min_size=4, max_size=4)), 0.0] if draw(st.booleans()) else []
+    per_step = draw(st.integers(0 if shares else 1, 7))
+    return Recipe(steps=20, prefixes_from=shares, prefixes_per_step=per_step, seed=draw(st.integers(0, 99)))
+
+
+@SETTINGS
+@given(prefix_recipes(), st.integers(0, 19), st.none() | st.lists(st.floats(0.1, 3), min_size=5, max_size=5))
+def test_prefixes_of_a_step(recipe, step, weights):
+    """The longest always; of those that have joined as many as are asked for; each with its own weight; by the step."""
+    config = tiny_config(embedding_size=64, matryoshka_dims=[4, 8, 16, 32, 64], prefix_weights=weights)
+    drawn = prefix_weights_at(step, recipe, config)
+    full = weights or [1.0] * 5
+    joined = [k for k, share in enumerate(recipe.prefixes_from or [0.0] * 5) if step >= share * 20]
+    used = [k for k, weight in enumerate(drawn) if weight > 0]
+    assert 4 in used and set(used) <= set(joined)
+    assert all(drawn[k] == full[k] for k in used)
+    assert len(used) == min(recipe.prefixes_per_step or 5, len(joined))
+    assert prefix_weights_at(step, recipe, config) == drawn
+
+
+def test_a_prefix_joins_at_its_share_of_the_steps():
+    recipe = Recipe(steps=20, prefixes_from=[0.8, 0.5, 0.5, 0.1, 0.0])
+    joined = [prefix_weights_at(step, recipe, PREFIXES) for step in range(20)]
+    first = [min(step for step in range(20) if joined[step][k]) for k in range(5)]
+    assert first == [16, 10, 10, 2, 0]
+    assert all(weights[k] == (step >= first[k]) for step, weights in enumerate(joined) for k in range(5))
+
+
+def test_every_prefix_is_drawn_as_often_as_every_other():
+    recipe = Recipe(steps=600, prefixes_per_step=3)
+    drawn = np.array([prefix_weights_at(step, recipe, PREFIXES) for step in range(600)])
+    assert drawn.mean(0) == pytest.approx([0.5] * 4 + [1.0], abs=0.07)
+    assert len({tuple(weights) for weights in drawn}) == 6  # all pairs of four
+
+
+def test_drawn_prefixes_are_set_by_the_seed():
+    drawn = [
+        [prefix_weights_at(step, Recipe(prefixes_per_step=2, seed=seed), PREFIXES) for step in range(20)]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_longest_prefix_without_weight_leaves_others_to_be_trained():
+    """Weights of 0 may be configured; a step's loss must have some part left."""
+    config = tiny_config(prefix_weights=[1.0, 1.0, 0.0])
+    for step in range(20):
+        assert sum(prefix_weights_at(step, Recipe(prefixes_per_step=2), config)) > 0
+        assert sum(prefix_weights_at(step, Recipe(prefixes_per_step=1), config)) > 0
+
+
+def test_the_model_takes_a_steps_prefixes():
+    torch.manual_seed(0)
+    model = MRLReDimNetForXVector(tiny_config()).train()
+    weights = prefix_weights_at(4, Recipe(prefixes_per_step=2), model.config)
+    answer = model(torch.stack(waves(6000, 6000)), labels=torch.tensor([0, 1]), prefix_weights=weights)
+    assert torch.isfinite(answer.prefix_losses).tolist() == [weight > 0 for weight in weights]
 
 
 # ---------------------------------------------------------------- optimiser
@@ -170,26 +293,118 @@ def test_frozen_parts_keep_their_tensors_and_statistics_in_training(trains):
     }
 
 
-def test_the_trunk_has_its_own_learning_rate_in_groups_of_its_own():
-    model = MRLReDimNetForXVector(tiny_config("norm_batch"))
-    recipe = Recipe(learning_rate=1e-3, trunk_learning_rate=1e-4, weight_decay=0.1)
-    group_of = {id(p): group for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
-    assert len(group_of) == len(list(model.parameters()))
+# ---------------------------------------------------------------- rates and decays by part
+
+
+@pytest.fixture(scope="module")
+def learner() -> MRLReDimNetForXVector:
+    """With a front end that has something to train, and a loss that has a bias."""
+    return MRLReDimNetForXVector(tiny_config("norm_batch", loss="sphereface2")).train()
+
+
+def expected_part(name: str) -> str:
+    if name.startswith("classifier."):
+        return "classifier"
+    return "trunk" if name.startswith(("redimnet.trunk.", "redimnet.front_end.")) else "head"
+
+
+BY_PART = st.dictionaries(st.sampled_from(PARTS), st.sampled_from([1e-5, 1e-3, 0.1]))
+
+
+@SETTINGS
+@given(
+    optimizer=st.sampled_from(["adamw", "sgd"]),
+    trains=st.sampled_from(["all", "head", "projection"]),
+    rates=BY_PART,
+    decays=BY_PART | st.dictionaries(st.sampled_from(PARTS), st.just(0.0)),
+    batch=st.sampled_from([None, 16, 256]),
+    processes=st.integers(1, 3),
+)
+def test_every_tensor_is_in_one_group_with_its_parts_rate_and_decay(
+    learner, optimizer, trains, rates, decays, batch, processes
+):
+    recipe = Recipe(
+        optimizer=optimizer,
+        trains=trains,
+        learning_rate=1e-2,
+        weight_decay=0.05,
+        learning_rates=rates,
+        weight_decays=decays,
+        learning_rate_batch=batch,
+        batch_size=32,
+        accumulation=2,
+    )
+    freeze(learner, recipe, 0)
+    groups = build_optimizer(learner, recipe, processes).param_groups
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in groups) == len(trained) == len(group_of)
+    growth = 1.0 if batch is None else 32 * 2 * processes / batch
+    for name, parameter in trained.items():
+        group, part = group_of[id(parameter)], expected_part(name)
+        assert group["lr_scale"] * 1e-2 == pytest.approx(growth * rates.get(part, 1e-2)), name
+        decaying = parameter.dim() > 1 and not name.endswith("mix.logits")
+        assert group["weight_decay"] == (decays.get(part, 0.05) if decaying else 0.0), name
+
+
+def test_parts_are_those_of_the_model(learner):
+    found = {name: part_of(name) for name, _ in learner.named_parameters()}
+    assert found == {name: expected_part(name) for name in found}
+    assert set(found.values()) == set(PARTS)
+    assert found["classifier.bias"] == "classifier" and found["redimnet.front_end.norm.weight"] == "trunk"
+
+
+@pytest.mark.parametrize("kind", [MRLReDimNetForXVector, MRLReDimNetForSequenceClassification])
+def test_an_adapters_tensors_belong_to_the_layers_that_it_adapts(kind):
+    """Rates of parts are theirs, too; a head that travels with the adapter is a classifier."""
+    model = tiny_model(kind=kind)
+    with_head = kind is MRLReDimNetForSequenceClassification
+    host, task = (model, "SEQ_CLS") if with_head else (model.redimnet, "FEATURE_EXTRACTION")
+    Vanilla(host, AdapterPlan(steps=5, rank=2, placement="all", task_type=task), Probe(list, lambda batch: None))
+    recipe = Recipe(trains="adapter", learning_rate=1e-3, learning_rates={"trunk": 1e-4, "classifier": 1e-2})
+    scale_of = {id(p): g["lr_scale"] for g in build_optimizer(model, recipe).param_groups for p in g["params"]}
+    seen = set()
     for name, parameter in model.named_parameters():
-        of_trunk = name.startswith(("redimnet.trunk.", "redimnet.front_end."))
-        decays = parameter.dim() > 1 and not name.endswith("mix.logits")
-        assert group_of[id(parameter)]["lr_scale"] == pytest.approx(0.1 if of_trunk else 1.0), name
-        assert group_of[id(parameter)]["weight_decay"] == (0.1 if decays else 0.0), name
+        if not parameter.requires_grad:
+            continue
+        layer = next((part for part in ("classifier", "trunk", "projection", "pooling") if f"{part}." in name), None)
+        scale = {"classifier": 10.0, "trunk": 0.1}.get(layer, 1.0)
+        assert layer is not None and scale_of[id(parameter)] == pytest.approx(scale), name
+        seen.add(layer)
+    assert seen == {"trunk", "projection", "pooling", *(["classifier"] if with_head else [])}
 
 
-def test_without_one_all_learn_alike(model):
-    assert {group["lr_scale"] for group in build_optimizer(model, Recipe()).param_groups} == {1.0}
+def test_without_rates_of_their_own_all_learn_alike(model):
+    assert {group["lr_scale"] for group in build_optimizer(model, Recipe(), processes=8).param_groups} == {1.0}
 
 
-def test_a_trunk_that_is_not_trained_whole_has_no_learning_rate_of_its_own(model):
-    """Adapters in the trunk learn at the run's rate."""
-    recipe = Recipe(trains="adapter", learning_rate=1e-3, trunk_learning_rate=1e-4)
-    assert {group["lr_scale"] for group in build_optimizer(model, recipe).param_groups} == {1.0}
+def test_rates_grow_with_the_crops_of_a_step(model):
+    recipe = Recipe(batch_size=64, accumulation=2, learning_rate=0.1, learning_rate_batch=64)
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe, processes=4).param_groups} == {8.0}
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe).param_groups} == {2.0}
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
+def test_sgd_is_nesterovs(model, momentum, nesterov):
+    optimizer = build_optimizer(model, Recipe(optimizer="sgd", momentum=momentum))
+    assert type(optimizer) is torch.optim.SGD
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(momentum, nesterov)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_moves_each_part_at_its_rate(optimizer):
+    """As `train_hf.py` sets it: the schedule's rate times each group's scale. At a rate of 0 nothing moves."""
+    torch.manual_seed(0)
+    model = MRLReDimNetForXVector(tiny_config()).train()
+    recipe = Recipe(optimizer=optimizer, learning_rate=1e-2, learning_rates={"trunk": 0.0, "classifier": 1e-3})
+    steps = build_optimizer(model, recipe)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for group in steps.param_groups:
+        group["lr"] = group["lr_scale"] * 1e-2
+    model(torch.stack(waves(6000, 6000)), labels=torch.tensor([0, 1])).loss.backward()
+    steps.step()
+    moved = {part_of(name) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"head", "classifier"}
 
 
 # ---------------------------------------------------------------- chance level
@@ -203,6 +418,19 @@ def classifier(speakers: int, dims: list[int], seed: int = 0):
 
 def chance_formula(speakers: int, dim: int, scale: float, margin: float) -> float:
     return math.log(speakers) + scale**2 / (2 * dim) + scale * math.sin(margin)
+
+
+@pytest.mark.parametrize("options", [dict(sub_centers=3), dict(loss="sphereface2")])
+def test_chance_is_that_of_speakers_not_of_rows(options):
+    """Labels are drawn among the speakers, and the loss is what a fresh classifier of that kind has."""
+    config = tiny_config(num_speakers=40, **options)
+    torch.manual_seed(0)
+    rows = MRLReDimNetForXVector(config).classifier
+    mean, deviation = chance_loss(rows, 0.0)
+    embeddings = torch.randn(1, 32, generator=torch.Generator().manual_seed(9)).expand(40, 32)
+    with torch.no_grad():
+        loss = rows(embeddings, torch.arange(40), 0.0)[0].item()
+    assert math.isfinite(mean) and abs(loss - mean) <= max(0.05 * mean, 4 * deviation)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
@@ -277,6 +505,9 @@ CONFIGS = {
     "tiny": lambda speakers: tiny_config(num_speakers=speakers),
     "embedding_norm": lambda speakers: tiny_config(num_speakers=speakers, embedding_norm=True),
     "smoothed": lambda speakers: tiny_config(num_speakers=speakers, label_smoothing=0.1, prefix_weights=[1, 0, 3]),
+    "sub-centers": lambda speakers: tiny_config(num_speakers=speakers, sub_centers=3),
+    "hard negatives": lambda speakers: tiny_config(num_speakers=speakers, hard_negatives=5, hard_negative_margin=0.1),
+    "sphereface2": lambda speakers: tiny_config(num_speakers=speakers, loss="sphereface2"),
     "nano": lambda speakers: MRLReDimNetConfig.from_size("nano", num_speakers=speakers),
 }
 
@@ -297,11 +528,11 @@ def test_a_mistaken_loss_does_not(mistake):
     model = MRLReDimNetForXVector(MRLReDimNetConfig.from_size("nano", num_speakers=1000)).train()
     guard = ChanceGuard(*chance_loss(model.classifier, 0.0, 32), deadline=0)
     margin = 0.3 if mistake == "margin" else 0.0
+    guard.check_start(first_loss(model, 32, 0.0, 0))  # without the mistake it passes
     if mistake == "scale":
-        model.classifier.scale = 64.0
-    if mistake == "normalisation":
-        model.classifier.cosines = lambda e: iter([e @ model.classifier.weight.T])
-        model.classifier.prefix_weights = [1.0]
+        model.classifier.config.scale = 64.0
+    if mistake == "normalisation":  # of the rows alone
+        model.classifier._prefix_cosine = lambda dots, e_squares, w_squares: dots * (w_squares + 1e-12).rsqrt()
     with pytest.raises(RuntimeError, match="labels, scale or normalisation"):
         guard.check_start(first_loss(model, 32, margin, 0))
 
@@ -344,12 +575,11 @@ def run(tmp_path):
 
 def test_a_checkpoint_restores_weights_optimizer_and_progress(run):
     run.train()
-    progress = Progress(step=7, best_score=0.25, best_step=5, problems=[("a.wav", "empty")])
+    place = {"settings": {"seed": 0}, "places": [[0, 1, 2, 3, 4, 5]], "last": None}
+    progress = Progress(7, 0.25, 5, without_better=2, ended=True, problems=[["a.wav", "empty"]], crops=place)
     save_checkpoint(run.accelerator, run.folder, progress, Recipe())
     other = Run(run.folder, seed=1)
-    restored = other.load()
-    assert (restored.step, restored.best_score, restored.best_step) == (7, 0.25, 5)
-    assert [tuple(problem) for problem in restored.problems] == progress.problems
+    assert other.load() == progress
     for each in (run, other):
         torch.manual_seed(5)
         each.train()  # the moments count, too
@@ -358,7 +588,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_progress(run):
 
 def test_progress_before_the_first_evaluation_is_restored(run):
     run.save(3)
-    assert run.load() == Progress(step=3, best_score=math.inf, best_step=-1)
+    assert run.load() == Progress(step=3, best_score=math.inf, best_step=-1, without_better=0, ended=False, crops=None)
 
 
 def test_no_checkpoint_is_no_error(run):
@@ -397,9 +627,44 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint(run, monkeypatch):
         patch.setattr(run.accelerator, "save_state", full_disk)
         with pytest.raises(OSError, match="No space"):
             run.save(6)
-    assert run.load().step == 3
-    run.save(6)  # over what the first attempt left
+    assert run.load().step == 3 and run.names() == ["step-00000003"]
+    run.save(6)
     assert run.load().step == 6 and run.names() == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize(("room", "settings"), [(0, 0), (600, 0), (3000, 0), (60_000, 100_000)])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_in_the_way(run, room, settings):
+    """Whichever file it is that has no room: weights, moments, generators, settings."""
+    run.train()
+    run.save(3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # writing more bytes into a file is an error
+    try:
+        with pytest.raises(Exception, match="(?i)file too large|os error 27|fail"):
+            run.save(6, Recipe(columns={"audio": "x" * settings}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.load().step == 3 and run.names() == ["step-00000003"]
+    run.save(6)
+    assert run.load().step == 6
+
+
+def test_leftovers_of_a_killed_run_are_written_over(run):
+    half = run.folder / "writing-00000006"
+    half.mkdir(parents=True)
+    (half / "stale.bin").write_bytes(b"half")
+    run.save(6)
+    assert run.names() == ["step-00000006"] and not (run.folder / "step-00000006" / "stale.bin").exists()
+    assert run.load().step == 6
+
+
+def test_another_number_of_processes_is_refused(run):
+    """Their batches would be others."""
+    run.save(3)
+    settings = run.folder / "step-00000003" / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "processes": 4}))
+    with pytest.raises(ValueError, match="step-00000003 was written by 4 processes, now there are 1"):
+        run.load()
 
 
 def test_writing_one_again_replaces_it(run):
@@ -431,7 +696,19 @@ def test_settings_that_change_no_weight_may_change(run):
     assert run.load(Recipe(**free)).step == 3
 
 
-@pytest.mark.parametrize("change", [dict(trains="head"), dict(domain="telephony"), dict(rank=4), dict(base_share=0.2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(trains="head"),
+        dict(domain="telephony"),
+        dict(rank=4),
+        dict(base_share=0.2),
+        dict(augmentations=[{"kind": "gain"}]),
+        dict(crop_seconds=[2.0, 3.0]),
+        dict(learning_rates={"trunk": 1e-4}),
+        dict(utterances_per_speaker=2),
+    ],
+)
 def test_settings_of_what_is_trained_may_not(run, change):
     run.save(3)
     with pytest.raises(ValueError, match=f"other settings: {next(iter(change))} "):
@@ -449,5 +726,7 @@ def test_the_newest_step_is_that_of_the_newest_whole_checkpoint(run):
 
 def test_a_checkpoint_says_what_it_belongs_to(run):
     run.save(3, Recipe(seed=4))
-    stored = json.loads((run.folder / "step-00000003" / "progress.json").read_text())
-    assert stored["recipe"]["seed"] == 4 and stored["progress"]["step"] == 3
+    settings, progress = (
+        json.loads((run.folder / "step-00000003" / name).read_text()) for name in ("settings.json", "progress-0.json")
+    )
+    assert settings["recipe"]["seed"] == 4 and settings["processes"] == 1 and progress["step"] == 3

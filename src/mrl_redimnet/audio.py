@@ -1,8 +1,12 @@
-"""Reading speech from disk: one waveform convention (float32, mono, 16 kHz unless told otherwise) for every format."""
+"""Reading speech: one waveform convention (float32, mono, 16 kHz unless told otherwise) for every format.
 
+A source of audio is the path of a file, or `Encoded`: the bytes of one, as data sets hold them.
+"""
+
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, gcd
 from os import PathLike
 from pathlib import Path
@@ -17,6 +21,8 @@ SAMPLING_RATE = 16_000
 
 # libsndfile reads these; everything else (m4a/AAC above all) goes to PyAV, which brings its own FFmpeg libraries.
 _SOUNDFILE_SUFFIXES = frozenset({".aif", ".aiff", ".au", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".w64", ".wav"})
+# First bytes of formats that libsndfile reads, for bytes whose name has no suffix.
+_SOUNDFILE_MAGIC = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 # libsndfile reports this many frames or more when a stream's header does not say how long it is.
 _UNKNOWN_FRAMES = 2**62
 # Decoded before a seek target and thrown away: AAC overlaps its frames, so the first one after a seek is wrong.
@@ -38,25 +44,37 @@ class AudioInfo:
     channels: int
 
 
-def audio_info(path: str | PathLike) -> AudioInfo:
-    """Length, sampling rate and channels of the audio file at `path`, without decoding it.
+@dataclass(frozen=True)
+class Encoded:
+    """The whole content of an audio file. Its name says what format it is (by its suffix), and is told in errors."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+Source = str | PathLike | Encoded
+
+
+def audio_info(source: Source) -> AudioInfo:
+    """Length, sampling rate and channels of an audio file (its path, or `Encoded`), without decoding it.
 
     Raises AudioError for a file that is missing, empty (no bytes or no samples), or not readable as audio. Damage
     behind an intact header shows only in `read_audio`.
     """
-    with _opened(Path(path)) as reader:
+    with _opened(source) as reader:
         return AudioInfo(reader.frames / reader.sampling_rate, reader.sampling_rate, reader.channels)
 
 
 def read_audio(
-    path: str | PathLike, start: float = 0.0, seconds: float | None = None, sampling_rate: int = SAMPLING_RATE
+    source: Source, start: float = 0.0, seconds: float | None = None, sampling_rate: int = SAMPLING_RATE
 ) -> np.ndarray:
     """The stretch of `seconds` (None: to the end) from `start` seconds on, as float32 mono [samples].
 
-    Only that stretch is decoded. Several channels are averaged to mono; a file at another rate is resampled to
-    `sampling_rate` Hz (torchaudio's windowed sinc). Either way the result equals the same slice of the whole file, to
-    within rounding (Opus and AAC's noise substitution: to within the codec's own noise). It holds
-    round(seconds * sampling_rate) samples, fewer when the file ends before.
+    `source` is a file's path, or `Encoded`: the same bytes give the same samples either way. Only that
+    stretch is decoded. Several channels are averaged to mono; a file at another rate is resampled to `sampling_rate`
+    Hz (torchaudio's windowed sinc). Either way the result equals the same slice of the whole file, to within rounding
+    (Opus and AAC's noise substitution: to within the codec's own noise). It holds round(seconds * sampling_rate)
+    samples, fewer when the file ends before.
 
     Raises AudioError for a file that is missing, empty, corrupt, holds NaN or infinite samples, or ends before
     `start`; ValueError for a negative `start` or a `seconds` that is less than one sample.
@@ -65,16 +83,15 @@ def read_audio(
     length = None if seconds is None else round(seconds * sampling_rate)
     if start < 0 or (length is not None and length < 1):
         raise ValueError(f"start={start} must be at least 0 and seconds={seconds} at least one sample")
-    path = Path(path)
-    with _opened(path) as reader:
+    with _opened(source) as reader:
         common = gcd(reader.sampling_rate, sampling_rate)
         step_in, step_out = reader.sampling_rate // common, sampling_rate // common
         total = ceil(reader.frames * step_out / step_in)
         last = total if length is None else min(first + length, total)
         if first >= total:
             raise AudioError(
-                f"{path} is {reader.frames / reader.sampling_rate:.3f} s long, nothing is left from {start:.3f} s on: "
-                "choose an earlier start, or scan the folder again if the file has changed"
+                f"{name_of(source)} is {reader.frames / reader.sampling_rate:.3f} s long, nothing is left from "
+                f"{start:.3f} s on: choose an earlier start, or scan the folder again if the file has changed"
             )
         # Blocks of step_in samples of the file become blocks of step_out samples of the result.
         margin = 0 if step_in == step_out else ceil(_RESAMPLING_MARGIN_SECONDS * reader.sampling_rate / step_in)
@@ -85,9 +102,11 @@ def read_audio(
         wave = resample(torch.from_numpy(wave), step_in, step_out).numpy()
     wave = np.ascontiguousarray(wave[first - block * step_out : last - block * step_out])
     if wave.size == 0:
-        raise AudioError(f"{path} ends before {start:.3f} s although its header claims more: copy or encode it again")
+        raise AudioError(
+            f"{name_of(source)} ends before {start:.3f} s although its header claims more: copy or encode it again"
+        )
     if not np.isfinite(wave).all():
-        raise AudioError(f"{path} holds NaN or infinite samples: encode it again or remove it")
+        raise AudioError(f"{name_of(source)} holds NaN or infinite samples: encode it again or remove it")
     return wave
 
 
@@ -101,31 +120,45 @@ class _Reader:
     read: Callable[[int, int], np.ndarray]
 
 
+def name_of(source: Source) -> str:
+    """What a source is called in messages: its path, or the name of its bytes."""
+    return source.name if isinstance(source, Encoded) else str(source)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[_Reader]:
-    """The file opened by the library for its suffix; that library's errors, here or in the body, as AudioError."""
-    if not path.is_file():
+def _opened(source: Source) -> Iterator[_Reader]:
+    """The source opened by the library for its suffix; that library's errors, here or in the body, as AudioError."""
+    name = name_of(source)
+    path = Path(name)
+    if isinstance(source, Encoded):
+        size = len(source.data)
+    elif not path.is_file():
         raise AudioError(f"{path} is not there or not a file: check the path and that the disk is mounted")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path} is empty (0 bytes): copy or download it again, or remove it")
-    backend = _soundfile_reader if path.suffix.lower() in _SOUNDFILE_SUFFIXES else _av_reader
+    else:
+        size = path.stat().st_size
+    if size == 0:
+        raise AudioError(f"{name} is empty (0 bytes): copy or download it again, or remove it")
+    by_soundfile = path.suffix.lower() in _SOUNDFILE_SUFFIXES
+    if isinstance(source, Encoded) and not path.suffix:
+        by_soundfile = source.data.startswith(_SOUNDFILE_MAGIC)
+    backend = _soundfile_reader if by_soundfile else _av_reader
     try:
-        with backend(path) as reader:
+        with backend(io.BytesIO(source.data) if isinstance(source, Encoded) else path, name) as reader:
             if reader.frames == 0:
-                raise AudioError(f"{path} is empty (0 samples): encode it again or remove it")
+                raise AudioError(f"{name} is empty (0 samples): encode it again or remove it")
             yield reader
     except (sf.SoundFileError, av.FFmpegError) as error:
         raise AudioError(
-            f"{path} cannot be read as audio, it is damaged or of another format than its name says ({error}): "
+            f"{name} cannot be read as audio, it is damaged or of another format than its name says ({error}): "
             "copy, download or encode it again, or remove it"
         ) from error
 
 
 @contextmanager
-def _soundfile_reader(path: Path) -> Iterator[_Reader]:
-    with sf.SoundFile(path) as file:
+def _soundfile_reader(file: Path | io.BytesIO, name: str) -> Iterator[_Reader]:
+    with sf.SoundFile(file) as file:
         if file.frames >= _UNKNOWN_FRAMES:
-            raise AudioError(f"{path} does not say how long it is (it was written to a pipe): encode it again")
+            raise AudioError(f"{name} does not say how long it is (it was written to a pipe): encode it again")
 
         def read(first: int, last: int) -> np.ndarray:
             file.seek(first)
@@ -135,10 +168,10 @@ def _soundfile_reader(path: Path) -> Iterator[_Reader]:
 
 
 @contextmanager
-def _av_reader(path: Path) -> Iterator[_Reader]:
-    with av.open(path, metadata_errors="ignore") as container:
+def _av_reader(file: Path | io.BytesIO, name: str) -> Iterator[_Reader]:
+    with av.open(file, metadata_errors="ignore") as container:
         if not container.streams.audio:
-            raise AudioError(f"{path} holds no audio stream: extract its audio track or remove it")
+            raise AudioError(f"{name} holds no audio stream: extract its audio track or remove it")
         stream = container.streams.audio[0]
         rate = stream.codec_context.sample_rate
         # Only the MP4 family has exact times and seeking; a bare AAC stream is counted and decoded from its start.
@@ -163,7 +196,7 @@ def _av_reader(path: Path) -> Iterator[_Reader]:
                 if begin + count >= last:
                     break
             if begin > first:
-                raise AudioError(f"{path} has a broken index, seeking in it overshoots: encode it again or remove it")
+                raise AudioError(f"{name} has a broken index, seeking in it overshoots: encode it again or remove it")
             wave = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
             return wave[first - begin : last - begin]
 

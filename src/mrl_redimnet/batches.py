@@ -1,79 +1,25 @@
 """Training batches: which crop, from which utterance, with what done to it. All of it a function of (seed, draw).
 
 A draw is a number 0, 1, 2, ... that counts training examples over the whole run and all processes. Everything random
-about example n comes from generators seeded by (seed, n), so a run that is resumed, or has another number of workers,
-sees the same examples.
+about example n comes from generators seeded by (seed, n), so a run that is resumed, or has another number of workers
+or processes, sees the same examples.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
-import torchaudio
 from datasets import Dataset
+from torchaudio.transforms import Resample
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
-from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, read_audio
+from mrl_redimnet.augmentation import Chain, InDomain, fitted
+from mrl_redimnet.corpus import SpeakerTable, audio_source, labels_of, seconds_of
 
 SAMPLERS = ("speaker", "utterance")
-
-
-class InDomain:
-    """Brings crops into a domain (see `mrl_redimnet.domains`), except for a share that stays as it is."""
-
-    def __init__(self, domain, base_share: float = 0.1):
-        self.domain, self.base_share = domain, base_share
-
-    def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """crop [samples] float32 -> the same in the domain, by the generator's draws."""
-        return crop if rng.random() < self.base_share else self.domain(crop, rng)
-
-
-class AddNoise:
-    """Adds a stretch of a drawn noise file at a drawn signal-to-noise ratio, with some probability.
-
-    folder: noise files, at any depth. snr: [low, high] in dB, drawn uniformly; a ratio of powers over the crop.
-    """
-
-    def __init__(self, folder: str | Path, snr: tuple[float, float] = (0.0, 15.0), probability: float = 0.6):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"noise folder: {folder} is not a folder.")
-        self.files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        if not self.files:
-            raise FileNotFoundError(f"noise folder: no audio ({', '.join(AUDIO_SUFFIXES)}) below {folder}.")
-        self.snr, self.probability = snr, probability
-
-    def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """crop [samples] float32 -> the same with noise, by the generator's draws."""
-        if rng.random() >= self.probability:
-            return crop
-        noise = fitted(read_audio(self.files[rng.integers(len(self.files))]), len(crop), rng)
-        return mix_at_snr(crop, noise, rng.uniform(*self.snr))
-
-
-def mix_at_snr(signal: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """signal + noise, both [samples], the noise scaled so that 10 log10 (signal power / noise power) = snr dB.
-
-    A silent signal or noise stays as it is: there is no such ratio.
-    """
-    signal_power, noise_power = float(np.mean(signal**2)), float(np.mean(noise**2))
-    if signal_power == 0 or noise_power == 0:
-        return signal
-    gain = np.sqrt(signal_power / noise_power * 10 ** (-snr / 10))
-    return (signal + gain * noise).astype(np.float32)
-
-
-def fitted(audio: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Exactly `samples` of audio: a drawn stretch of a longer one, a shorter one repeated from a drawn start."""
-    if len(audio) > samples:
-        start = rng.integers(len(audio) - samples + 1)
-        return audio[start : start + samples]
-    if len(audio) == samples:
-        return audio
-    start = rng.integers(len(audio))
-    return np.resize(np.roll(audio, -start), samples)
 
 
 @dataclass
@@ -84,87 +30,170 @@ class Problem:
     reason: str
 
 
+@dataclass(frozen=True)
+class CropMaker:
+    """How a stretch of an utterance becomes a training example.
+
+    speakers: how many there are. speeds: playback speeds, one drawn per example. Each but the first is a set of
+    speakers of its own (speed moves pitch and formants): label = speaker + speakers * index of the speed.
+    augment: augment(crop, rng, strength) -> crop, see `mrl_redimnet.augmentation.Chain`; None: crops as they are.
+    """
+
+    speakers: int
+    speeds: tuple[float, ...] = (1.0,)
+    augment: Callable | None = None
+
+    def draw_speed(self, rng: np.random.Generator) -> int:
+        """The index of a drawn speed."""
+        return int(rng.integers(len(self.speeds)))
+
+    def make(
+        self,
+        source: str | Encoded,
+        utterance_seconds: float,
+        speaker: int,
+        rng: np.random.Generator,
+        seconds: float,
+        strength: float = 1.0,
+        speed: int | None = None,
+    ) -> dict | Problem:
+        """A crop of `seconds` -> {"input_values": [samples] float32, "label": int, "made_in": seconds of work}.
+
+        speed: an index into `speeds`; None draws one. A file that cannot be read gives a Problem.
+        """
+        began = time.perf_counter()
+        speed = self.draw_speed(rng) if speed is None else speed
+        try:
+            crop = self._crop(source, utterance_seconds, self.speeds[speed], rng, seconds)
+            if self.augment is not None:
+                crop = self.augment(crop, rng, strength)
+        except AudioError as error:
+            return Problem(getattr(source, "name", source), str(error))
+        label = speaker + speed * self.speakers
+        return {"input_values": crop, "label": label, "made_in": time.perf_counter() - began}
+
+    def _crop(
+        self, source: str | Encoded, available: float, speed: float, rng: np.random.Generator, seconds: float
+    ) -> np.ndarray:
+        """A drawn stretch of one utterance, played at `speed`, [crop samples] float32."""
+        samples, wanted = round(seconds * SAMPLING_RATE), seconds * speed
+        start = rng.uniform(0, max(0.0, available - wanted))
+        audio = read_audio(source, start=start, seconds=wanted)
+        if speed != 1.0:
+            audio = _player(speed)(torch.from_numpy(audio)).numpy()
+        if abs(len(audio) - samples) <= 2:  # rounding of the stretch, not a short utterance
+            return np.resize(audio, samples)
+        return fitted(audio, samples, rng)
+
+
+def augmented(
+    chain: Chain, domain: InDomain | None, crop: np.ndarray, rng: np.random.Generator, strength: float
+) -> np.ndarray:
+    """crop [samples] float32, augmented, then brought into a domain."""
+    crop = chain(crop, rng, strength)
+    return crop if domain is None else domain(crop, rng)
+
+
+@dataclass
+class CorpusTalkers:
+    """Talkers for babble: the training speech itself."""
+
+    corpus: Dataset
+
+    def __post_init__(self):
+        self._seconds = seconds_of(self.corpus).astype(np.float32)
+
+    def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
+        """`samples` of a drawn utterance, from a drawn place, float32; a shorter one is repeated."""
+        row, wanted = int(rng.integers(len(self.corpus))), samples / SAMPLING_RATE
+        start = rng.uniform(0, max(0.0, float(self._seconds[row]) - wanted))
+        return fitted(read_audio(audio_source(self.corpus, row), start=start, seconds=wanted), samples, rng)
+
+
+@lru_cache
+def _player(speed: float) -> Resample:
+    """Plays audio at `speed`; kept, because its filter takes longer to make than to use."""
+    return Resample(round(SAMPLING_RATE * speed), SAMPLING_RATE)
+
+
 @dataclass
 class CropDataset(torch.utils.data.Dataset):
-    """Example n of a training run: {"input_values": [samples] float32, "label": int}, or a Problem.
+    """Example n of a training run: what `CropMaker.make` makes of an utterance, or a Problem.
 
-    corpus: from `load_corpus`, usable rows only. sampler: "utterance" passes over all utterances in a new order each
-    epoch; "speaker" passes over all speakers and draws an utterance of each, longer ones more often.
-    speeds: playback speeds, one drawn per example. Each but the first is a set of speakers of its own (speed moves
-    pitch and formants): label = speaker + len(speakers) * index of the speed.
+    corpus: from `load_corpus`, usable rows only; speakers: of them. sampler: "utterance" passes over all utterances
+    in a new order each epoch; "speaker" passes over all speakers and draws `utterances_per_speaker` utterances of
+    each, longer ones more often, none twice where there are enough; they follow each other and have one speed.
+    crop_seconds: (shortest, longest), drawn anew every `batch` examples. strength: the augmentations' at a draw.
     targets: labels of the corpus's rows where it is not the speakers that are learnt; speeds do not change them.
     """
 
     corpus: Dataset
     speakers: SpeakerTable
-    crop_seconds: float = 2.0
+    maker: CropMaker
+    crop_seconds: tuple[float, float] = (2.0, 2.0)
+    batch: int = 1
     sampler: str = "speaker"
-    speeds: tuple[float, ...] = (1.0,)
-    augmentations: list = field(default_factory=list)
+    utterances_per_speaker: int = 1
+    strength: Callable[[int], float] | None = None
     seed: int = 0
     targets: np.ndarray | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-        self._files = [audio["path"] for audio in self.corpus["audio"]]
-        self._seconds = np.array(self.corpus["seconds"])
-        names = np.array(self.corpus["speaker"])
-        self._labels = np.array([self.speakers.id(name) for name in names])
-        order = np.argsort(self._labels, kind="stable")
-        edges = np.flatnonzero(np.diff(self._labels[order])) + 1
-        self._rows_of_speaker = np.split(order, edges)
+        self._seconds = seconds_of(self.corpus).astype(np.float32)
+        self._labels = labels_of(self.corpus, self.speakers)
+        self._by_speaker = np.argsort(self._labels, kind="stable").astype(np.int32)
+        self._first = np.flatnonzero(np.diff(self._labels[self._by_speaker], prepend=-1))
         self._epoch, self._order = -1, np.empty(0, dtype=int)
-
-    @property
-    def num_labels(self) -> int:
-        """Classes: speakers times speeds."""
-        return len(self.speakers) * len(self.speeds)
 
     @property
     def epoch_length(self) -> int:
         """Draws in one pass over the utterances, or over the speakers."""
-        return len(self._files) if self.sampler == "utterance" else len(self._rows_of_speaker)
+        return len(self._labels) if self.sampler == "utterance" else len(self._first) * self.utterances_per_speaker
 
     def __getitem__(self, draw: int) -> dict | Problem:
         rng = np.random.default_rng([self.seed, 1, draw])
-        row = self._row(draw, rng)
-        speed = int(rng.integers(len(self.speeds)))
-        try:
-            crop = self._crop(row, self.speeds[speed], rng)
-            for augment in self.augmentations:
-                crop = augment(crop, rng)
-        except AudioError as error:
-            return Problem(self._files[row], str(error))
-        if self.targets is not None:
-            return {"input_values": crop, "label": self.targets[row].item()}
-        return {"input_values": crop, "label": int(self._labels[row]) + speed * len(self.speakers)}
+        row, speed = self._row(draw, rng)
+        shortest, longest = self.crop_seconds
+        if longest > shortest:
+            shortest = np.random.default_rng([self.seed, 5, draw // self.batch]).uniform(shortest, longest)
+        example = self.maker.make(
+            audio_source(self.corpus, row),
+            float(self._seconds[row]),
+            int(self._labels[row]),
+            rng,
+            shortest,
+            1.0 if self.strength is None else self.strength(draw),
+            speed,
+        )
+        if self.targets is not None and isinstance(example, dict):
+            example["label"] = self.targets[row].item()
+        return example
 
-    def _row(self, draw: int, rng: np.random.Generator) -> int:
-        epoch, position = divmod(draw, self.epoch_length)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.epoch_length)
-            self._epoch = epoch
-        chosen = self._order[position]
+    def _row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
+        """The corpus's row of a draw, and its speed where that is the group's and not its own."""
         if self.sampler == "utterance":
-            return int(chosen)
-        rows = self._rows_of_speaker[chosen]
-        return int(rng.choice(rows, p=self._seconds[rows] / self._seconds[rows].sum()))
+            return int(self._in_order(draw, len(self._labels))), None
+        group, member = divmod(draw, self.utterances_per_speaker)
+        speaker = self._in_order(group, len(self._first))
+        end = self._first[speaker + 1] if speaker + 1 < len(self._first) else len(self._by_speaker)
+        rows = self._by_speaker[self._first[speaker] : end]
+        shares = self._seconds[rows].astype(np.float64)
+        shares /= shares.sum()
+        if self.utterances_per_speaker == 1:
+            return int(rng.choice(rows, p=shares)), None
+        of_group = np.random.default_rng([self.seed, 4, group])
+        chosen = of_group.choice(rows, min(self.utterances_per_speaker, len(rows)), replace=False, p=shares)
+        return int(chosen[member % len(chosen)]), self.maker.draw_speed(of_group)
 
-    def _crop(self, row: int, speed: float, rng: np.random.Generator) -> np.ndarray:
-        """A drawn stretch of one utterance, played at `speed`, [crop samples] float32."""
-        samples = round(self.crop_seconds * SAMPLING_RATE)
-        wanted = self.crop_seconds * speed
-        start = rng.uniform(0, max(0.0, self._seconds[row] - wanted))
-        audio = read_audio(self._files[row], start=start, seconds=wanted)
-        if speed != 1.0:
-            faster = torchaudio.functional.resample(
-                torch.from_numpy(audio), round(SAMPLING_RATE * speed), SAMPLING_RATE
-            )
-            audio = faster.numpy()
-        if abs(len(audio) - samples) <= 2:  # rounding of the stretch, not a short utterance
-            return np.resize(audio, samples)
-        return fitted(audio, samples, rng)
+    def _in_order(self, count: int, length: int) -> int:
+        """Item `count` of an endless sequence of permutations of `length` items."""
+        epoch, position = divmod(count, length)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(length).astype(np.int32)
+            self._epoch = epoch
+        return int(self._order[position])
 
 
 @dataclass(frozen=True)
@@ -190,7 +219,10 @@ class DrawBatches:
 
 
 def collate(examples: list[dict | Problem]) -> dict:
-    """Examples to {"input_values": [B, T], "labels": [B], "problems": [(path, reason)]}; B counts the readable ones."""
+    """Examples to {"input_values": [B, T], "labels": [B], "problems": [(path, reason)], "made_in": seconds}.
+
+    B counts the readable ones; made_in is the work of one process on all of them. Raises AudioError when none is.
+    """
     good = [example for example in examples if not isinstance(example, Problem)]
     problems = [(example.path, example.reason) for example in examples if isinstance(example, Problem)]
     if not good:
@@ -200,4 +232,5 @@ def collate(examples: list[dict | Problem]) -> dict:
         "input_values": torch.from_numpy(np.stack([example["input_values"] for example in good])),
         "labels": torch.tensor([example["label"] for example in good]),
         "problems": problems,
+        "made_in": sum(example["made_in"] for example in good),
     }

@@ -15,6 +15,7 @@ from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
 from mrl_redimnet.domains import DOMAINS, make_domain
 from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
 from mrl_redimnet.folders import refuse_existing
+from mrl_redimnet.prepare import add_prepare_command
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.synthetic import make_corpus
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     add_adapter_commands(commands)
+    add_prepare_command(commands)
 
     synthesise = commands.add_parser("synthesise", help="a small synthetic corpus in VoxCeleb's folder layout")
     synthesise.add_argument("out", type=Path, help="a new folder")

@@ -1,54 +1,96 @@
-"""Speech on disk as a Hugging Face data set: VoxCeleb1, VoxCeleb2 and any folder that names its speakers in its paths.
+"""Speech as a Hugging Face data set: folders that name speakers in their paths, parquet files, and data on the Hub.
 
-The data set holds paths and lengths, not samples, so that a million files fit in a small cached Arrow table and
-training reads just the stretch it needs (`mrl_redimnet.audio.read_audio`).
+The data set of a folder holds paths and lengths, not samples, so that a million files fit in a small cached Arrow
+table and training reads just the stretch it needs (`mrl_redimnet.audio.read_audio`). Parquet files and Hub data hold
+the encoded files themselves, memory-mapped from the cache. Whole columns are read as numpy arrays (`labels_of`,
+`seconds_of`), single utterances by `audio_source`; nothing here makes Python objects for every row.
 """
 
 import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import escape, glob, has_magic
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from mrl_redimnet.audio import AudioError, audio_info
+from mrl_redimnet.audio import AudioError, Encoded, audio_info
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
+# CN-Celeb's files are called GENRE-SESSION-UTTERANCE.flac: singing-01-001.flac is of the session singing-01.
+LAYOUTS = {
+    "voxceleb1": "speaker/session/utterance",  # wav/id10001/1zcIwhmdeo4/00001.wav
+    "voxceleb2": "speaker/session/utterance",  # dev/aac/id00012/21Uxsk56VDQ/00001.m4a
+    "cnceleb1": "speaker/session-utterance",  # CN-Celeb_flac/data/id00000/singing-01-001.flac
+    "cnceleb2": "speaker/session-utterance",  # CN-Celeb2_flac/data/id10000/singing-01-001.flac
+    "voxblink2": "speaker/session/utterance",  # id000000/DwgYRqnQZHM/00000.wav
+}
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus")
-# The folders between a corpus's root and its speakers: VoxCeleb1 unpacks to wav/, VoxCeleb2 to aac/.
-_FORMAT_FOLDERS = frozenset({"wav", "aac", "m4a", "flac"})
+# The folders between a corpus's root and its speakers: VoxCeleb1 unpacks to wav/, VoxCeleb2 to aac/, CN-Celeb to data/.
+_INNER_FOLDERS = frozenset({"wav", "aac", "m4a", "flac", "data"})
 # What one process scans at a time: enough pieces for any num_proc.
 _SCAN_SHARDS = 256
+# Rows of a whole column that are looked at at a time.
+_COLUMN_BLOCK = 100_000
+# Where the columns of parquet and Hub data are looked for; a `label` counts when it has named classes.
+_USUAL_NAMES = {
+    "audio": ("audio", "speech", "wav", "flac", "m4a", "mp3"),
+    "speaker": ("speaker", "speaker_id", "spk", "spk_id", "speaker_name", "client_id", "label"),
+    "session": ("session", "session_id", "video_id", "chapter_id"),
+    "path": ("path", "file", "file_name"),
+    "seconds": ("seconds",),  # other names may be of other units
+}
 
 
 def load_corpus(
-    root: str | os.PathLike,
+    source: str | os.PathLike,
     layout: str = DEFAULT_LAYOUT,
     cache_dir: str | os.PathLike | None = None,
     num_proc: int | None = None,
+    columns: dict[str, str] | None = None,
 ) -> datasets.Dataset:
-    """The audio files below `root` as a data set, one row a file, sorted by path.
+    """Speech as a data set, one row an utterance. `source` is one of
 
-    `root` holds the speakers' folders, or holds them in one folder named wav, aac, m4a or flac. `layout` names the
-    parts of a path from there on: `speaker` and (last) `utterance` must be there, `session` may, `*` is any folder.
-    Without a session in the layout every utterance is its own session. Files without an audio suffix are ignored.
+    - a folder of audio files, laid out as `layout` says; rows are sorted by path;
+    - parquet files: a folder of them (as `mrl-redimnet prepare` writes it), one file, or a pattern with `*`, also in
+      a store that fsspec knows ("s3://..."); rows are in the files' order;
+    - a Hub data set "owner/name", or "owner/name:split" where the split is not train.
 
-    Columns: `audio` (datasets.Audio(decode=False): {"path": absolute path, "bytes": None}), `path` (relative to the
-    speakers' folder, "/" between parts, as in VoxCeleb's trial lists), `speaker`, `session`, `seconds` (float64, 0.0
+    Columns: `audio` (datasets.Audio(decode=False), see `audio_source`), `path` (of a folder: relative to the speakers'
+    folders, "/" between parts, as in VoxCeleb's trial lists; distinct), `speaker`, `session`, `seconds` (float64, 0.0
     when unknown) and `problem` ("" or why the header could not be read; see `split_usable`).
 
-    Every file's header is read once, in `num_proc` processes; the result is cached in `cache_dir` (None: the Hugging
-    Face cache) under a fingerprint of all paths, sizes and modification times, so a changed folder is read anew.
+    Of a folder: `source` holds the speakers' folders, or holds them in one folder named wav, aac, m4a, flac or data.
+    `layout` is a name in LAYOUTS, or names the parts of a path from there on: `speaker` and (last) `utterance` must be
+    there, `session` may, `*` is any folder. The last part may join names by "-" or "_" ("session-utterance"): the
+    file's name is then cut at the last of these. Without a session every utterance is its own. Files without an audio
+    suffix are ignored. Every file's header is read once, in `num_proc` processes; the result is cached in `cache_dir`
+    (None: the Hugging Face cache) under a fingerprint of all paths, sizes and modification times, so a changed folder
+    is read anew.
 
-    Raises FileNotFoundError when `root` or audio in it is missing, ValueError when `root` is a file, `layout` is
-    malformed or files lie at another depth than `layout` has parts.
+    Of parquet and Hub data: `columns` says which column is the audio, speaker, session, path or seconds ({"speaker":
+    "who"}) where the usual names do not find it; audio and speaker must be there. The data is copied to the cache
+    (`mrl_redimnet.streaming` reads it without). Headers are read where no seconds are given.
+
+    Raises FileNotFoundError when `source` or audio in it is missing, ValueError when it is another file, `layout` is
+    malformed, files do not lie as `layout` says, or a column is not found.
     """
-    manifest = _find_utterances(Path(os.path.abspath(root)), layout)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    tables = load_tables(source, cache_dir=cache, num_proc=num_proc)
+    if tables is not None:
+        return _uniform(tables, columns, num_proc)
+    layout = layout_of(layout)
+    manifest = _find_utterances(Path(os.path.abspath(source)), layout)
     builder = SpeechFolder(
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=cache,
         dataset_name="speech_folder",
         folder=str(manifest.folder),
         layout=layout,
@@ -56,6 +98,218 @@ def load_corpus(
     )
     builder.download_and_prepare(num_proc=num_proc)
     return builder.as_dataset(split="train").cast_column("audio", datasets.Audio(decode=False))
+
+
+def audio_source(dataset: datasets.Dataset, row: int) -> str | Encoded:
+    """What `mrl_redimnet.audio.read_audio` takes for one row of `load_corpus`: its path, or its bytes."""
+    return source_of(dataset[int(row)]["audio"])
+
+
+def source_of(audio: dict | bytes | str) -> str | Encoded:
+    """One value of an audio column as a data set stores it ({"bytes", "path"}, or either) as a source of audio."""
+    if isinstance(audio, str):
+        return audio
+    if isinstance(audio, bytes):
+        return Encoded("audio", audio)
+    if audio["bytes"] is None:
+        return audio["path"]
+    return Encoded(audio["path"] or "audio", audio["bytes"])
+
+
+def labels_of(dataset: datasets.Dataset, speakers: "SpeakerTable") -> np.ndarray:
+    """The speakers' labels of all rows, [rows] int32. Raises ValueError for a speaker that the table does not know."""
+    blocks = [np.zeros(0, np.int32)]
+    known: dict[str, int] = {}
+    for names in blocks_of(dataset, "speaker"):
+        names = names.dictionary_encode()
+        for name in names.dictionary.to_pylist():
+            if name not in known:
+                known[name] = speakers.id(name)
+        labels = np.array([known[name] for name in names.dictionary.to_pylist()], dtype=np.int32)
+        blocks.append(labels[names.indices.to_numpy()])
+    return np.concatenate(blocks)
+
+
+def speakers_of(dataset: datasets.Dataset) -> list[str]:
+    """The distinct speakers of all rows, sorted. (`Dataset.unique` copies all columns of selected rows first.)"""
+    names: set[str] = set()
+    for block in blocks_of(dataset, "speaker"):
+        names.update(block.unique().to_pylist())
+    return sorted(names)
+
+
+def seconds_of(dataset: datasets.Dataset) -> np.ndarray:
+    """The lengths of all rows in seconds, [rows] float64."""
+    return np.concatenate([np.zeros(0), *(block.to_numpy() for block in blocks_of(dataset, "seconds"))])
+
+
+def blocks_of(dataset: datasets.Dataset, column: str) -> Iterator[pa.Array]:
+    """One column of all rows, piece by piece; no other column is touched."""
+    values, selected = dataset.data.column(column), dataset._indices
+    if selected is not None:  # the public ways gather selected rows one by one: 20 s for a million, against 0.1 s
+        values = values.take(selected.column(0))
+    for first in range(0, len(values), _COLUMN_BLOCK):
+        yield values.slice(first, _COLUMN_BLOCK).combine_chunks()
+
+
+def dataset_arguments(source: str | os.PathLike) -> dict | None:
+    """What `datasets.load_dataset` takes for parquet files or a Hub data set, None for a folder of audio files.
+
+    Raises FileNotFoundError for a pattern that no file has.
+    """
+    text = os.fspath(source)
+    if "://" in text:
+        pattern = text if text.endswith(".parquet") else f"{text.rstrip('/')}/*.parquet"
+        return {"path": "parquet", "data_files": pattern, "split": "train"}
+    if has_magic(text) and not os.path.exists(text):
+        files = sorted(glob(text, recursive=True))
+        if not files:
+            raise FileNotFoundError(f"{text}: no file has such a path")
+    elif os.path.isdir(text):
+        files = sorted(glob(os.path.join(escape(text), "*.parquet")))
+    else:
+        files = [text] if text.endswith(".parquet") and os.path.isfile(text) else []
+    if files:
+        return {"path": "parquet", "data_files": [os.path.abspath(file) for file in files], "split": "train"}
+    if isinstance(source, str) and not os.path.exists(text) and re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/:]+)?", text):
+        name, _, split = text.partition(":")
+        return {"path": name, "split": split or "train"}
+    return None
+
+
+def load_tables(source: str | os.PathLike, **options) -> datasets.Dataset | datasets.IterableDataset | None:
+    """`datasets.load_dataset` of parquet files or a Hub data set, with `options`; None for a folder of audio files.
+
+    Raises FileNotFoundError where there is no such data, or it cannot be reached.
+    """
+    arguments = dataset_arguments(source)
+    if arguments is None:
+        return None
+    try:
+        return datasets.load_dataset(**arguments, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder or file here, and could not be loaded as parquet files or a Hub data set ({error})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a data set hold what; None where there is none."""
+
+    audio: str
+    speaker: str
+    session: str | None
+    path: str | None
+    seconds: str | None
+
+    @classmethod
+    def find(cls, features: datasets.Features, given: dict[str, str] | None = None) -> "Columns":
+        """Columns as `given` ({"speaker": "who"}), else by their usual names, audio also by its type.
+
+        Raises ValueError, with all the columns there are, where `given` names others or no audio or speaker is found.
+        """
+        given = dict(given or {})
+        there = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+        unknown = sorted(given.keys() - _USUAL_NAMES.keys())
+        if unknown:
+            raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(_USUAL_NAMES)}")
+        absent = sorted(name for name in given.values() if name not in features)
+        if absent:
+            raise ValueError(f"columns: there is no column {', '.join(absent)}; there are {there}")
+        found = {role: given.get(role) or _usual(features, role) for role in _USUAL_NAMES}
+        for role in ("audio", "speaker"):
+            if found[role] is None:
+                raise ValueError(
+                    f"columns: no column is named as the {role} usually is ({', '.join(_USUAL_NAMES[role])}); there "
+                    f"are {there}: say which is the {role}, columns={{{role!r}: NAME}}"
+                )
+        return cls(**found)
+
+
+def _usual(features: datasets.Features, role: str) -> str | None:
+    for name in _USUAL_NAMES[role]:
+        if name in features and (name != "label" or isinstance(features[name], datasets.ClassLabel)):
+            return name
+    if role == "audio":
+        return next((name for name, feature in features.items() if isinstance(feature, datasets.Audio)), None)
+    return None
+
+
+def _type_name(feature) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def speaker_names(feature) -> list[str] | None:
+    """The classes of a speaker column that holds their numbers, None for one that holds names."""
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def row_facts(row: dict, columns: Columns, names: list[str] | None, number: int) -> dict:
+    """`path`, `speaker`, `session`, `seconds` and `problem` of one row of foreign data, as `load_corpus` gives them.
+
+    number: of the row, for a path where there is none; such a path begins with the speaker, as trial lists want it.
+    """
+    speaker = row[columns.speaker]
+    problem = "" if speaker is not None else f"no {columns.speaker} is given"
+    if names is not None and speaker is not None:
+        speaker = names[speaker]
+    speaker = "" if speaker is None else str(speaker)
+    path = row[columns.path] if columns.path is not None else None
+    if path is None:
+        audio = row[columns.audio]
+        file = (audio.get("path") or "") if isinstance(audio, dict) else ""
+        path = f"{number:08d}" + (f"-{os.path.basename(file)}" if file else "")
+    if "/" not in path:
+        path = f"{speaker}/{path}"
+    seconds = row[columns.seconds] if columns.seconds is not None else None
+    if seconds is None:
+        seconds = 0.0
+        try:
+            seconds = audio_info(source_of(row[columns.audio])).seconds
+        except AudioError as error:
+            problem = problem or str(error)
+    session = path if columns.session is None else str(row[columns.session])
+    return {"path": path, "speaker": speaker, "session": session, "seconds": float(seconds), "problem": problem}
+
+
+def _uniform(data: datasets.Dataset, given: dict[str, str] | None, num_proc: int | None) -> datasets.Dataset:
+    """Parquet or Hub data with the columns of `load_corpus`; the audio stays where it is, the rest is written anew."""
+    columns = Columns.find(data.features, given)
+    names = speaker_names(data.features[columns.speaker])
+    audio = data.select_columns([columns.audio])
+    if columns.audio != "audio":
+        audio = audio.rename_column(columns.audio, "audio")
+    audio = audio.cast_column("audio", datasets.Audio(decode=False))
+    needed = [columns.speaker, columns.session, columns.path, columns.seconds]
+    if columns.seconds is None or columns.path is None:
+        data = data.cast_column(columns.audio, datasets.Audio(decode=False))
+        needed.append(columns.audio)
+    needed = list(dict.fromkeys(name for name in needed if name is not None))
+    facts = data.select_columns(needed).map(
+        _facts_of_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=100,
+        remove_columns=needed,
+        features=_FACTS,
+        fn_kwargs={"columns": columns, "names": names},
+        num_proc=num_proc,
+        desc="Reading headers" if columns.seconds is None else "Reading columns",
+    )
+    return datasets.concatenate_datasets([audio, facts], axis=1)
+
+
+def _facts_of_batch(batch: dict[str, list], numbers: list[int], columns: Columns, names: list[str] | None) -> dict:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    facts = [row_facts(row, columns, names, number) for row, number in zip(rows, numbers, strict=True)]
+    return {key: [fact[key] for fact in facts] for key in _FACTS}
+
+
+_TEXT = datasets.Value("string")
+_FACTS = datasets.Features(
+    {"path": _TEXT, "speaker": _TEXT, "session": _TEXT, "seconds": datasets.Value("float64"), "problem": _TEXT}
+)
 
 
 @dataclass
@@ -74,115 +328,139 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = SpeechFolderConfig
 
     def _info(self) -> datasets.DatasetInfo:
-        text = datasets.Value("string")
         # Stored as what Audio stores, not as Audio: its encoder wants torchcodec installed even for a path.
-        audio = {"bytes": datasets.Value("binary"), "path": text}
-        features = {"audio": audio, "path": text, "speaker": text, "session": text}
-        features |= {"seconds": datasets.Value("float64"), "problem": text}
-        return datasets.DatasetInfo(features=datasets.Features(features))
+        audio = {"bytes": datasets.Value("binary"), "path": _TEXT}
+        return datasets.DatasetInfo(features=datasets.Features({"audio": audio, **_FACTS}))
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         manifest = _find_utterances(Path(self.config.folder), self.config.layout)
         if manifest.fingerprint != self.config.fingerprint:
             raise RuntimeError(f"{self.config.folder} changed while it was being read: run again when it is complete")
-        size = -(-len(manifest.paths) // _SCAN_SHARDS)
-        shards = [manifest.paths[i : i + size] for i in range(0, len(manifest.paths), size)]
+        edges = np.linspace(0, len(manifest.tops), min(_SCAN_SHARDS, len(manifest.tops)) + 1).astype(int)
+        shards = [manifest.tops[first:last] for first, last in pairwise(edges)]
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"shards": shards})]
 
     def _generate_examples(self, shards: list[list[str]]) -> Iterator[tuple[str, dict]]:
-        for path in (path for shard in shards for path in shard):
+        parse = path_parser(self.config.layout)
+        for path in (path for shard in shards for top in shard for path in _walk(Path(self.config.folder), top)):
             absolute = os.path.join(self.config.folder, path)
             try:
                 seconds, problem = audio_info(absolute).seconds, ""
             except AudioError as error:
                 seconds, problem = 0.0, str(error)
-            parts = dict(zip(self.config.layout.split("/"), path.split("/"), strict=True))
-            yield (
-                path,
-                {
-                    "audio": {"path": absolute, "bytes": None},
-                    "path": path,
-                    "speaker": parts["speaker"],
-                    "session": parts.get("session", os.path.splitext(parts["utterance"])[0]),
-                    "seconds": seconds,
-                    "problem": problem,
-                },
-            )
+            speaker, session = parse(path)
+            facts = {"path": path, "speaker": speaker, "session": session, "seconds": seconds, "problem": problem}
+            yield path, {"audio": {"path": absolute, "bytes": None}, **facts}
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The utterances of one folder: sorted paths relative to it, and a hash that changes with any file."""
+    """The utterances of one folder: its entries that hold some, sorted, and a hash that changes with any file."""
 
     folder: Path
-    paths: list[str]
+    tops: list[str]
     fingerprint: str
 
 
 def _find_utterances(root: Path, layout: str) -> _Manifest:
-    """All audio files below `root` (or its wav, aac, m4a or flac folder), checked against `layout`."""
-    depth = _layout_depth(layout)
+    """All audio files below `root` (or its one inner folder, such as wav), checked against `layout`."""
+    parse = path_parser(layout)
     if not root.exists():
         raise FileNotFoundError(f"{root} is not there: give the folder that holds the speakers' folders")
     if not root.is_dir():
-        raise ValueError(f"{root} is a file: give the folder that holds the speakers' folders")
-    files = _walk(root)
-    if not files:
-        raise FileNotFoundError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) laid out as {layout} below {root}")
-    if not any(path.count("/") + 1 == depth for path in files):
-        inner = {path.split("/")[0] for path in files if "/" in path} & _FORMAT_FOLDERS
-        if len(inner) == 1:
-            prefix = inner.pop() + "/"
-            root = root / prefix
-            files = {path.removeprefix(prefix): stat for path, stat in files.items() if path.startswith(prefix)}
-    paths = sorted(files)
-    misplaced = [path for path in paths if path.count("/") + 1 != depth]
-    if misplaced:
-        found = misplaced[0].count("/") + 1
-        fitting = "/".join(["*"] * (found - 3) + DEFAULT_LAYOUT.split("/")) if found > 2 else "speaker/utterance"
-        advice = f"layout={fitting!r} would fit the first" if found > 1 else "move it into a speaker's folder"
-        raise ValueError(
-            f"{len(misplaced):,} of {len(paths):,} audio files below {root} do not lie at the depth of layout "
-            f"{layout!r} ({depth} parts), first {', '.join(misplaced[:3])}: {advice}, "
-            "or give the folder that holds the speakers' folders"
-        )
+        raise ValueError(f"{root} is a file: give the folder that holds the speakers' folders, or parquet files")
+    tops, total, wrong, first = [], 0, 0, []
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(os.fsencode(path) + b"\0%d\0%d\n" % files[path])
-    return _Manifest(root, paths, digest.hexdigest())
+    for path in _walk(root):
+        total += 1
+        if parse(path) is None:
+            wrong += 1
+            first = [*first, path][:3]
+        if not tops or tops[-1] != path.split("/")[0]:
+            tops.append(path.split("/")[0])
+        stat = _stat(root / path)
+        digest.update(os.fsencode(path) + b"\0%d\0%d\n" % (stat.st_size, stat.st_mtime_ns))
+    if not total:
+        raise FileNotFoundError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) laid out as {layout} below {root}")
+    inner = [top for top in tops if top in _INNER_FOLDERS]
+    if wrong == total and len(inner) == 1:
+        return _find_utterances(root / inner[0], layout)
+    if wrong:
+        raise ValueError(_misplaced_message(root, layout, f"{wrong:,} of {total:,}", first))
+    return _Manifest(root, tops, digest.hexdigest())
 
 
-def _layout_depth(layout: str) -> int:
-    """The number of path parts `layout` names; ValueError unless it is well formed."""
-    parts = layout.split("/")
-    named = [part for part in parts if part != "*"]
-    known = set(named) <= {"speaker", "session", "utterance"} and len(set(named)) == len(named)
-    if not known or "speaker" not in named or parts[-1] != "utterance":
+def _misplaced_message(root: Path, layout: str, share: str, first: list[str]) -> str:
+    depth, found = layout.count("/") + 1, first[0].count("/") + 1
+    fitting = "/".join(["*"] * (found - 3) + DEFAULT_LAYOUT.split("/")) if found > 2 else "speaker/utterance"
+    advice = f"layout={fitting!r} would fit the first" if found > 1 else "move it into a speaker's folder"
+    where = f"lie at the depth of layout {layout!r} ({depth} parts)"
+    if depth == found:
+        where = f"have names that fit layout {layout!r}"
+    return (
+        f"{share} audio files below {root} do not {where}, first {', '.join(first)}: {advice}, "
+        "or give the folder that holds the speakers' folders"
+    )
+
+
+def layout_of(name: str) -> str:
+    """The path layout with a name in LAYOUTS, or a layout as it is. Raises ValueError unless it is well formed."""
+    layout = LAYOUTS.get(name, name)
+    path_parser(layout)
+    return layout
+
+
+def path_parser(layout: str):
+    """A function from a relative path to (speaker, session), or to None where the path is not laid out so."""
+    *folders, last = layout.split("/")
+    file = re.split(r"([-_])", last)
+    names = [name for name in (*folders, *file[::2]) if name != "*"]
+    known = set(names) <= {"speaker", "session", "utterance"} and len(set(names)) == len(names)
+    joins = set(file[1::2])
+    if not known or "speaker" not in names or file[-1] != "utterance" or len(joins) > 1 or "*" in file:
         raise ValueError(
-            f"layout {layout!r} must be made of 'speaker', optionally 'session', and any number of '*', separated by "
-            f"'/', each name once, with 'utterance' last, for instance {DEFAULT_LAYOUT!r}"
+            f"layout {layout!r} must be one of {', '.join(LAYOUTS)}, or be made of 'speaker', optionally 'session', "
+            "and any number of '*', separated by '/', each name once, with 'utterance' last (a file's name may join "
+            f"them: 'session-utterance'), for instance {DEFAULT_LAYOUT!r}"
         )
-    return len(parts)
+    parts = ["[^/]+" if name == "*" else f"(?P<{name}>[^/]+)" for name in folders]
+    # Of a file's name the first part takes what the others leave: the session of live-01-003 is live-01.
+    rest = "".join(f"{join}(?P<{name}>[^/{join}]+)" for join, name in zip(file[1::2], file[2::2], strict=True))
+    matching = re.compile("/".join([*parts, f"(?P<{file[0]}>[^/]+){rest}"]))
+
+    def parse(path: str) -> tuple[str, str] | None:
+        stem, suffix = os.path.splitext(path)
+        match = matching.fullmatch(stem if joins else path)
+        if match is None:
+            return None
+        found = match.groupdict()
+        return found["speaker"], found.get("session") or os.path.splitext(found["utterance"])[0]
+
+    return parse
 
 
-def _walk(root: Path) -> dict[str, tuple[int, int]]:
-    """Size in bytes and modification time in ns of every audio file below `root`, by relative path with "/"."""
+def _walk(root: Path, inside: str = "") -> Iterator[str]:
+    """The audio files below root/inside as paths relative to `root` with "/", in sorted order."""
+    folder = root / inside
+    if inside and not folder.is_dir():
+        yield inside
+        return
+    prefix = f"{inside}/" if inside else ""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries]
+    # A folder sorts as its files' paths do: with the "/" after its name.
+    for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * entry[1]):
+        if is_folder:
+            yield from _walk(root, prefix + name)
+        elif name.lower().endswith(AUDIO_SUFFIXES):
+            yield prefix + name
 
-    def fail(error: OSError) -> None:  # os.walk would leave out a folder that it cannot list
-        raise error
 
-    files = {}
-    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
-        inner = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
-        for name in names:
-            if name.lower().endswith(AUDIO_SUFFIXES):
-                path = os.path.join(folder, name)
-                try:
-                    stat = os.stat(path)
-                except FileNotFoundError:  # a dangling link: a file with a problem, not a reason to stop
-                    stat = os.lstat(path)
-                files[inner + name] = (stat.st_size, stat.st_mtime_ns)
-    return files
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:  # a dangling link: a file with a problem, not a reason to stop
+        return os.lstat(path)
 
 
 class SpeakerTable:
@@ -239,16 +517,18 @@ class SpeakerTable:
 
 def split_usable(dataset: datasets.Dataset, min_seconds: float) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """The rows of `load_corpus` that have no problem and last at least `min_seconds`; the others as (path, reason)."""
-    rows = dataset.select_columns(["path", "seconds", "problem"])[:]
-    usable, problems = [], []
-    for index, (path, seconds, problem) in enumerate(zip(*rows.values(), strict=True)):
-        if not problem and seconds < min_seconds:
-            problem = f"{seconds:.3f} s long, shorter than {min_seconds:g} s"
-        if problem:
-            problems.append((path, problem))
-        else:
-            usable.append(index)
-    return dataset.select(usable), problems
+    short = seconds_of(dataset) < min_seconds
+    problems = (pc.not_equal(block, "").to_numpy(zero_copy_only=False) for block in blocks_of(dataset, "problem"))
+    wrong = np.concatenate([np.zeros(0, bool), *problems])
+    unusable = np.flatnonzero(short | wrong)
+    if not len(unusable):
+        return dataset, []  # without a table of indices, which would make every access slower
+    facts = dataset.select_columns(["path", "seconds", "problem"])
+    problems = []
+    for row in facts.select(unusable):
+        too_short = f"{row['seconds']:.3f} s long, shorter than {min_seconds:g} s"
+        problems.append((row["path"], row["problem"] or too_short))
+    return dataset.select(np.flatnonzero(~(short | wrong))), problems
 
 
 def check_problems(

@@ -1,5 +1,6 @@
 """Embeddings of whole utterances, and verification scores at every Matryoshka dimension from one pass."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.audio import audio_info, read_audio
+from mrl_redimnet.audio import SAMPLING_RATE, Encoded, audio_info, read_audio
 from mrl_redimnet.domains import simulate
 from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.trials import Trials, missing_utterances, speaker_of
@@ -60,28 +61,31 @@ def attribute_row(
 @torch.inference_mode()
 def embed_files(
     model: MRLReDimNetPreTrainedModel,
-    files: Sequence[str | Path],
+    files: Sequence[str | Path | Encoded],
     batch_seconds: float = BATCH_SECONDS,
     progress: str | None = None,
     load: Callable[[str | Path], np.ndarray] = read_audio,
+    longest: float | None = None,
 ) -> np.ndarray:
     """Whole files, batched by length with exact padding -> embeddings [N, D] float32 in the order of `files`.
 
     batch_seconds: padded audio in one batch, what bounds memory. load: reads one file as audio [samples], by default as
-    it is. Under several processes each embeds a share and all
-    get the whole. Raises AudioError for a file that cannot be read. The model's training mode is restored.
+    it is. longest: seconds of a file beyond which it is cut. Under several processes each embeds a share and all get
+    the whole. Raises AudioError for a file that cannot be read. The model's training mode is restored.
     """
     encoder = getattr(model, model.base_model_prefix, model)
     extractor = MRLReDimNetFeatureExtractor(min_samples=encoder.config.min_samples)
     device, training, state = encoder.device, encoder.training, PartialState()
     encoder.eval()
     broadcast(list(encoder.buffers()))  # running statistics differ between processes; the first one's are saved
-    seconds = [audio_info(file).seconds for file in files]
+    longest = math.inf if longest is None else longest
+    seconds = [min(longest, audio_info(file).seconds) for file in files]
     batches = list(_length_batches(seconds, batch_seconds))[state.process_index :: state.num_processes]
     embedded = []
     try:
         for rows in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process, leave=False):
-            inputs = extractor([load(files[row]) for row in rows], sampling_rate=extractor.sampling_rate).to(device)
+            audio = [load(files[row])[: math.ceil(seconds[row] * SAMPLING_RATE)] for row in rows]
+            inputs = extractor(audio, sampling_rate=extractor.sampling_rate).to(device)
             embedded.append((rows, encoder(**inputs).embeddings.float().cpu().numpy()))
     finally:
         encoder.train(training)

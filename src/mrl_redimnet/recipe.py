@@ -28,8 +28,12 @@ class Recipe:
     model_options: dict = _setting({}, "fields of MRLReDimNetConfig to replace, as a mapping")
     output: str = _setting("runs/nano", "folder of the run: checkpoints, best and last model, results")
 
-    train: str | None = _setting(None, "folder of training speech; none: the embedded synthetic corpus")
-    layout: str = _setting("speaker/session/utterance", "what the parts of a path below it mean")
+    train: str | None = _setting(
+        None, "speech: a folder, parquet files (`mrl-redimnet prepare`) or a Hub data set; none: a synthetic corpus"
+    )
+    layout: str = _setting("speaker/session/utterance", "what the parts of a path below it mean, or a corpus's name")
+    columns: dict = _setting({}, "of parquet and Hub data: {audio: NAME, speaker: NAME} where they are not found")
+    streaming: bool = _setting(False, "read parquet and Hub data as they come instead of copying them first")
     tests: dict = _setting({}, "trial lists to report at the end: {name: {trials: file, folder: wav folder}}")
     dev_speakers: int = _setting(8, "training speakers held out for choosing the best model; 0: with dev_trials only")
     dev_trials: str | None = _setting(None, "a trial list for choosing the best model, instead of held-out speakers")
@@ -46,7 +50,6 @@ class Recipe:
     base_share: float = _setting(0.1, "share of crops left out of the domain, against forgetting")
 
     trains: str = _setting("all", "all, head (trunk frozen), projection (its Matryoshka segments alone) or adapter")
-    trunk_learning_rate: float | None = _setting(None, "highest learning rate of the trunk; none: learning_rate")
     trunk_frozen_until: float = _setting(0.0, "share of the steps in which the trunk stays frozen (head first)")
     placement: str = _setting("linear", "layers of the adapter: attention ... all, see mrl_redimnet.adapters")
     rank: int = _setting(8, "rank of the adapter's layers")
@@ -58,24 +61,46 @@ class Recipe:
     peft_options: dict = _setting({}, "further fields of LoraConfig: lora_alpha, rank_pattern, use_dora, ...")
     base_repository: str | None = _setting(None, "the base's Hub id for the adapter's card; none: as in `model`")
 
-    crop_seconds: float = _setting(2.0, "length of a training crop")
+    crop_seconds: float | list = _setting(2.0, "length of a training crop, or [shortest, longest], drawn per batch")
     sampler: str = _setting("speaker", "speaker (each as often) or utterance (each as often)")
+    utterances_per_speaker: int = _setting(1, "crops of one speaker in a row in a batch, from different utterances")
     speeds: list = _setting([1.0], "playback speeds; each but the first is a set of speakers of its own")
-    noise: str | None = _setting(None, "folder of noise to add")
-    noise_snr: list = _setting([0.0, 15.0], "lowest and highest signal-to-noise ratio, dB")
-    noise_probability: float = _setting(0.6, "share of crops with noise")
+    augmentations: list = _setting([], "what is done to crops, in order (see mrl_redimnet.augmentation)")
+    augmentation_rise: list = _setting([0.0, 0.0], "shares of the steps between which their probability rises from 0")
+    noise: str | None = _setting(None, "folder of noise to add: MUSAN, or any other")
+    rooms: str | None = _setting(None, "folder of room responses: RIRS_NOISES, or any other; none: simulated rooms")
     workers: int = _setting(1, "processes that read and augment")
 
     steps: int = _setting(200, "optimiser steps")
+    epochs: float | None = _setting(None, "passes over the training utterances, instead of steps")
     batch_size: int = _setting(48, "crops per process and micro-batch")
     accumulation: int = _setting(1, "micro-batches per optimiser step")
+    optimizer: str = _setting("adamw", "adamw, or sgd (Nesterov)")
+    momentum: float = _setting(0.9, "of sgd")
+    schedule: str = _setting("cosine", "how the learning rate falls: cosine or exponential")
     learning_rate: float = _setting(2e-3, "highest learning rate")
-    final_learning_rate: float = _setting(2e-5, "learning rate at the last step, reached by a cosine")
+    final_learning_rate: float = _setting(2e-5, "learning rate at the last step")
+    learning_rate_batch: int | None = _setting(
+        None, "crops a step that learning rates are meant for; others scale them"
+    )
+    learning_rates: dict = _setting({}, "highest learning rates of parts: trunk, head, classifier")
     warmup: float = _setting(0.05, "share of the steps in which the learning rate rises from 0")
-    weight_decay: float = _setting(0.05, "of AdamW, on matrices and kernels; not on norms and biases")
+    weight_decay: float = _setting(0.05, "on matrices and kernels; not on norms and biases")
+    weight_decays: dict = _setting({}, "weight decays of parts: trunk, head, classifier")
     max_gradient_norm: float = _setting(5.0, "gradients are clipped to this norm")
     margin_rise: list = _setting([0.1, 0.4], "shares of the steps between which the margin rises from 0 to its full")
+    prefixes_from: list = _setting(
+        [], "shares of the steps from which each Matryoshka prefix is trained, shortest first"
+    )
+    prefixes_per_step: int = _setting(0, "prefixes drawn for a step's loss, the longest always among them; 0: all")
     rotate_at: list = _setting([], "shares of the steps at which the basis is rotated during training")
+    classifier_sample: int = _setting(0, "speakers of the classifier used in a step; 0: all (100,000 and more: 10,000)")
+    teacher: str | None = _setting(None, "a model whose full embedding every prefix is to be like")
+    teacher_weight: float = _setting(10.0, "of its loss beside the classifier's")
+    ema: float = _setting(0.0, "decay of the moving average of weights that is evaluated and saved; 0: none")
+    average_last: int = _setting(0, "evaluations at the end whose mean of weights is tried, too; 0: none")
+    patience: int = _setting(0, "evaluations without a better one after which the run ends; 0: all steps")
+    synchronise_norms: bool = _setting(True, "batch norms see the batch of all processes")
     mixed_precision: str = _setting("no", "no, bf16 or fp16")
     seed: int = _setting(0, "of weights, batches and dropout")
 
@@ -83,25 +108,100 @@ class Recipe:
     checkpoint_every: int = _setting(100, "steps between checkpoints to resume from")
     log_every: int = _setting(10, "steps between log lines")
     chance_steps: int = _setting(300, "steps after warm-up by which the loss must have left chance level")
-    tracker: str = _setting("tensorboard", "tensorboard, wandb or none")
+    tracker: str = _setting("tensorboard", "tensorboard, wandb, trackio or none")
     report_dims: list = _setting([], "more prefixes to report at the end than the model's own")
     resamples: int = _setting(1000, "bootstrap resamples of the intervals in the final report")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "evaluate_every", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        for check in (self._check_data, self._check_steps, self._check_loss, self._check_tuning, self._check_tests):
+            check()
+
+    def _check_data(self):
         if not self.speeds or self.speeds[0] != 1.0:
             raise ValueError(f"speeds: got {self.speeds}, expected a list that begins with 1.0.")
-        if len(self.margin_rise) != 2 or not 0 <= self.margin_rise[0] <= self.margin_rise[1] <= 1:
-            raise ValueError(f"margin_rise: got {self.margin_rise}, expected two rising shares between 0 and 1.")
-        if self.tracker not in ("tensorboard", "wandb", "none"):
-            raise ValueError(f"tracker: got {self.tracker!r}, expected tensorboard, wandb or none.")
+        if not 0 < self.crop_range[0] <= self.crop_range[1]:
+            raise ValueError(f"crop_seconds: got {self.crop_seconds}, expected a length, or [shortest, longest].")
+        if self.utterances_per_speaker > 1 and (
+            self.sampler != "speaker" or self.batch_size % self.utterances_per_speaker
+        ):
+            raise ValueError(
+                f"utterances_per_speaker: {self.utterances_per_speaker} needs sampler: speaker and a batch_size that "
+                f"it divides, got {self.sampler} and {self.batch_size}."
+            )
         if (self.dev_trials is None) != (self.dev_folder is None):
             raise ValueError("dev_trials and dev_folder: give both or neither.")
         if self.dev_trials is None and self.dev_speakers < 2:
             raise ValueError("dev_speakers: at least 2 are needed when there are no dev_trials.")
-        self._check_tuning()
+        if (self.label_file is None) != (self.label_column is None):
+            raise ValueError("label_file and label_column: give both or neither.")
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self):
+        """What takes an utterance by its number cannot be had from a stream."""
+        for name, needed in (("sampler", "utterance"), ("label_file", None), ("augmentation_rise", [0.0, 0.0])):
+            if getattr(self, name) != needed:
+                raise ValueError(f"streaming: {name} must be {needed}, got {getattr(self, name)}.")
+        if self.dev_trials is None:
+            raise ValueError("streaming: no speakers can be held out of a stream; give dev_trials and dev_folder.")
+        if self.crop_range[0] != self.crop_range[1]:
+            raise ValueError(f"streaming: crops have one length; crop_seconds: got {self.crop_seconds}.")
+
+    def _check_steps(self):
+        positive = ("steps", "batch_size", "accumulation", "evaluate_every", "checkpoint_every", "log_every")
+        for name in (*positive, "utterances_per_speaker"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        for name in ("epochs", "learning_rate_batch"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0.")
+        for name in ("average_last", "patience", "prefixes_per_step", "classifier_sample", "teacher_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("tracker", TRACKERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        for name in ("learning_rates", "weight_decays"):
+            if wrong := set(getattr(self, name)) - set(PARTS):
+                raise ValueError(f"{name}: got {', '.join(sorted(wrong))}, expected some of {', '.join(PARTS)}.")
+        if self.learning_rates and not self.learning_rate > 0:
+            raise ValueError("learning_rates: parts' rates follow learning_rate's schedule, which must be above 0.")
+        if self.schedule == "exponential" and not 0 < self.final_learning_rate <= self.learning_rate:
+            raise ValueError("final_learning_rate: an exponential needs one above 0 and at most learning_rate.")
+
+    def _check_loss(self):
+        for name in ("margin_rise", "augmentation_rise"):
+            shares = getattr(self, name)
+            if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
+                raise ValueError(f"{name}: got {shares}, expected two rising shares between 0 and 1.")
+        for name in ("base_share", "trunk_frozen_until", "cut_at", "ema", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share from 0 to below 1.")
+        if self.prefixes_from and (min(self.prefixes_from) < 0 or self.prefixes_from[-1] != 0):
+            raise ValueError(f"prefixes_from: got {self.prefixes_from}; expected shares, the last (full) prefix's 0.")
+
+    def _check_tuning(self):
+        for name, allowed in (("trains", TRAINS), ("strategy", STRATEGIES), ("label_key", ("speaker", "path"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        if self.trunk_frozen_until and self.trains != "all":
+            raise ValueError(f"trunk_frozen_until: with trains: {self.trains} the trunk never trains; leave it out.")
+        for name in ("rotate_at", "ema", "average_last", "classifier_sample"):
+            if getattr(self, name) and self.trains != "all":
+                raise ValueError(f"{name}: works with trains: all; with {self.trains} leave it out.")
+        for name in ("teacher", "classifier_sample", "prefixes_from", "prefixes_per_step"):
+            if getattr(self, name) and self.label_column is not None:
+                raise ValueError(f"{name}: belongs to the learning of speakers; with label_column leave it out.")
+        if self.classifier_sample and (self.rotate_at or self.ema or self.average_last):
+            raise ValueError("classifier_sample: works without rotate_at, ema and average_last, which need all rows.")
+        if self.classifier_sample and self.accumulation > 1:
+            raise ValueError("classifier_sample: works with accumulation: 1, since a step has one set of rows.")
+        if self.rank < 1 or self.strategy in ("dynamic", "warm_up") and self.start_rank <= self.rank:
+            raise ValueError(
+                f"rank: got {self.rank} and start_rank {self.start_rank}; expected at least 1, and a start above it."
+            )
+
+    def _check_tests(self):
         needed = {"folder"} if self.label_column else {"folder", "trials"}
         for name, test in self.tests.items():
             if not needed <= set(test) <= needed | {"domain", "domain_options"}:
@@ -110,27 +210,21 @@ class Recipe:
                     "domain and domain_options where its audio is not to stay as it is."
                 )
 
-    def _check_tuning(self):
-        for name, allowed in (("trains", TRAINS), ("strategy", STRATEGIES), ("label_key", ("speaker", "path"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
-        for name in ("base_share", "trunk_frozen_until", "cut_at"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share from 0 to below 1.")
-        if (self.label_file is None) != (self.label_column is None):
-            raise ValueError("label_file and label_column: give both or neither.")
-        if self.trunk_frozen_until and self.trains != "all":
-            raise ValueError(f"trunk_frozen_until: with trains: {self.trains} the trunk never trains; leave it out.")
-        if self.rotate_at and self.trains != "all":
-            raise ValueError(f"rotate_at: with trains: {self.trains} the basis is not ours to turn; leave it out.")
-        if self.rank < 1 or self.strategy in ("dynamic", "warm_up") and self.start_rank <= self.rank:
-            raise ValueError(
-                f"rank: got {self.rank} and start_rank {self.start_rank}; expected at least 1, and a start above it."
-            )
+    @property
+    def crop_range(self) -> tuple[float, float]:
+        """The shortest and the longest training crop in seconds."""
+        lengths = self.crop_seconds if isinstance(self.crop_seconds, list) else [self.crop_seconds] * 2
+        if len(lengths) != 2:
+            raise ValueError(f"crop_seconds: got {lengths}, expected a length, or [shortest, longest].")
+        return float(lengths[0]), float(lengths[1])
 
 
 TRAINS = ("all", "head", "projection", "adapter")
 STRATEGIES = ("vanilla", "dynamic", "warm_up", "mixed")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "exponential")
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+PARTS = ("trunk", "head", "classifier")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
@@ -162,6 +256,8 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Recipe
         settings.add_argument(f"--{f.name}", metavar="", default=argparse.SUPPRESS, help=text)
     known, rest = parser.parse_known_args(argv)
     overrides = {key: value for key, value in vars(known).items() if key in FIELDS}
+    if (known.recipe or "").startswith("--"):  # argparse takes an unknown option with a space in it for the recipe
+        rest.append(known.recipe)
     try:
         for unknown in rest:
             _known(unknown.removeprefix("--").partition("=")[0], "command line")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.utils import cached_file
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
-from mrl_redimnet.corpus import SpeakerTable, load_corpus, split_usable
+from mrl_redimnet.corpus import SpeakerTable, labels_of, load_corpus, seconds_of, speakers_of, split_usable
 from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import (
     AttributeRow,
@@ -23,6 +24,7 @@ from mrl_redimnet.evaluation import (
 )
 from mrl_redimnet.folders import refuse_missing
 from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.streaming import StreamContents
 from mrl_redimnet.trials import Trials, make_trials, read_trials
 
 Rows = list[VerificationRow] | list[AttributeRow]
@@ -42,10 +44,12 @@ class TrialTest:
 
 @dataclass(frozen=True)
 class LabelledTest:
-    """Labelled speech: rows of a corpus with their targets, and the domain their audio is brought into."""
+    """Labelled speech: rows of a corpus with their targets, the folder of their paths, and the domain their audio is
+    brought into."""
 
     corpus: Dataset
     targets: np.ndarray
+    folder: Path
     domain: object = None
 
     def __len__(self) -> int:
@@ -60,28 +64,41 @@ class Verification:
     labels: tuple[str, ...] = ()
     targets = None  # what is learnt are the speakers
 
-    def __init__(self, recipe: Recipe, corpus: Dataset):
-        """corpus: the usable training rows, of which the development speakers are taken out."""
+    def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents):
+        """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
         if recipe.dev_trials is not None:
             self.corpus, dev, folder = corpus, read_trials(recipe.dev_trials), Path(recipe.dev_folder)
         else:
             self.corpus, held_out = hold_out(corpus, recipe)
-            dev = make_trials(held_out["path"], held_out["speaker"], held_out["session"], seed=recipe.seed)
-            folder = root_of(held_out)
+            dev, folder = trials_of(held_out, recipe)
         self.development = {
             name: TrialTest(dev, folder, domain) for name, domain in development_domains(recipe).items()
         }
+        streamed = isinstance(corpus, StreamContents)
+        if not streamed and (known := some_training_speakers(self.corpus, recipe)) is not None:
+            self.development["training speakers"] = TrialTest(*trials_of(known, recipe))
         self.tests = {
             name: TrialTest(read_trials(test["trials"]), Path(test["folder"]), test_domain(test))
             for name, test in recipe.tests.items()
         }
         for test in (*self.tests.values(), *self.development.values()):
             check_present(test.trials, test.folder)  # now, not after the training
-        self.speakers = speaker_table(self.corpus, recipe)
+        contents = corpus if streamed else contents_of(self.corpus)
+        self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
+        self.classes = classes_of(self.speakers, recipe.speeds)
 
-    def build_model(self, recipe: Recipe, num_labels: int) -> tuple[MRLReDimNetForXVector, bool]:
-        """The model to train, and whether its classifier is fresh."""
-        return start_model(MRLReDimNetForXVector, recipe, {"classifier.weight"}, num_speakers=num_labels)
+    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector, bool]:
+        """The model to train, and whether its classifier knows none of the classes yet."""
+        if recipe.model in SIZES:
+            return start_model(MRLReDimNetForXVector, recipe, set(), num_speakers=len(self.classes))
+        model, headless = start_model(MRLReDimNetForXVector, recipe, {"classifier.weight", "classifier.bias"})
+        names = (
+            None
+            if headless
+            else cached_file(recipe.model, "speakers.json", _raise_exceptions_for_missing_entries=False)
+        )
+        carried = carry_classifier(model, None if names is None else SpeakerTable.load(names), self.classes)
+        return model, carried == 0
 
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Error rates of one test at each of `dims`."""
@@ -91,6 +108,11 @@ class Verification:
     def score(rows: Rows) -> float:
         """What models are chosen by, lower is better: the mean EER over dimensions, all of which are to be good."""
         return sum(row.eer for row in rows) / len(rows)
+
+    @staticmethod
+    def curve(rows: Rows) -> dict:
+        """What the run's record keeps of an evaluation."""
+        return {"eer": {str(row.dim): row.eer for row in rows}}
 
 
 class Attribute:
@@ -109,15 +131,24 @@ class Attribute:
         self.targets = self._targets(table, self.corpus, recipe)
         dev_targets = self._targets(table, held_out, recipe)
         self.development = {
-            name: LabelledTest(held_out, dev_targets, domain) for name, domain in development_domains(recipe).items()
+            name: LabelledTest(held_out, dev_targets, development_folder(held_out, recipe), domain)
+            for name, domain in development_domains(recipe).items()
         }
         self.tests = {}
         for name, test in recipe.tests.items():
             rows, _ = split_usable(load_corpus(test["folder"], recipe.layout), recipe.min_seconds)
             if not len(rows):
                 raise ValueError(f"tests.{name}: no usable file below {test['folder']} (min_seconds, broken files?).")
-            self.tests[name] = LabelledTest(rows, self._targets(table, rows, recipe), test_domain(test))
-        self.speakers = speaker_table(self.corpus, recipe)
+            self.tests[name] = LabelledTest(
+                rows, self._targets(table, rows, recipe), development_folder(rows, recipe), test_domain(test)
+            )
+        if (known := some_training_speakers(self.corpus, recipe)) is not None:
+            self.development["training speakers"] = LabelledTest(
+                known, self._targets(table, known, recipe), development_folder(known, recipe)
+            )
+        contents = contents_of(self.corpus)
+        self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
+        self.classes = None  # the labels are the configuration's
 
     def _targets(self, table: dict[str, str], corpus: Dataset, recipe: Recipe) -> np.ndarray:
         found = [label_of(table, key, recipe) for key in corpus[recipe.label_key]]
@@ -130,7 +161,7 @@ class Attribute:
             raise ValueError(f"{recipe.label_column}: {unknown} occur in a test, but in no training speech.")
         return np.array([self.labels.index(value) for value in found])
 
-    def build_model(self, recipe: Recipe, num_labels: int) -> tuple[MRLReDimNetForSequenceClassification, bool]:
+    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForSequenceClassification, bool]:
         """The model to train; its head is fresh unless the start had one for the same labels."""
         names = {"num_labels": max(1, len(self.labels))}
         if self.labels:
@@ -154,8 +185,8 @@ class Attribute:
     @torch.no_grad()
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Accuracy, or mean absolute error, of whole utterances; no `dims`: heads take the whole embedding."""
-        files = [audio["path"] for audio in test.corpus["audio"]]
-        embeddings = embed_files(model, files, progress=progress, load=reader(root_of(test.corpus), test.domain))
+        files = [test.folder / path for path in test.corpus["path"]]
+        embeddings = embed_files(model, files, progress=progress, load=reader(test.folder, test.domain))
         device = next(model.parameters()).device
         logits = model.classifier(torch.from_numpy(embeddings).to(device)).float().cpu().numpy()
         answers = logits.argmax(1) if self.labels else logits[:, 0]
@@ -166,8 +197,24 @@ class Attribute:
         """What models are chosen by, lower is better: the share of errors, or the mean absolute error."""
         return 1 - rows[0].value if rows[0].metric == "accuracy" else rows[0].value
 
+    @staticmethod
+    def curve(rows: Rows) -> dict:
+        """What the run's record keeps of an evaluation."""
+        return {row.metric: row.value for row in rows}
 
-def make_task(recipe: Recipe, corpus: Dataset) -> Verification | Attribute:
+
+def contents_of(corpus: Dataset) -> StreamContents:
+    """What there is in a corpus: speakers, utterances, seconds."""
+    return StreamContents(SpeakerTable(speakers_of(corpus)), len(corpus), float(seconds_of(corpus).sum()))
+
+
+def told(contents: StreamContents) -> str:
+    """Contents in words."""
+    hours = "" if contents.seconds is None else f" ({contents.seconds / 3600:.1f} h)"
+    return f"{contents.rows:,} utterances of {len(contents.speakers):,} speakers{hours}"
+
+
+def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification | Attribute:
     """The task a recipe describes."""
     return Verification(recipe, corpus) if recipe.label_column is None else Attribute(recipe, corpus)
 
@@ -190,39 +237,85 @@ def start_model(kind: type, recipe: Recipe, head: set[str], **config):
 
 def hold_out(corpus: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
     """Rows for training, and those of `dev_speakers` speakers that are not trained on."""
-    names, counts = np.unique(corpus["speaker"], return_counts=True)
-    eligible = names[counts > 1]  # a target trial needs two utterances
+    speakers = SpeakerTable(speakers_of(corpus))
+    labels = labels_of(corpus, speakers)
+    eligible = np.flatnonzero(np.bincount(labels) > 1)  # a target trial needs two utterances
     if len(eligible) <= recipe.dev_speakers:
         raise ValueError(
             f"dev_speakers: {recipe.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
-            f"{len(names)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
+            f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    held_out = set(np.random.default_rng([recipe.seed, 2]).choice(eligible, recipe.dev_speakers, replace=False))
-    is_dev = np.array([speaker in held_out for speaker in corpus["speaker"]])
+    chosen = np.random.default_rng([recipe.seed, 2]).choice(eligible, recipe.dev_speakers, replace=False)
+    is_dev = np.isin(labels, chosen)
     return corpus.select(np.flatnonzero(~is_dev)), corpus.select(np.flatnonzero(is_dev))
 
 
-def root_of(corpus: Dataset) -> Path:
-    """The folder that the paths of a corpus are relative to."""
-    first = corpus[0]
-    return Path(first["audio"]["path"].removesuffix(first["path"]))
+def some_training_speakers(corpus: Dataset, recipe: Recipe) -> Dataset | None:
+    """Utterances of as many training speakers as are held out, whose results show how much is learnt by heart.
+
+    None where fewer than two speakers have several utterances.
+    """
+    labels = labels_of(corpus, SpeakerTable(speakers_of(corpus)))
+    several = np.flatnonzero(np.bincount(labels) > 1)
+    if len(several) < 2:
+        return None
+    wanted = min(len(several), max(2, recipe.dev_speakers))
+    chosen = np.random.default_rng([recipe.seed, 7]).choice(several, wanted, replace=False)
+    return corpus.select(np.flatnonzero(np.isin(labels, chosen)))
 
 
-def speaker_table(corpus: Dataset, recipe: Recipe) -> SpeakerTable:
-    """Speakers to label ids: those of the model started from, or of this run so far, keep theirs."""
-    known = SpeakerTable([])
-    for folder in (Path(recipe.output), Path(recipe.model)):
-        if (folder / "speakers.json").is_file():
-            known = SpeakerTable.load(folder / "speakers.json")
-            break
-    return known.extended(corpus.unique("speaker"))
+def trials_of(corpus: Dataset, recipe: Recipe) -> tuple[Trials, Path]:
+    """Trials among the utterances of a part of the training speech, and the folder of their paths."""
+    trials = make_trials(corpus["path"], corpus["speaker"], corpus["session"], seed=recipe.seed)
+    return trials, development_folder(corpus, recipe)
+
+
+def development_folder(corpus: Dataset, recipe: Recipe) -> Path:
+    """The folder that the paths of a corpus are relative to; audio of parquet files is written below `output` first."""
+    first, folder = corpus[0], Path(recipe.output) / "development"
+    if first["audio"]["bytes"] is None:
+        return Path(first["audio"]["path"].removesuffix(first["path"]))
+    for row in corpus:
+        file = folder / row["path"]
+        if not file.is_file() or file.stat().st_size != len(row["audio"]["bytes"]):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row["audio"]["bytes"])
+    return folder
+
+
+def classes_of(speakers: SpeakerTable, speeds: list[float]) -> SpeakerTable:
+    """What the classifier's rows stand for: the speakers, then the speakers at each further speed."""
+    rest = [f"{name} at speed {speed:g}" for speed in speeds[1:] for name in speakers.names]
+    return SpeakerTable([*speakers.names, *rest])
+
+
+def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new: SpeakerTable) -> int:
+    """Gives the model a classifier of the classes `new`, in which those it had, by name, keep their rows.
+
+    Returns how many did. old: None where the names of its rows are not known.
+    """
+    before, config = model.classifier, model.config
+    known = () if old is None or len(old) != config.num_speakers else old.names
+    config.num_speakers = len(new)
+    model.classifier = type(before)(config)
+    shared = sorted(set(known) & set(new.names))
+    if not shared:
+        return 0
+    with torch.no_grad():
+        rows_of = [
+            weight.view(-1, config.sub_centers, weight.shape[1]) for weight in (before.weight, model.classifier.weight)
+        ]
+        rows_of[1][[new.id(name) for name in shared]] = rows_of[0][[old.id(name) for name in shared]]
+        if before.bias is not None:
+            model.classifier.bias.copy_(before.bias)
+    return len(shared)
 
 
 def training_domain(recipe: Recipe):
     """The domain of the training crops; its noise is the recipe's."""
     options = dict(recipe.domain_options)
     if recipe.domain == "noisy":
-        options = {"noise": recipe.noise, "snr": tuple(recipe.noise_snr), **options}
+        options = {"noise": recipe.noise, "rooms": recipe.rooms, **options}
     return make_domain(recipe.domain, **options)
 
 

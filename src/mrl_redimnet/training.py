@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -20,19 +21,50 @@ from mrl_redimnet.recipe import Recipe
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """A linear rise over the warm-up, then a cosine down to the final rate at the last step."""
-    warmup = recipe.warmup * recipe.steps
+    """A linear rise over the warm-up, then a cosine or an exponential down to the final rate at the last step."""
+    warmup, high, low = recipe.warmup * recipe.steps, recipe.learning_rate, recipe.final_learning_rate
     if step < warmup:
-        return recipe.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1.0, recipe.steps - 1 - warmup)
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * fall
+        return high * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1.0, recipe.steps - 1 - warmup))
+    if recipe.schedule == "exponential":
+        return high * (low / high) ** progress
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def margin_at(step: int, recipe: Recipe, full: float) -> float:
     """0 at first, then rising linearly to `full` (radians): a margin on random embeddings only slows them down."""
-    start, end = (share * recipe.steps for share in recipe.margin_rise)
-    return full * min(1.0, max(0.0, (step - start) / max(1.0, end - start)))
+    return full * rise(step / recipe.steps, recipe.margin_rise)
+
+
+def augmentation_strength(draw: int, crops: int, recipe: Recipe) -> float:
+    """What augmentations' probabilities are multiplied by at a draw, with `crops` draws in a step."""
+    return rise(draw / crops / recipe.steps, recipe.augmentation_rise)
+
+
+def rise(share: float, between: list[float]) -> float:
+    """0 before, 1 after, and linear between two shares of a run. (0, 0) is 1 from the beginning."""
+    start, end = between
+    if share >= end:
+        return 1.0
+    return max(0.0, (share - start) / (end - start))
+
+
+def prefix_weights_at(step: int, recipe: Recipe, config) -> list[float] | None:
+    """Weights of the prefixes' losses at a step, 0 for those left out; None: the configured ones, always.
+
+    Progressive: a prefix joins at its share of `prefixes_from`. Sampled: `prefixes_per_step` of those that have joined,
+    drawn anew each step, the longest always among them.
+    """
+    if not recipe.prefixes_from and not recipe.prefixes_per_step:
+        return None
+    weights = list(config.prefix_weights or [1.0] * len(config.matryoshka_dims))
+    joined = [k for k, share in enumerate(recipe.prefixes_from or [0] * len(weights)) if step >= share * recipe.steps]
+    if recipe.prefixes_per_step:
+        *shorter, longest = joined
+        rng = np.random.default_rng([recipe.seed, 6, step])
+        count = min(recipe.prefixes_per_step - 1, len(shorter))
+        joined = [*rng.choice(shorter, count, replace=False).tolist(), longest] if count else [longest]
+    return [weight if k in joined else 0.0 for k, weight in enumerate(weights)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,24 +88,39 @@ def freeze(model: nn.Module, recipe: Recipe, step: int):
         parameter.requires_grad_(trained and not (trunk_waits and name.startswith(TRUNK)))
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over every trainable tensor of model and classifier; norms, biases and mixing weights do not decay.
+def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> torch.optim.Optimizer:
+    """The recipe's optimiser over every trainable tensor of model and classifier; norms, biases and mixing weights do
+    not decay.
 
-    Each group's `lr_scale` is what the schedule's learning rate is multiplied by: the trunk may have its own rate.
+    Each group's `lr_scale` is what the schedule's learning rate is multiplied by: parts may have their own rate, and
+    all rates grow with the crops of a step (Goyal et al., arXiv 1706.02677) where `learning_rate_batch` is given.
     """
-    trunk_scale = 1.0 if recipe.trunk_learning_rate is None else recipe.trunk_learning_rate / recipe.learning_rate
+    crops = recipe.batch_size * recipe.accumulation * processes
+    growth = 1.0 if recipe.learning_rate_batch is None else crops / recipe.learning_rate_batch
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            part = part_of(name)
+            own = recipe.learning_rates.get(part)
+            scale = growth * (1.0 if own is None else own / recipe.learning_rate)
             decays = parameter.dim() > 1 and not name.endswith("mix.logits")
-            scale = trunk_scale if name.startswith(TRUNK) and recipe.trains == "all" else 1.0
-            groups.setdefault((scale, recipe.weight_decay if decays else 0.0), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
-        lr=recipe.learning_rate,
-    )
+            decay = recipe.weight_decays.get(part, recipe.weight_decay) if decays else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+    settings = [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+    if recipe.optimizer == "sgd":
+        nesterov = recipe.momentum > 0
+        optimizer = torch.optim.SGD(settings, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
+    else:
+        optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate)
     check_optimizer(model, optimizer)
     return optimizer
+
+
+def part_of(name: str) -> str:
+    """Whether a parameter belongs to trunk, head or classifier; an adapter's to the layers it adapts."""
+    if name.startswith("classifier."):
+        return "classifier"
+    return "trunk" if any(f".{inner}." in name for inner in ("front_end", "trunk")) else "head"
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -93,22 +140,23 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def chance_loss(classifier: MatryoshkaMarginClassifier, margin: float, crops: int = 64) -> tuple[float, float]:
+def chance_loss(
+    classifier: MatryoshkaMarginClassifier, margin: float, crops: int = 64, prefix_weights: list[float] | None = None
+) -> tuple[float, float]:
     """The loss of `crops` embeddings that know nothing, mean and standard deviation over random directions and labels.
 
-    For N speakers, prefix d, scale s and margin m this is about ln N + s^2 / (2 d) + s sin m; it is measured here with
+    For N speakers, prefix d, scale s and margin m AAM's is about ln N + s^2 / (2 d) + s sin m; it is measured here with
     the classifier's own rows, because the second term holds only where N is large. All of a batch point one way, as
     an untrained network's embeddings do.
     """
-    generator = torch.Generator().manual_seed(0)
-    speakers, width = classifier.weight.shape
+    generator = torch.Generator().manual_seed(2**31)  # a small seed's directions may be those the rows began with
+    device = classifier.weight.device
+    speakers, width = classifier.num_speakers, classifier.weight.shape[1]
     losses = []
     for _ in range(64):
         direction = torch.randn(1, width, generator=generator).expand(crops, width)
         labels = torch.randint(speakers, (crops,), generator=generator)
-        losses.append(
-            classifier(direction.to(classifier.weight.device), labels.to(classifier.weight.device), margin)[0]
-        )
+        losses.append(classifier(direction.to(device), labels.to(device), margin, prefix_weights)[0])
     return float(torch.stack(losses).mean()), float(torch.stack(losses).std())
 
 
@@ -129,7 +177,7 @@ class ChanceGuard:
             )
 
     def check_progress(self, step: int, loss: float, margin_cost: float = 0.0):
-        """From the deadline on the loss must have left chance level, which a margin raises by scale * sin(margin)."""
+        """From the deadline on the loss must have left chance level, which a margin raises."""
         chance = self.mean + margin_cost
         if step >= self.deadline and not loss <= 0.95 * chance:  # nor is it NaN
             raise RuntimeError(
@@ -149,7 +197,10 @@ class Progress:
     step: int = 0
     best_score: float = math.inf  # on development speech, lower is better
     best_step: int = -1
-    problems: list = field(default_factory=list)
+    without_better: int = 0  # evaluations since
+    ended: bool = False  # before the last step, for want of a better model
+    problems: list = field(default_factory=list)  # of this process
+    crops: dict | None = None  # where this process's stream is
 
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
@@ -176,10 +227,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+        (temporary / f"progress-{accelerator.process_index}.json").write_text(json.dumps(asdict(progress)))
+    except Exception:  # a full disk, mostly: what was written of it is in the way
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "progress.json").write_text(json.dumps({"progress": asdict(progress), "recipe": asdict(recipe)}))
+        settings = {"recipe": asdict(recipe), "processes": accelerator.num_processes}
+        (temporary / "settings.json").write_text(json.dumps(settings))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in _checkpoints(folder)[:-keep]:
@@ -195,7 +252,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
-    stored = json.loads((checkpoints[-1] / "progress.json").read_text())
+    stored = json.loads((checkpoints[-1] / "settings.json").read_text())
     now = json.loads(json.dumps(asdict(recipe)))
     changed = [
         f"{f.name} (was {stored['recipe'].get(f.name)!r}, is {now[f.name]!r})"
@@ -204,8 +261,13 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
     ]
     if changed:
         raise ValueError(f"{checkpoints[-1]} belongs to a run with other settings: {', '.join(changed)}.")
+    if stored["processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoints[-1]} was written by {stored['processes']} processes, now there are "
+            f"{accelerator.num_processes}: steps would be of other batches. Resume with as many as before."
+        )
     accelerator.load_state(str(checkpoints[-1]))
-    return Progress(**stored["progress"])
+    return Progress(**json.loads((checkpoints[-1] / f"progress-{accelerator.process_index}.json").read_text()))
 
 
 def newest_step(folder: Path) -> int:
