@@ -82,6 +82,18 @@ def test_bytes_are_read_as_the_file_is(recordings, name, start, seconds):
     np.testing.assert_array_equal(read_audio(source, start, seconds), read_audio(recordings / name, start, seconds))
 
 
+@pytest.mark.parametrize("samples", [51_153, 70_368, 78_630])
+def test_the_end_of_an_ogg_file_is_its_end(tmp_path, samples):
+    """Where one half is silent, libsndfile's seek near the end of an Ogg file lands elsewhere."""
+    wave = np.zeros(samples, dtype=np.float32)
+    wave[samples // 2 :] = 0.3 * np.random.default_rng(samples).standard_normal(samples - samples // 2)
+    sf.write(tmp_path / "a.ogg", wave, SAMPLING_RATE, format="OGG", subtype="VORBIS")
+    whole = read_audio(tmp_path / "a.ogg")
+    for seconds in (0.02, 0.2, 0.75):
+        start = len(whole) / SAMPLING_RATE - seconds
+        assert np.array_equal(read_audio(tmp_path / "a.ogg", start=start), whole[-round(seconds * SAMPLING_RATE) :])
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a"])
 def test_bytes_without_a_suffix_are_known_by_their_beginning(recordings, name):
     source = Encoded("row 7", (recordings / name).read_bytes())

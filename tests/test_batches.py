@@ -427,7 +427,7 @@ def groups(tmp_path_factory) -> datasets.Dataset:
     epoch=st.integers(0, 3),
 )
 def test_an_epoch_has_every_speaker_once_with_different_utterances(groups, kept, size, speeds, seed, epoch):
-    """K draws in a row are of one speaker and speed, so of one class; utterances come again only where there are fewer."""
+    """K draws in a row are of one speaker and one speed: of one class. Utterances come again only where too few."""
     corpus = groups.select(np.flatnonzero(kept))
     files = np.flatnonzero(kept)
     crops = dataset(corpus, 0.1, speeds, utterances_per_speaker=size, seed=seed)

@@ -161,8 +161,9 @@ def _soundfile_reader(file: Path | io.BytesIO, name: str) -> Iterator[_Reader]:
             raise AudioError(f"{name} does not say how long it is (it was written to a pipe): encode it again")
 
         def read(first: int, last: int) -> np.ndarray:
-            file.seek(first)
-            return file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)
+            start = 0 if file.format == "OGG" else first  # libsndfile's seek into an Ogg's last pages misses
+            file.seek(start)
+            return file.read(last - start, dtype="float32", always_2d=True)[first - start :].mean(axis=1)
 
         yield _Reader(file.samplerate, file.channels, file.frames, read)
 
