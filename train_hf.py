@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None):
             if progress.ended:
                 break
             train(run, progress, stop)
-            if stop < recipe.steps:
+            if stop < recipe.steps and not progress.ended:
                 begin_phase(run, stop)
 
         # Save and report.
@@ -570,7 +570,10 @@ class History:
     def timed(self, batches: Iterator[dict]) -> dict:
         """The next batch; how long it was waited for, and how long it took to make."""
         asked = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the socket that its batch was to come by
+            raise RuntimeError("A DataLoader worker died; it was killed, for want of memory perhaps.") from error
         self.waited += time.perf_counter() - asked
         self.made_in += batch["made_in"]
         self.crops += len(batch["labels"])
@@ -607,9 +610,9 @@ class History:
         self.accelerator.log({**values, **{f"loss/{d}": v for d, v in self.prefix_losses.items()}}, step=step + 1)
 
     def _fetch(self):
-        self.loss, *prefixes = torch.stack(self.pending).nanmean(0).tolist()  # prefixes left out of a step are NaN
-        if any(not torch.isfinite(losses[0]) for losses in self.pending):
-            self.loss = math.nan
+        losses = self.accelerator.reduce(torch.stack(self.pending), "mean")
+        self.loss = losses[:, 0].mean().item()
+        prefixes = losses[:, 1:].nanmean(0).tolist()  # those left out of a step are NaN
         self.prefix_losses = dict(zip(map(str, self.run.model.config.matryoshka_dims), prefixes, strict=False))
         self.pending = []
         self.check_finite()

@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--resamples", type=int, default=400)
     return parser.parse_args()
 
 
@@ -209,6 +209,8 @@ def values_of(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) 
     """((list, dim), (EER, EERs of all resamples))."""
     row_of = {path: row for row, path in enumerate(lists["both lists"].utterances)}
     for name, trials in lists.items():
+        if name == "both lists":
+            continue
         sides = [np.array([row_of[path] for path in side]) for side in (trials.enrol, trials.test)]
         speakers = [[speaker_of(path) for path in side] for side in (trials.enrol, trials.test)]
         for dim in DIMS:

@@ -7,18 +7,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_config, tiny_model
+from conftest import TINY, tiny_config, tiny_model, waves
+from huggingface_hub import HfApi, constants, hf_api
+from local_hub import LocalHub
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet import tasks
 from mrl_redimnet.audio import read_audio
+from mrl_redimnet.batches import CropDataset, CropMaker
 from mrl_redimnet.corpus import SpeakerTable, load_corpus
 from mrl_redimnet.domains import Noisy, Telephony, simulate
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow, evaluate_trials
+from mrl_redimnet.evaluation import AttributeRow, VerificationRow, check_present, evaluate_trials
+from mrl_redimnet.prepare import prepare
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.streaming import stream_contents
 from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.tasks import Attribute, Verification, hold_out, make_task
+from mrl_redimnet.tasks import Attribute, Verification, classes_of, hold_out, make_task
 from mrl_redimnet.trials import read_trials
 
 SIZE = {key: value for key, value in TINY.items() if key != "num_speakers"}
@@ -36,6 +41,13 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def speech(root):
     return load_corpus(root / "train")
+
+
+@pytest.fixture(scope="module")
+def shards(root) -> Path:
+    """The training speech as parquet files."""
+    prepare(root / "train", root / "shards", cache_dir=root.parent / "cache", shard_mb=0.1)
+    return root / "shards"
 
 
 @pytest.fixture
@@ -119,7 +131,8 @@ def test_development_trials_may_be_given(root, speech, recipe):
     given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"), dev_speakers=0)
     task = make_task(recipe(**given), speech)
     assert len(task.corpus) == len(speech) and len(task.speakers) == 6
-    (test,) = task.development.values()
+    assert list(task.development) == ["development", "training speakers"]
+    test = task.development["development"]
     assert test.folder == root / "test/wav" and test.trials.enrol == read_trials(root / "test/trials.txt").enrol
 
 
@@ -146,16 +159,140 @@ def test_of_two_models_the_one_with_fewer_errors_scores_lower():
     assert Verification.score(worse) == pytest.approx(0.17)
 
 
-@pytest.mark.parametrize("where", ["model", "output"])
-def test_speakers_keep_the_numbers_they_had(root, speech, recipe, tmp_path, where):
+def test_the_record_of_an_evaluation_has_the_error_rate_of_each_dimension():
+    rows = [VerificationRow(8, 0.1, 1.0), VerificationRow(32, 0.05, 1.0)]
+    assert Verification.curve(rows) == {"eer": {"8": 0.1, "32": 0.05}}
+    assert Attribute.curve([AttributeRow("accuracy", 0.75)]) == {"accuracy": 0.75}
+
+
+def test_a_task_says_what_there_is_to_learn_from(speech, recipe):
+    task = make_task(recipe(dev_speakers=2), speech)
+    assert task.utterances == len(task.corpus) == 16
+    assert task.speech == f"16 utterances of 4 speakers ({sum(task.corpus['seconds']) / 3600:.1f} h)"
+
+
+def test_classes_are_the_speakers_and_then_the_speakers_at_other_speeds():
+    speakers = SpeakerTable(["b", "a"])
+    assert classes_of(speakers, [1.0]).names == ("b", "a")
+    assert classes_of(speakers, [1.0, 0.9, 1.1]).names == (
+        *("b", "a"),
+        *("b at speed 0.9", "a at speed 0.9"),
+        *("b at speed 1.1", "a at speed 1.1"),
+    )
+
+
+def test_the_classes_of_a_task_are_the_labels_of_its_crops(speech, recipe):
+    """Example by example: what `CropMaker` numbers is what `classes` names."""
+    settings = recipe(speeds=[1.0, 0.9])
+    task = make_task(settings, speech)
+    crops = CropDataset(task.corpus, task.speakers, CropMaker(len(task.speakers), (1.0, 0.9)), (0.2, 0.2))
+    for draw in range(16):
+        row, _ = crops._row(draw, np.random.default_rng([0, 1, draw]))
+        name = task.classes.name(crops[draw]["label"])
+        assert name.partition(" at speed ")[0] == task.corpus[row]["speaker"]
+    assert len(task.classes) == 8
+
+
+# ---------------------------------------------------------------- the gap to training speakers
+
+
+def test_training_speakers_are_judged_last_beside_those_held_out(root, speech, recipe, labelled):
+    for settings in (recipe(dev_speakers=2), labelled(genders(root), dev_speakers=2)):
+        task = make_task(settings, speech)
+        assert list(task.development) == ["development", "training speakers"]
+        known = task.development["training speakers"]
+        paths = known.trials.utterances if isinstance(task, Verification) else known.corpus["path"]
+        names = {path.split("/")[0] for path in paths}
+        assert len(names) == 2 and names <= set(task.speakers.names) and known.domain is None
+
+
+def test_trials_of_training_speakers_are_of_both_kinds_and_their_files_are_there(speech, recipe):
+    known = make_task(recipe(), speech).development["training speakers"]
+    assert set(known.trials.labels.tolist()) == {0, 1}
+    check_present(known.trials, known.folder)
+    target = [a.split("/")[0] == b.split("/")[0] for a, b in zip(known.trials.enrol, known.trials.test, strict=True)]
+    assert target == known.trials.labels.astype(bool).tolist()
+
+
+def test_as_many_training_speakers_are_judged_as_are_held_out_but_two_at_least(root, speech, recipe):
+    for count, expected in ((2, 2), (3, 3), (5, None)):
+        known = tasks.some_training_speakers(
+            hold_out(speech, recipe(dev_speakers=count))[0], recipe(dev_speakers=count)
+        )
+        assert (None if known is None else len(set(known["speaker"]))) == expected
+    trials = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"), dev_speakers=0)
+    assert len(set(tasks.some_training_speakers(speech, recipe(**trials))["speaker"])) == 2
+
+
+def test_training_speakers_of_one_utterance_are_not_judged(root, speech, recipe):
+    """Nor is a run refused for want of others."""
     names = sorted(set(speech["speaker"]))
-    save_model(tiny_model(), tmp_path / "start")
-    folder = tmp_path / ("start" if where == "model" else "run")
-    folder.mkdir(exist_ok=True)
-    SpeakerTable(["somebody", names[4]]).save(folder / "speakers.json")
-    task = make_task(recipe(model=str(tmp_path / "start"), dev_speakers=2), speech)
-    assert task.speakers.names[:2] == ("somebody", names[4])
-    assert set(task.speakers.names[2:]) == set(task.corpus["speaker"]) - {names[4]}
+    several = [row for row, name in enumerate(speech["speaker"]) if name in names[:3]]
+    single = [speech["speaker"].index(name) for name in names[3:]]
+    corpus = speech.select(sorted([*several, *single]))
+    assert list(make_task(recipe(dev_speakers=2), corpus).development) == ["development"]  # one has several utterances
+    trials = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"))
+    task = make_task(recipe(**trials, dev_speakers=8), corpus)
+    known = task.development["training speakers"].trials.utterances
+    assert {path.split("/")[0] for path in known} == set(names[:3])
+
+
+def test_the_training_speakers_that_are_judged_are_set_by_the_seed(speech, recipe):
+    chosen = [frozenset(tasks.some_training_speakers(speech, recipe(seed=seed))["path"]) for seed in (0, 0, 1, 2, 3)]
+    assert chosen[0] == chosen[1] and len(set(chosen)) > 1
+
+
+# ---------------------------------------------------------------- parquet files and streams
+
+
+def test_audio_of_parquet_files_is_written_where_trials_are_read(root, shards, recipe, tmp_path):
+    task = make_task(recipe(), load_corpus(shards))
+    for name, test in task.development.items():
+        assert test.folder == tmp_path / "run" / "development", name
+        for path in test.trials.utterances:
+            assert (test.folder / path).read_bytes() == (root / "train/wav" / path).read_bytes()
+    written = {path.relative_to(test.folder).as_posix() for path in test.folder.rglob("*.wav")}
+    assert written == {path for test in task.development.values() for path in test.trials.utterances}
+
+
+def test_speakers_of_parquet_files_are_judged_as_those_of_the_folder(root, shards, speech, recipe):
+    model = tiny_model(kind=MRLReDimNetForXVector)
+    rows = []
+    for corpus in (speech, load_corpus(shards)):
+        task = make_task(recipe(), corpus)
+        rows.append([task.evaluate(model, test) for test in task.development.values()])
+    assert rows[0] == rows[1]
+
+
+def test_what_is_written_already_is_left_and_what_was_broken_off_is_written_again(shards, recipe):
+    corpus, settings = load_corpus(shards), recipe()
+    folder = tasks.development_folder(corpus, settings)
+    files = sorted(folder.rglob("*.wav"))
+    assert len(files) == len(corpus)
+    whole, stamp = files[0].read_bytes(), files[1].stat().st_mtime_ns
+    files[0].write_bytes(whole[:100])
+    assert tasks.development_folder(corpus, settings) == folder
+    assert files[0].read_bytes() == whole and files[1].stat().st_mtime_ns == stamp
+
+
+def test_attributes_of_parquet_files_are_judged_as_those_of_the_folder(root, shards, speech, labelled):
+    ages = {path: 30 + row for row, path in enumerate(speech["path"])}
+    model = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    rows = []
+    for corpus in (speech, load_corpus(shards)):
+        task = make_task(labelled(ages, key="path"), corpus)
+        rows.append([task.evaluate(model, test)[0].value for test in task.development.values()])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+def test_a_stream_is_learnt_from_by_what_is_in_it(root, shards, recipe):
+    """No row is at hand: trials are given, and no training speakers are judged."""
+    given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"))
+    settings = recipe(train=str(shards), streaming=True, sampler="utterance", speeds=[1.0, 0.9], **given)
+    task = make_task(settings, stream_contents(str(shards)))
+    assert list(task.development) == ["development"] and task.utterances == 24
+    assert task.speech.startswith("24 utterances of 6 speakers (")
+    assert len(task.classes) == 12 and task.build_model(settings)[0].config.num_speakers == 12
 
 
 # ---------------------------------------------------------------- labels
@@ -305,17 +442,18 @@ def test_in_a_domain_the_domain_decides_and_the_audio_as_it_is_stands_beside_it(
 def test_both_kinds_of_tasks_are_judged_in_the_domain(root, speech, recipe, labelled):
     for settings in (recipe(domain="telephony"), labelled(genders(root), domain="telephony")):
         judges = make_task(settings, speech).development
-        assert [type(test.domain) for test in judges.values()] == [Telephony, type(None)]
+        assert list(judges) == ["development, telephony", "development, as it is", "training speakers"]
+        assert [type(test.domain) for test in judges.values()] == [Telephony, type(None), type(None)]
 
 
-def test_the_noise_of_the_domain_is_the_recipes(root, recipe):
-    noise = str(root / "test/wav")
-    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, noise_snr=[3, 4]))
-    assert type(domain) is Noisy and (domain.noise, domain.snr) == (noise, (3, 4))
-    options = {"snr": [5, 6], "room_probability": 0.0}
-    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, noise_snr=[3, 4], domain_options=options))
-    assert (domain.snr, domain.room_probability) == ([5, 6], 0.0)
-    assert tasks.training_domain(recipe(domain="telephony", noise=noise)) == Telephony()
+def test_the_noise_and_the_rooms_of_the_domain_are_the_recipes(root, recipe):
+    noise, rooms = str(root / "test/wav"), str(root / "train/wav")
+    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, rooms=rooms))
+    assert type(domain) is Noisy and (domain.noise, domain.rooms, domain.snr) == (noise, rooms, (0.0, 15.0))
+    options = {"snr": [5, 6], "room_probability": 0.0, "rooms": None}
+    domain = tasks.training_domain(recipe(domain="noisy", noise=noise, rooms=rooms, domain_options=options))
+    assert (domain.snr, domain.room_probability, domain.rooms) == ([5, 6], 0.0, None)
+    assert tasks.training_domain(recipe(domain="telephony", noise=noise, rooms=rooms)) == Telephony()
 
 
 def test_a_test_without_a_domain_stays_as_it_is(root):
@@ -333,37 +471,166 @@ def test_a_test_without_a_domain_stays_as_it_is(root):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "model"
-    save_model(tiny_model(kind=MRLReDimNetForXVector), folder)  # of 5 speakers
+    save_model(tiny_model(kind=MRLReDimNetForXVector), folder)  # of 5 speakers, whose names nobody knows
     return folder
 
 
+@pytest.fixture
+def all_speakers(root, recipe):
+    """A recipe that trains on all six: all_speakers(**settings)."""
+    given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"))
+    return lambda **settings: recipe(**{"model_options": {}, **given, **settings})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved model whose classifier has these classes: saved(names, **configuration) -> the model, its folder."""
+
+    def make(names, dtype: torch.dtype = torch.float32, **config) -> tuple[MRLReDimNetForXVector, str]:
+        model = tiny_model(tiny_config(num_speakers=len(names), **config), kind=MRLReDimNetForXVector).to(dtype)
+        save_model(model, tmp_path / "saved", SpeakerTable(list(names)))
+        return model, str(tmp_path / "saved")
+
+    return make
+
+
+def rows_of(model: MRLReDimNetForXVector, table: SpeakerTable) -> dict[str, torch.Tensor]:
+    """The classifier's rows of every class, [sub_centers, D], by name."""
+    weight = model.classifier.weight.detach()
+    return dict(zip(table.names, weight.view(len(table), -1, weight.shape[1]), strict=True))
+
+
+def kept(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> set[str]:
+    """The classes whose rows are those of before."""
+    return {name for name, rows in new.items() if name in old and torch.equal(rows, old[name])}
+
+
 def test_a_size_starts_from_random_weights(speech, recipe):
-    task = make_task(recipe(), speech)
-    model, fresh = task.build_model(recipe(), 12)
+    settings = recipe(speeds=[1.0, 0.9, 1.1])
+    model, fresh = make_task(settings, speech).build_model(settings)
     assert type(model) is MRLReDimNetForXVector and fresh
     assert model.config.num_speakers == 12 and model.config.embedding_size == 32
+    assert model.classifier.weight.shape == (12, 32)
 
 
-@pytest.mark.parametrize(("speakers", "fresh"), [(5, False), (7, True)])
-def test_a_saved_classifier_is_kept_where_it_fits(speech, recipe, start, speakers, fresh):
-    settings = recipe(model=str(start), model_options={"map_dropout": 0.1})
-    model, told = make_task(settings, speech).build_model(settings, speakers)
-    saved = MRLReDimNetForXVector.from_pretrained(start)
-    assert told is fresh and model.config.map_dropout == 0.1
-    assert torch.equal(model.redimnet.trunk.mix.logits, saved.redimnet.trunk.mix.logits)
-    assert model.classifier.weight.shape == (speakers, 32)
-    assert fresh or torch.equal(model.classifier.weight, saved.classifier.weight)
+@pytest.mark.parametrize("sub_centers", [1, 2])
+@pytest.mark.parametrize("loss", ["aam", "sphereface2"])
+def test_speakers_keep_their_rows_by_name_wherever_they_stand(speech, all_speakers, saved, sub_centers, loss):
+    """Those who are gone leave, new ones get fresh rows, and so does every speed that is new."""
+    names = sorted(set(speech["speaker"]))
+    old = SpeakerTable(["somebody", names[4], names[0], "somebody at speed 0.9", f"{names[0]} at speed 0.9"])
+    before, folder = saved(old.names, sub_centers=sub_centers, loss=loss)
+    settings = all_speakers(model=folder, speeds=[1.0, 0.9], model_options={"map_dropout": 0.1})
+    task = make_task(settings, speech)
+    model, fresh = task.build_model(settings)
+    assert not fresh and task.speakers.names == tuple(names) and len(task.classes) == 12
+    assert model.config.num_speakers == 12 and model.classifier.num_speakers == 12 and model.config.map_dropout == 0.1
+    assert model.classifier.weight.shape == (12 * sub_centers, 32)
+    carried = {names[0], names[4], f"{names[0]} at speed 0.9"}
+    assert kept(rows_of(before, old), rows_of(model, task.classes)) == carried
+    assert loss == "aam" or torch.equal(model.classifier.bias, before.classifier.bias)
+    saved_trunk = dict(before.redimnet.state_dict())
+    assert all(torch.equal(tensor, saved_trunk[name]) for name, tensor in model.redimnet.state_dict().items())
+
+
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_the_large_margin_stage_goes_on_with_the_rows_of_the_speakers(speech, all_speakers, saved, sub_centers):
+    """Its model knows other speeds, too: their rows are left behind. It answers as before, at its own margin."""
+    speakers = SpeakerTable(sorted(set(speech["speaker"])))
+    old = classes_of(speakers, [1.0, 0.9, 1.1])
+    before, folder = saved(old.names, sub_centers=sub_centers)
+    settings = all_speakers(model=folder, speeds=[1.0], model_options={"margin": 0.5})
+    task = make_task(settings, speech)
+    model, fresh = task.build_model(settings)
+    assert not fresh and model.config.num_speakers == 6
+    assert model.config.margin == model.classifier.margin == 0.5
+    assert kept(rows_of(before, old), rows_of(model, task.classes)) == set(speakers.names)
+    batch = torch.stack(waves(6000, 6000))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(batch).logits, before(batch).logits[:, :6], rtol=1e-5, atol=1e-5)
+
+
+def test_a_renamed_speaker_is_a_new_one(speech, all_speakers, saved):
+    names = sorted(set(speech["speaker"]))
+    old = SpeakerTable([*names[:5], f"{names[5]}-renamed"])
+    before, folder = saved(old.names)
+    settings = all_speakers(model=folder)
+    task = make_task(settings, speech)
+    torch.manual_seed(3)
+    model, fresh = task.build_model(settings)
+    assert not fresh and kept(rows_of(before, old), rows_of(model, task.classes)) == set(names[:5])
+    row = rows_of(model, task.classes)[names[5]]
+    assert not any(torch.equal(row, other) for other in rows_of(before, old).values())
+    assert 0.5 < row.norm() < 2  # as a fresh classifier's
+    torch.manual_seed(3)
+    assert torch.equal(task.build_model(settings)[0].classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    "case", ["strangers", "no names", "names of another number", "other sub-centers", "other loss"]
+)
+def test_a_classifier_of_which_nothing_is_known_begins_anew(speech, all_speakers, saved, case):
+    """As many rows as there are speakers are not the rows of these speakers."""
+    names = sorted(set(speech["speaker"]))
+    before, folder = saved(["u", "v", "w", "x", "y", "z"] if case == "strangers" else names)
+    table = Path(folder) / "speakers.json"
+    if case == "no names":
+        table.unlink()
+    if case == "names of another number":
+        SpeakerTable(names[:5]).save(table)
+    options = {"other sub-centers": {"sub_centers": 2}, "other loss": {"loss": "sphereface2"}}.get(case, {})
+    settings = all_speakers(model=folder, model_options=options)
+    model, fresh = make_task(settings, speech).build_model(settings)
+    assert fresh and model.config.num_speakers == model.classifier.num_speakers == 6
+    assert not any(torch.equal(row, old) for row in model.classifier.weight for old in before.classifier.weight)
+    assert torch.isfinite(model.classifier.weight).all() and 0.5 < model.classifier.weight.norm(dim=1).mean() < 2
+    assert torch.equal(model.redimnet.trunk.mix.logits, before.redimnet.trunk.mix.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_saved_in_half_precision_are_carried_over(speech, all_speakers, saved, dtype):
+    names = sorted(set(speech["speaker"]))
+    before, folder = saved(names[:5], dtype)
+    settings = all_speakers(model=folder)
+    task = make_task(settings, speech)
+    model, fresh = task.build_model(settings)
+    assert not fresh
+    expected = rows_of(before.float(), SpeakerTable(names[:5]))
+    assert kept(expected, rows_of(model.float(), task.classes)) == set(names[:5])
+
+
+def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, tmp_path):
+    names = sorted(set(speech["speaker"]))
+    old = SpeakerTable([names[3], "somebody"])
+    before, folder = saved(old.names)
+    with LocalHub({"hf_annas": "anna"}) as hub, pytest.MonkeyPatch.context() as patch:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        patch.setattr(hf_api.api, "endpoint", hub.url)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        api = HfApi(hub.url, token="hf_annas")
+        api.create_repo("anna/base")
+        api.upload_folder(repo_id="anna/base", folder_path=folder)
+        settings = all_speakers(model="anna/base")
+        task = make_task(settings, speech)
+        model, fresh = task.build_model(settings)
+    assert not fresh and kept(rows_of(before, old), rows_of(model, task.classes)) == {names[3]}
 
 
 def test_a_start_of_another_shape_is_refused(speech, recipe, start):
     settings = recipe(model=str(start), model_options={"pooling_bottleneck": 8})
     with pytest.raises(ValueError, match=r"model lacks or misshapes \d tensors: redimnet.pooling.attention_in"):
-        make_task(settings, speech).build_model(settings, 5)
+        make_task(settings, speech).build_model(settings)
 
 
 def test_a_head_of_classes_names_them(root, speech, labelled, start):
     settings = labelled(genders(root), model=str(start), model_options={})
-    model, guarded = make_task(settings, speech).build_model(settings, 99)
+    model, guarded = make_task(settings, speech).build_model(settings)
     assert type(model) is MRLReDimNetForSequenceClassification and guarded is False
     assert model.config.id2label == {0: "f", 1: "m"} and model.config.label2id == {"f": 0, "m": 1}
     assert model.classifier.weight.shape == (2, 32)
@@ -375,7 +642,7 @@ def test_a_head_of_numbers_starts_at_their_mean_in_the_training_speech(root, spe
     options = {} if from_size else dict(model=str(start), model_options={})
     settings = labelled(ages, key="path", **options)
     task = make_task(settings, speech)
-    model, _ = task.build_model(settings, 99)
+    model, _ = task.build_model(settings)
     assert model.classifier.weight.shape == (1, 32)
     expected = np.mean([ages[path] for path in task.corpus["path"]])  # without the speakers held out
     assert model.classifier.bias.item() == pytest.approx(expected, rel=1e-6)
@@ -387,7 +654,7 @@ def test_a_head_of_numbers_that_was_trained_stays(speech, labelled, tmp_path):
     save_model(trained, tmp_path / "trained")
     ages = {path: 20 + row for row, path in enumerate(speech["path"])}
     settings = labelled(ages, key="path", model=str(tmp_path / "trained"), model_options={})
-    model, _ = make_task(settings, speech).build_model(settings, 99)
+    model, _ = make_task(settings, speech).build_model(settings)
     assert torch.equal(model.classifier.bias, trained.classifier.bias)
     assert torch.equal(model.classifier.weight, trained.classifier.weight)
 
@@ -397,17 +664,18 @@ def test_an_encoder_alone_gets_a_fresh_head(root, speech, recipe, labelled, tmp_
     encoder = MRLReDimNetModel.from_pretrained(tmp_path / "encoder")
     for settings in (recipe, lambda **more: labelled(genders(root), **more)):
         made = settings(model=str(tmp_path / "encoder"), model_options={})
-        model, _ = make_task(made, speech).build_model(made, 4)
+        model, _ = make_task(made, speech).build_model(made)
         assert torch.equal(model.redimnet.trunk.mix.logits, encoder.trunk.mix.logits)
 
 
 def test_a_corpus_may_lie_anywhere(root, speech, recipe, tmp_path):
     """Where the paths of its rows begin."""
-    assert tasks.root_of(speech) == root / "train/wav"
+    assert tasks.development_folder(speech, recipe()) == root / "train/wav"
     moved = shutil.copytree(root / "test", tmp_path / "wav" / "wav")  # a folder's name may occur twice
     corpus = load_corpus(moved)
-    assert tasks.root_of(corpus) == moved / "wav"
-    assert all((tasks.root_of(corpus) / path).is_file() for path in corpus["path"])
+    assert tasks.development_folder(corpus, recipe()) == moved / "wav"
+    assert all((moved / "wav" / path).is_file() for path in corpus["path"])
+    assert not (tmp_path / "run").exists()  # nothing is copied
 
 
 # ---------------------------------------------------------------- heads and labels that look right and are not
@@ -419,7 +687,7 @@ def test_a_head_of_the_same_shape_for_something_else_is_not_kept(root, speech, l
     saved = tiny_model(tiny_config(num_speakers=2, num_labels=2), kind=kind)
     save_model(saved, tmp_path / "two")
     settings = labelled(genders(root), model=str(tmp_path / "two"), model_options={})
-    model, _ = make_task(settings, speech).build_model(settings, 99)
+    model, _ = make_task(settings, speech).build_model(settings)
     assert not torch.equal(model.classifier.weight, saved.classifier.weight)
     assert torch.equal(model.redimnet.trunk.mix.logits, saved.redimnet.trunk.mix.logits)
 
