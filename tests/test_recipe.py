@@ -330,7 +330,7 @@ def test_a_missing_file(capsys):
         (["--crop_seconds", "[3, 2]"], "crop_seconds: got [3, 2], expected a length, or [shortest, longest]"),
         (["--crop_seconds", "[1, 2, 3]"], "crop_seconds: got [1, 2, 3], expected a length, or [shortest, longest]"),
         (["--crop_seconds", "[0, 2]"], "crop_seconds: got [0, 2], expected a length, or [shortest, longest]"),
-        (["--crop_seconds", "[1, long]"], "crop_seconds: got [1, 'long'], expected a length, or [shortest, longest]"),
+        (["--crop_seconds", "[1, long]"], "crop_seconds: got [1, 'long'], expected numbers"),
         (["--utterances_per_speaker", "0"], "utterances_per_speaker: got 0, expected at least 1"),
         (["--utterances_per_speaker=5", "--batch_size=12"], "batch_size that it divides, got speaker and 12"),
         (

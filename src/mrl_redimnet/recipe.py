@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Recipe:
     )
     prefixes_per_step: int = _setting(0, "prefixes drawn for a step's loss, the longest always among them; 0: all")
     rotate_at: list = _setting([], "shares of the steps at which the basis is rotated during training")
-    classifier_sample: int = _setting(0, "speakers of the classifier used in a step; 0: all (100,000 and more: 10,000)")
+    classifier_sample: int = _setting(0, "speakers of the classifier used in a step, for 100,000 and more; 0: all")
     teacher: str | None = _setting(None, "a model whose full embedding every prefix is to be like")
     teacher_weight: float = _setting(10.0, "of its loss beside the classifier's")
     ema: float = _setting(0.0, "decay of the moving average of weights that is evaluated and saved; 0: none")
@@ -117,7 +118,8 @@ class Recipe:
             check()
 
     def _check_data(self):
-        if not self.speeds or self.speeds[0] != 1.0:
+        speeds = _numbers("speeds", self.speeds)
+        if not speeds or speeds[0] != 1.0 or min(speeds) <= 0 or len(set(speeds)) < len(speeds):
             raise ValueError(f"speeds: got {self.speeds}, expected a list that begins with 1.0.")
         if not 0 < self.crop_range[0] <= self.crop_range[1]:
             raise ValueError(f"crop_seconds: got {self.crop_seconds}, expected a length, or [shortest, longest].")
@@ -162,8 +164,11 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         for name in ("learning_rates", "weight_decays"):
-            if wrong := set(getattr(self, name)) - set(PARTS):
-                raise ValueError(f"{name}: got {', '.join(sorted(wrong))}, expected some of {', '.join(PARTS)}.")
+            given = getattr(self, name)
+            if wrong := [str(part) for part in given if part not in PARTS]:
+                raise ValueError(f"{name}: got {', '.join(wrong)}, expected some of {', '.join(PARTS)}.")
+            numbers = _numbers(f"{name}", list(given.values()), low=0.0)
+            setattr(self, name, dict(zip(given, numbers, strict=True)))
         if self.learning_rates and not self.learning_rate > 0:
             raise ValueError("learning_rates: parts' rates follow learning_rate's schedule, which must be above 0.")
         if self.schedule == "exponential" and not 0 < self.final_learning_rate <= self.learning_rate:
@@ -171,13 +176,14 @@ class Recipe:
 
     def _check_loss(self):
         for name in ("margin_rise", "augmentation_rise"):
-            shares = getattr(self, name)
+            shares = _numbers(name, getattr(self, name))
             if len(shares) != 2 or not 0 <= shares[0] <= shares[1] <= 1:
-                raise ValueError(f"{name}: got {shares}, expected two rising shares between 0 and 1.")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected two rising shares between 0 and 1.")
         for name in ("base_share", "trunk_frozen_until", "cut_at", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a share from 0 to below 1.")
-        if self.prefixes_from and (min(self.prefixes_from) < 0 or self.prefixes_from[-1] != 0):
+        joins = _numbers("prefixes_from", self.prefixes_from)
+        if joins and (min(joins) < 0 or max(joins) >= 1 or joins[-1] != 0):
             raise ValueError(f"prefixes_from: got {self.prefixes_from}; expected shares, the last (full) prefix's 0.")
 
     def _check_tuning(self):
@@ -204,19 +210,20 @@ class Recipe:
     def _check_tests(self):
         needed = {"folder"} if self.label_column else {"folder", "trials"}
         for name, test in self.tests.items():
-            if not needed <= set(test) <= needed | {"domain", "domain_options"}:
+            if not isinstance(test, dict) or not needed <= set(test) <= needed | {"domain", "domain_options"}:
                 raise ValueError(
-                    f"tests.{name}: got {sorted(test)}, expected the entries {' and '.join(sorted(needed))}, and "
+                    f"tests.{name}: got {sorted(test or ())}, expected the entries {' and '.join(sorted(needed))}, and "
                     "domain and domain_options where its audio is not to stay as it is."
                 )
 
     @property
     def crop_range(self) -> tuple[float, float]:
         """The shortest and the longest training crop in seconds."""
-        lengths = self.crop_seconds if isinstance(self.crop_seconds, list) else [self.crop_seconds] * 2
+        given = self.crop_seconds if isinstance(self.crop_seconds, list) else [self.crop_seconds] * 2
+        lengths = _numbers("crop_seconds", given)
         if len(lengths) != 2:
-            raise ValueError(f"crop_seconds: got {lengths}, expected a length, or [shortest, longest].")
-        return float(lengths[0]), float(lengths[1])
+            raise ValueError(f"crop_seconds: got {given}, expected a length, or [shortest, longest].")
+        return lengths[0], lengths[1]
 
 
 TRAINS = ("all", "head", "projection", "adapter")
@@ -225,6 +232,17 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "exponential")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 PARTS = ("trunk", "head", "classifier")
+
+
+def _numbers(name: str, values: list, low: float = -math.inf) -> list[float]:
+    """The values of a list as numbers; "1e-5", a string in YAML, is one. Raises ValueError, naming the setting."""
+    try:
+        numbers = [float(value) for value in values if not isinstance(value, bool)]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != len(values) or any(not number >= low for number in numbers):
+        raise ValueError(f"{name}: got {values}, expected numbers{'' if low < 0 else f' of at least {low:g}'}.")
+    return numbers
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
@@ -257,7 +275,7 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Recipe
     known, rest = parser.parse_known_args(argv)
     overrides = {key: value for key, value in vars(known).items() if key in FIELDS}
     if (known.recipe or "").startswith("--"):  # argparse takes an unknown option with a space in it for the recipe
-        rest.append(known.recipe)
+        rest.insert(0, known.recipe)
     try:
         for unknown in rest:
             _known(unknown.removeprefix("--").partition("=")[0], "command line")

@@ -44,9 +44,7 @@ def augmentation_strength(draw: int, crops: int, recipe: Recipe) -> float:
 def rise(share: float, between: list[float]) -> float:
     """0 before, 1 after, and linear between two shares of a run. (0, 0) is 1 from the beginning."""
     start, end = between
-    if share >= end:
-        return 1.0
-    return max(0.0, (share - start) / (end - start))
+    return 1.0 if share >= end else 0.0 if share <= start else (share - start) / (end - start)
 
 
 def prefix_weights_at(step: int, recipe: Recipe, config) -> list[float] | None:
@@ -230,13 +228,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     try:
         accelerator.save_state(str(temporary))
         (temporary / f"progress-{accelerator.process_index}.json").write_text(json.dumps(asdict(progress)))
+        if accelerator.is_main_process:
+            settings = {"recipe": asdict(recipe), "processes": accelerator.num_processes}
+            (temporary / "settings.json").write_text(json.dumps(settings))
     except Exception:  # a full disk, mostly: what was written of it is in the way
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        settings = {"recipe": asdict(recipe), "processes": accelerator.num_processes}
-        (temporary / "settings.json").write_text(json.dumps(settings))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in _checkpoints(folder)[:-keep]:
