@@ -237,7 +237,9 @@ def evaluate_and_keep_best(run: Run, progress: Progress, history: "History"):
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Devices, precision, accumulation, trackers."""
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:  # Accelerate would drop it
-        raise ModuleNotFoundError(f"tracker: {recipe.tracker} is not installed: pip install {recipe.tracker}.")
+        raise ModuleNotFoundError(
+            f"tracker: {recipe.tracker} is not installed: pip install 'mrl-redimnet[{recipe.tracker}]'."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes without an accelerator each train on their own
         mixed_precision=recipe.mixed_precision,

@@ -57,7 +57,7 @@ RESUMED = {
     "eva": dict(peft_options="{init_lora_weights: eva}"),
     "norms": dict(adapter_norms="true"),
     "two stages, at the change": dict(trains="all", trunk_frozen_until=0.75),
-    "two stages": dict(trains="all", trunk_frozen_until=0.5, trunk_learning_rate=1e-4),
+    "two stages": dict(trains="all", trunk_frozen_until=0.5, learning_rates="{trunk: 1e-4}"),
 }
 
 
