@@ -144,7 +144,7 @@ def train(run: Run, progress: Progress, stop: int):
     recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
     batches = run.crops.batches(progress.step, stop)
     history = History(run, progress.step)
-    rotations = rotations_of(recipe)
+    rotations = rotations_of(recipe, run.model.config)
     run.prepared.train()
     for step in range(progress.step, stop):
         torch.manual_seed(recipe.seed + 1_000_003 * (step + 1) + accelerator.process_index)  # dropout, spec-augment
@@ -644,9 +644,10 @@ class History:
         self.bar.close()
 
 
-def rotations_of(recipe: Recipe) -> set[int]:
-    """The steps before which the basis is rotated."""
-    return {int(share * recipe.steps) for share in recipe.rotate_at}
+def rotations_of(recipe: Recipe, config) -> set[int]:
+    """The steps before which the basis is rotated; not the first, when there is nothing to be turned yet."""
+    shares = [] if config.embedding_norm else recipe.rotations
+    return {int(share * recipe.steps) for share in shares} - {0}
 
 
 @contextmanager
@@ -746,7 +747,7 @@ def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, fl
     if run.last is not None:
         run.accelerator.wait_for_everyone()  # the main process writes its last weights
         trained["mean of the last"] = copy.deepcopy(trained["as trained"])
-        turns = [step for step in rotations_of(recipe) if step < progress.step]
+        turns = [step for step in rotations_of(recipe, run.model.config) if step < progress.step]
         run.last.mean_into(trained["mean of the last"], since=max(turns, default=-1) + 1)  # of one basis
     if isinstance(task, Verification) and recipe.trains == "all":
         for name, model in list(trained.items()):

@@ -372,11 +372,20 @@ def test_a_start_rank_counts_only_where_ranks_are_cut(strategy):
 def test_what_only_a_whole_model_can_do_is_refused_for_a_part(capsys, trains):
     message = refusal(capsys, f"--trains={trains}", "--trunk_frozen_until=0.5")
     assert f"trunk_frozen_until: with trains: {trains} the trunk never trains; leave it out" in message
+    assert parse(f"--trains={trains}").rotations == []
     for word in ("--rotate_at=[0.5]", "--ema=0.99", "--average_last=3", "--classifier_sample=100"):
         message = refusal(capsys, f"--trains={trains}", word)
         assert f"{word[2:].partition('=')[0]}: works with trains: all; with {trains} leave it out" in message
         assert parse("--trains=all", word)
     assert parse("--trains=all", "--trunk_frozen_until=0.5", "--rotate_at=[0.5]").rotate_at == [0.5]
+
+
+def test_by_default_the_basis_is_rotated_wherever_all_is_trained_for_verification():
+    assert parse().rotations == [0.1, 0.3, 0.5]
+    assert parse("--rotate_at=[]").rotations == []
+    assert parse("--rotate_at=[0.5]").rotations == [0.5]
+    assert parse("--classifier_sample=9").rotations == []
+    assert parse("--label_file=labels.csv", "--label_column=age").rotations == []
 
 
 VERIFICATION, ATTRIBUTE = [], ["--label_file=labels.csv", "--label_column=age"]

@@ -94,7 +94,9 @@ class Recipe:
         [], "shares of the steps from which each Matryoshka prefix is trained, shortest first"
     )
     prefixes_per_step: int = _setting(0, "prefixes drawn for a step's loss, the longest always among them; 0: all")
-    rotate_at: list = _setting([], "shares of the steps at which the basis is rotated during training")
+    rotate_at: list | None = _setting(
+        None, "shares of the steps at which the basis is rotated; none: [0.1, 0.3, 0.5] where all is trained"
+    )
     classifier_sample: int = _setting(0, "speakers of the classifier used in a step, for 100,000 and more; 0: all")
     teacher: str | None = _setting(None, "a model whose full embedding every prefix is to be like")
     teacher_weight: float = _setting(10.0, "of its loss beside the classifier's")
@@ -215,6 +217,14 @@ class Recipe:
                     f"tests.{name}: got {sorted(test or ())}, expected the entries {' and '.join(sorted(needed))}, and "
                     "domain and domain_options where its audio is not to stay as it is."
                 )
+
+    @property
+    def rotations(self) -> list[float]:
+        """`rotate_at`, or by default what docs/results/ingredients.md found best wherever it is possible."""
+        if self.rotate_at is not None:
+            return self.rotate_at
+        possible = self.trains == "all" and self.label_column is None and not self.classifier_sample
+        return [0.1, 0.3, 0.5] if possible else []
 
     @property
     def crop_range(self) -> tuple[float, float]:
