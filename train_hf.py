@@ -41,6 +41,7 @@ from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split
 from mrl_redimnet.curves import Record
 from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.evaluation import as_records, embed_files, format_table
+from mrl_redimnet.folders import recover_folder
 from mrl_redimnet.history import History
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.loading import DrawnCrops, Loading, StreamedCrops
@@ -546,6 +547,7 @@ def start_or_resume(run: Run, resume: bool) -> Progress:
         run.accelerator.print(f"No checkpoint below {checkpoints(run.recipe)}: starting from the beginning.")
     progress = progress or Progress()
     if run.accelerator.is_main_process:
+        recover_folder(Path(run.recipe.output) / "best_as_trained")
         Record(run.recipe.output).begin(progress.step)
         if run.last is not None:
             run.last.begin(progress.step)

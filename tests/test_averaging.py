@@ -328,7 +328,7 @@ def test_files_of_before_a_rotation_can_be_left_out(tmp_path):
 @pytest.mark.parametrize(("resumed", "expected"), [(0, []), (10, [10]), (25, [10, 20]), (99, [10, 20, 30])])
 def test_files_after_the_step_of_a_resumed_run_are_dropped(tmp_path, resumed, expected):
     last, _ = written(tmp_path, 5, [10, 20, 30])
-    (tmp_path / "step-00000040.writing").write_bytes(b"half")
+    (tmp_path / ".step-00000040.safetensors.writing").write_bytes(b"half")
     last.begin(resumed)
     assert last.steps == expected and len(list(tmp_path.iterdir())) == len(expected)
 

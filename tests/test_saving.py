@@ -14,7 +14,7 @@ from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.evaluation import AttributeRow, VerificationRow
-from mrl_redimnet.folders import refuse_existing, replace_folder
+from mrl_redimnet.folders import recover_folder, refuse_existing, replace_folder
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.saving import load_model, publish_adapter, save_adapter, save_model, write_adapter_card
 
@@ -124,6 +124,23 @@ def test_what_a_killed_process_left_does_not_matter(tmp_path):
         (tmp_path / leftover / "half").write_text("")
     replace_folder(tmp_path / "model", lambda folder: (folder / "new").write_text(""))
     assert names(tmp_path) == {"model"} and names(tmp_path / "model") == {"new"}
+
+
+def test_what_was_moved_aside_when_a_process_was_killed_is_put_back(tmp_path):
+    """Killed between the renaming of the old folder and that of the new one."""
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "weights").write_text("good")
+    recover_folder(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "good" and names(tmp_path) == {"model"}
+    recover_folder(tmp_path / "model")
+    assert names(tmp_path) == {"model"}
+
+
+def test_an_error_while_replacing_such_a_folder_loses_nothing(tmp_path):
+    (tmp_path / ".model.old").mkdir()
+    with pytest.raises(OSError):
+        replace_folder(tmp_path / "model", lambda folder: (folder / "no" / "such").write_text(""))
+    assert names(tmp_path) == {"model"}
 
 
 def test_another_architecture_is_refused(tmp_path):

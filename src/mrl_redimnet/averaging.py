@@ -7,7 +7,6 @@ speech follows; buffers of whole numbers (counts) are not averaged, the newest c
 save are constants and stay. Names of tensors are those of `model.state_dict()`; give the model without wrappers.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mrl_redimnet.folders import replace_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Exponential
@@ -149,7 +150,7 @@ class LastWeights:
     def begin(self, step: int):
         """Drops what was written after `step`, from which a run is resumed (0: all, the run is new)."""
         self._drop(later for later in self.steps if step == 0 or later > step)
-        for unfinished in self.folder.glob("*.writing"):
+        for unfinished in self.folder.glob(".*.writing"):
             unfinished.unlink()
 
     def add(self, step: int, model: nn.Module, resume_step: int):
@@ -160,13 +161,8 @@ class LastWeights:
         were there are untouched.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(step)
-        temporary = file.with_suffix(".writing")
-        try:
-            save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        replace_file(self._file(step), lambda temporary: save_file(tensors, temporary))
         steps = self.steps
         needed = {*steps[-self.keep :], *[earlier for earlier in steps if earlier <= resume_step][-self.keep :]}
         self._drop(set(steps) - needed)

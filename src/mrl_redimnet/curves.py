@@ -9,7 +9,6 @@ Rates of errors are in [0, 1], margins in radians. A line may hold less or more;
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from mrl_redimnet.folders import replace_file
 
 HISTORY = "history.jsonl"
 PICTURE = "curves.png"
@@ -41,7 +42,7 @@ class Record:
         kept = [line for line in self.lines() if 0 < step and line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(self.file, lambda temporary: temporary.write_text(text))
+        replace_file(self.file, lambda temporary: temporary.write_text(text))
 
     def add(self, step: int, kind: str, values: dict):
         """Appends a line. values: numbers (NaN and infinity become null), text, and dictionaries of them.
@@ -80,16 +81,6 @@ def _plain(value):
         return value
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _replace_file(target: Path, write: Callable[[Path], object]):
-    """Fills a temporary file with `write(file)`, then puts it in `target`'s place; an error leaves no trace."""
-    temporary = target.with_name(f".{target.name}.writing")
-    try:
-        write(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +132,7 @@ def draw(folder: str | Path) -> bool:
         ax.grid(alpha=0.3)
     for unused in axes[len(panels) :]:
         unused.remove()
-    _replace_file(Path(folder) / PICTURE, lambda file: figure.savefig(file, dpi=110, format="png"))
+    replace_file(Path(folder) / PICTURE, lambda file: figure.savefig(file, dpi=110, format="png"))
     return True
 
 

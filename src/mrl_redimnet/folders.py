@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 import os
 import shutil
@@ -18,8 +18,26 @@ def refuse_existing(folder: Path):
         raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
 
 
+def replace_file(target: Path, write: Callable[[Path], object]):
+    """Fills a temporary file with `write(file)`, then puts it in `target`'s place; an error leaves no trace."""
+    temporary = target.with_name(f".{target.name}.writing")
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def recover_folder(target: Path):
+    """Puts back what `replace_folder` had moved aside when it was killed between its two renamings."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+
+
 def replace_folder(target: Path, write: Callable[[Path], None]):
     """Fills a temporary folder with `write(folder)`, then puts it in `target`'s place; an error leaves no trace."""
+    recover_folder(target)
     temporary, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
