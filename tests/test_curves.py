@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_an_error_while_lines_are_dropped_leaves_the_file(record, monkeypatch):
     record.add(1, "train", {})
     record.add(2, "train", {})
     with monkeypatch.context() as patch:
-        patch.setattr(curves.os, "replace", full_disk)
+        patch.setattr(os, "replace", full_disk)
         with pytest.raises(OSError, match="No space"):
             record.begin(1)
     assert steps(record) == [1, 2] and len(list(record.file.parent.iterdir())) == 1
