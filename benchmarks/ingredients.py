@@ -39,6 +39,7 @@ RECIPE = yaml.safe_load((ROOT / "recipes" / "nano_small_corpus.yaml").read_text(
 OPTIONS = {**RECIPE["model_options"], "hop_length": 240}
 SHORTER = dict(steps=300, evaluate_every=75, checkpoint_every=300, resamples=0, tracker="none")
 SHORTER |= dict(model_options=OPTIONS, workers=0, report_dims=[], ema=0.97, tests={}, average_last=0)
+SHORTER |= dict(speeds=[1.0], prefixes_from=[], margin_rise=[0.3, 0.7])  # what 300 steps can use
 
 
 @dataclass(frozen=True)
