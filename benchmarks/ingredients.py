@@ -76,7 +76,7 @@ VARIANTS = {
 ROWS = (
     ("the whole recipe: moving average, best step", "whole", "best_as_trained", False),
     ("without average: the last step's weights", "whole", "last", False),
-    ("mean of the last three evaluations instead", "whole", "mean", False),
+    ("mean of the last two evaluations instead", "whole", "mean", False),
     ("without any augmentation", "no augmentation", "best_as_trained", False),
     ("three speeds, as speakers of their own", "speeds", "best_as_trained", False),
     ("rooms and babble beside noise", "rooms and babble", "best_as_trained", False),
@@ -199,7 +199,8 @@ def embed(
     model = MRLReDimNetForXVector.from_pretrained(folder / ("best_as_trained" if weights == "mean" else weights)).eval()
     if weights == "mean":
         model = copy.deepcopy(model)
-        LastWeights(folder / "last_weights", VARIANTS["whole"].changes["average_last"]).mean_into(model)
+        last_turn = int(max(RECIPE["rotate_at"]) * SHORTER["steps"])  # weights of two bases have no mean
+        LastWeights(folder / "last_weights", VARIANTS["whole"].changes["average_last"]).mean_into(model, last_turn + 1)
     embeddings = embed_trials(model, lists["both lists"], speech / "test" / "wav")
     if rotated:  # turning the embeddings is turning the model
         embeddings = embeddings @ principal_rotation(embed_files(model, training))[0].astype(np.float32)
