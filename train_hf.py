@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None):
         if accelerator.is_main_process:
             save(run, "last")
         final_report(run, progress)
+    accelerator.wait_for_everyone()  # one that leaves early can keep another waiting for its last message
     accelerator.end_training()
 
 

@@ -1,5 +1,8 @@
 """Small models and waveforms for the tests: `from conftest import tiny_config, tiny_model, waves`."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -105,3 +108,14 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 def model() -> MRLReDimNetModel:
     """A small model of the usual kind, its own for each test."""
     return tiny_model()
+
+
+def leave_together(rank: int, folder: str, results: dict):
+    """Writes a process's results, and ends its group when both processes have: one that leaves while the other still
+    reads its last message can keep that one waiting for ever."""
+    torch.save(results, f"{folder}/{rank}.part")
+    os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
+    deadline = time.monotonic() + 120
+    while not os.path.exists(f"{folder}/{1 - rank}.pt") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    torch.distributed.destroy_process_group()

@@ -1,11 +1,12 @@
 import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import tiny_config, tiny_model
+from conftest import leave_together, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -303,7 +304,7 @@ def test_a_checkpoint_of_another_run_is_refused(changes, message):
 def process(rank: int, port: int, folder: str):
     """One of two: trains on its half of each batch (the second one's is smaller) as DistributedDataParallel does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60), rank=rank, world_size=2)
     learner = Learner(sub_centers=2)
     with torch.no_grad():
         learner.classifier.weight.add_(rank)  # as when each process had its own start
@@ -322,8 +323,7 @@ def process(rank: int, port: int, folder: str):
     uneven = torch.arange(3 + rank) + 10 * rank
     rows.begin(uneven, STEPS, optimizer)
     drawn.append(rows._rows)
-    torch.save({"weight": rows.weight, "drawn": drawn, "encoder": learner.encoder.weight}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_together(rank, folder, {"weight": rows.weight, "drawn": drawn, "encoder": learner.encoder.weight})
 
 
 def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):

@@ -1,11 +1,12 @@
 """Two processes (gloo, on CPUs), each with half of a batch, against this one with the whole of it."""
 
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import padded, relative_error, tiny_config, tiny_model, waves
+from conftest import leave_together, padded, relative_error, tiny_config, tiny_model, waves
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +70,7 @@ def a_norm(kind: type[BatchNorm] = BatchNorm, **options) -> BatchNorm:
 
 def process(rank: int, port: int, folder: str):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60), rank=rank, world_size=2)
     results = {}
     half = slice(2 * rank, 2 * rank + 2)
     for variant, saving in MODELS:
@@ -107,8 +108,7 @@ def process(rank: int, port: int, folder: str):
     results["masked"] |= dict(norm.named_buffers())
 
     results["collectives"] = count_collectives(a_norm(), NORM_INPUT.chunk(2)[rank])
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_together(rank, folder, results)
 
 
 class Collectives(TorchDispatchMode):
