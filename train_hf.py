@@ -14,6 +14,7 @@ history.jsonl with its picture curves.png, and tracker logs.
 import copy
 import importlib.util
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -111,7 +112,9 @@ def main(argv: list[str] | None = None):
         if accelerator.is_main_process:
             save(run, "last")
         final_report(run, progress)
-    accelerator.wait_for_everyone()  # one that leaves early can keep another waiting for its last message
+    run.prepared = run.optimizer = None  # a wrapper that outlives the process group can hang as Python takes it apart
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -277,17 +280,21 @@ def told_where_to_go_on(run: Run, progress: Progress):
     try:
         yield
     except Exception as error:
-        good = newest_step(checkpoints(run.recipe))
-        error.add_note(
-            f"The run stopped after step {progress.step} of {run.recipe.steps}. "
-            + (
-                f"Its last good checkpoint is {checkpoints(run.recipe)}/step-{good:08d}: once the cause is removed, "
-                "the same command with --resume goes on from there."
-                if good
-                else "It had not come to its first checkpoint."
-            )
-        )
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else a worker's death is raised while this error is told
+        error.add_note(what_is_left(run, progress))
         raise
+
+
+def what_is_left(run: Run, progress: Progress) -> str:
+    """The last good checkpoint of a run that stopped, in words."""
+    stopped = f"The run stopped after step {progress.step} of {run.recipe.steps}. "
+    good = newest_step(checkpoints(run.recipe))
+    if not good:
+        return stopped + "It had not come to its first checkpoint."
+    return stopped + (
+        f"Its last good checkpoint is {checkpoints(run.recipe)}/step-{good:08d}: once the cause is removed, the same "
+        "command with --resume goes on from there."
+    )
 
 
 def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Verification | Attribute:

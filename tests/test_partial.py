@@ -323,6 +323,7 @@ def process(rank: int, port: int, folder: str):
     uneven = torch.arange(3 + rank) + 10 * rank
     rows.begin(uneven, STEPS, optimizer)
     drawn.append(rows._rows)
+    del wrapped  # it holds the process group, which must not be taken apart while Python leaves this function
     leave_together(rank, folder, {"weight": rows.weight, "drawn": drawn, "encoder": learner.encoder.weight})
 
 

@@ -37,7 +37,7 @@ class History:
         asked = time.perf_counter()
         try:
             batch = next(batches)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the socket that its batch was to come by
+        except (OSError, EOFError) as error:  # the socket that its batch was to come by
             raise RuntimeError("A DataLoader worker died; it was killed, for want of memory perhaps.") from error
         self.waited += time.perf_counter() - asked
         self.made_in += batch["made_in"]
