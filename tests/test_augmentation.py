@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import welch
+from sounds import power, write
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
 from mrl_redimnet.augmentation import (
@@ -54,12 +54,6 @@ VOXCELEB_RECIPE = """
 """
 
 
-def write(path: Path, wave: np.ndarray, rate: int = SAMPLING_RATE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, rate, subtype="FLOAT")
-    return path
-
-
 def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
     return (0.1 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * SAMPLING_RATE)) / SAMPLING_RATE)).astype("f4")
 
@@ -71,10 +65,6 @@ def white(samples: int = SAMPLING_RATE, seed: int = 0) -> np.ndarray:
 def loudest(wave: np.ndarray) -> int:
     """The frequency of the highest peak, in Hz."""
     return round(np.abs(np.fft.rfft(wave)).argmax() * SAMPLING_RATE / len(wave))
-
-
-def power(wave: np.ndarray) -> float:
-    return float(np.mean(wave.astype(np.float64) ** 2))
 
 
 def power_ratio(signal: np.ndarray, mixed: np.ndarray) -> float:

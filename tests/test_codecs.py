@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.signal import correlate, welch
+from scipy.signal import welch
+from sounds import lag, likeness, power
 
 from mrl_redimnet import codecs
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
@@ -35,19 +36,6 @@ def speech() -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def white() -> np.ndarray:
     return 0.1 * np.random.default_rng(0).standard_normal(3 * SAMPLING_RATE, dtype=np.float32)
-
-
-def power(wave: np.ndarray) -> float:
-    return float(np.mean(wave.astype(np.float64) ** 2))
-
-
-def lag(reference: np.ndarray, wave: np.ndarray) -> int:
-    """How many samples late wave is."""
-    return int(correlate(wave, reference, method="fft").argmax()) - len(reference) + 1
-
-
-def likeness(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other))
 
 
 def to_line(audio: np.ndarray) -> np.ndarray:

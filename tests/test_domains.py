@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.signal import correlate, welch
+from scipy.signal import welch
+from sounds import lag, likeness, power, write, write_responses
 from torch.utils.data import DataLoader
 
 from mrl_redimnet import codecs, domains
@@ -21,13 +22,6 @@ from mrl_redimnet.synthetic import synthesise
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 ROOMS = 4  # a small bank: simulating a room takes up to a second
-OFFSET = 300  # of the direct path in the recorded responses, in samples at 16 kHz
-
-
-def write(path: Path, wave: np.ndarray, rate: int = SAMPLING_RATE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, rate, subtype="FLOAT")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +40,7 @@ def silence(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
-    """Responses at 8 and 16 kHz: noise far below the direct path before it, decaying noise after it."""
-    folder = tmp_path_factory.mktemp("rooms")
-    for rate in (8000, 16000):
-        taps = 0.05 * np.random.default_rng(rate).standard_normal(rate // 2)
-        direct = OFFSET * rate // SAMPLING_RATE
-        taps[direct:] *= np.exp(-20 * np.arange(len(taps) - direct) / rate)
-        taps[:direct] *= 0.01
-        taps[direct] = 1
-        write(folder / "hall" / f"{rate}.wav", 0.3 * taps, rate)
-    return folder
+    return write_responses(tmp_path_factory.mktemp("rooms"))
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +59,6 @@ def everything(noises) -> dict:
     options = {"noisy": dict(noise=noises, room_count=ROOMS)}
     named = {name: make_domain(name, **options.get(name, {})) for name in DOMAINS}
     return named | {codec: make_domain("telephony", codecs=(codec,)) for codec in telephone_codecs()}
-
-
-def power(wave: np.ndarray) -> float:
-    return float(np.mean(wave.astype(np.float64) ** 2))
-
-
-def lag(reference: np.ndarray, wave: np.ndarray) -> int:
-    """How many samples late wave is."""
-    return int(correlate(wave, reference, method="fft").argmax()) - len(reference) + 1
-
-
-def likeness(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other))
 
 
 # ---------------------------------------------------------------- all domains

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyroomacoustics
 import pytest
-import soundfile
 from pyroomacoustics.experimental import measure_rt60
+from sounds import likeness, power, write, write_responses
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
 from mrl_redimnet.rooms import (
@@ -21,40 +21,16 @@ from mrl_redimnet.rooms import (
 from mrl_redimnet.synthetic import synthesise
 
 ROOMS = 4  # a small bank: simulating a room takes up to a second
-OFFSET = 300  # of the direct path in the recorded responses, in samples at 16 kHz
-
-
-def write(path: Path, wave: np.ndarray, rate: int = SAMPLING_RATE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, rate, subtype="FLOAT")
-    return path
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
-    """Responses at 8 and 16 kHz: noise far below the direct path before it, decaying noise after it."""
-    folder = tmp_path_factory.mktemp("rooms")
-    for rate in (8000, 16000):
-        taps = 0.05 * np.random.default_rng(rate).standard_normal(rate // 2)
-        direct = OFFSET * rate // SAMPLING_RATE
-        taps[direct:] *= np.exp(-20 * np.arange(len(taps) - direct) / rate)
-        taps[:direct] *= 0.01
-        taps[direct] = 1
-        write(folder / "hall" / f"{rate}.wav", 0.3 * taps, rate)
-    return folder
+    return write_responses(tmp_path_factory.mktemp("rooms"))
 
 
 @pytest.fixture(scope="module")
 def speech() -> list[np.ndarray]:
     return [synthesise(0, speaker, 0, 0, (2.0, 2.0)).astype(np.float32) for speaker in (1, 2, 3)]
-
-
-def power(wave: np.ndarray) -> float:
-    return float(np.mean(wave.astype(np.float64) ** 2))
-
-
-def likeness(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other))
 
 
 def test_rooms_are_drawn_within_their_bounds():

@@ -78,13 +78,13 @@ def embed_files(
     device, training, state = encoder.device, encoder.training, PartialState()
     encoder.eval()
     broadcast(list(encoder.buffers()))  # running statistics differ between processes; the first one's are saved
-    longest = math.inf if longest is None else longest
-    seconds = [min(longest, audio_info(file).seconds) for file in files]
+    seconds = [min(longest or math.inf, audio_info(file).seconds) for file in files]
+    most = None if longest is None else round(longest * SAMPLING_RATE)
     batches = list(_length_batches(seconds, batch_seconds))[state.process_index :: state.num_processes]
     embedded = []
     try:
         for rows in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process, leave=False):
-            audio = [load(files[row])[: math.ceil(seconds[row] * SAMPLING_RATE)] for row in rows]
+            audio = [load(files[row])[:most] for row in rows]
             inputs = extractor(audio, sampling_rate=extractor.sampling_rate).to(device)
             embedded.append((rows, encoder(**inputs).embeddings.float().cpu().numpy()))
     finally:
