@@ -43,6 +43,7 @@ from mrl_redimnet.curves import Record
 from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.evaluation import as_records, embed_files, format_table
 from mrl_redimnet.folders import recover_folder
+from mrl_redimnet.groups import format_groups
 from mrl_redimnet.history import History
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.loading import DrawnCrops, Loading, StreamedCrops
@@ -618,10 +619,12 @@ def final_report(run: Run, progress: Progress):
         name: {s: task.evaluate(m, test, dims, recipe.resamples, name) for s, m in systems.items()}
         for name, test in (task.tests or task.development).items()
     }
+    groups = {name: task.by_group(systems[saved], test, recipe.resamples) for name, test in task.tests.items()}
+    groups = {name: rows for name, rows in groups.items() if rows}
     if not accelerator.is_main_process:
         return
     sentence = training_sentence(run, progress, saved)
-    evaluation = Evaluation(saved, results)
+    evaluation = Evaluation(saved, results, groups=groups)
     best = Path(recipe.output) / "best"
     if run.strategy is None:
         name = Path(recipe.output).name
@@ -636,11 +639,14 @@ def final_report(run: Run, progress: Progress):
         "saved": saved,
         "development_scores": scores,
         "results": {name: {s: as_records(rows) for s, rows in r.items()} for name, r in results.items()},
+        "groups": {name: [asdict(row) for row in rows] for name, rows in groups.items()},
     }
     (Path(recipe.output) / "results.json").write_text(json.dumps(record, indent=1))
     for name, tables in results.items():
         print(f"\n{name}: best model (step {progress.best_step}); 95 % intervals over speakers")
         print(format_table(tables))
+        if name in groups:
+            print(format_groups(groups[name]))
     print(f"\nSaved: {best} ({saved}), {recipe.output}/last, {recipe.output}/results.json")
 
 

@@ -23,10 +23,11 @@ from peft import PeftModel
 
 from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import cosine_scores, embed_trials
+from mrl_redimnet.evaluation import embed_trials
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.trials import Trials, read_trials, speaker_of
+from mrl_redimnet.scoring import score
+from mrl_redimnet.trials import Trials, read_trials
 
 DIMS = (64, 256)
 
@@ -102,13 +103,10 @@ def encoder_of(model):
 
 def results(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator[tuple[dict, np.ndarray]]:
     """Per list and dimension, EER and interval as rates, and the EERs of all resamples."""
-    row_of = {path: row for row, path in enumerate(lists["both lists"].utterances)}
     for name, trials in lists.items():
-        sides = [np.array([row_of[path] for path in side]) for side in (trials.enrol, trials.test)]
-        speakers = [[speaker_of(path) for path in side] for side in (trials.enrol, trials.test)]
         for dim in DIMS:
-            scores = cosine_scores(embeddings, *sides, dim)
-            values = bootstrap_values(scores, trials.labels, *speakers, resamples=resamples)
+            scores = score(trials, lists["both lists"].utterances, embeddings, dim)
+            values = bootstrap_values(scores, trials.labels, *trials.speakers, resamples=resamples)
             low, high = quantile_interval(values)
             yield (
                 {"list": name, "dim": dim, "eer": eer(scores, trials.labels), "eer_low": low, "eer_high": high},

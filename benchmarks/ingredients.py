@@ -27,10 +27,11 @@ from compare_adapters import machine, trial_lists
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.averaging import LastWeights
 from mrl_redimnet.corpus import audio_source, load_corpus, split_usable
-from mrl_redimnet.evaluation import cosine_scores, embed_files, embed_trials
+from mrl_redimnet.evaluation import embed_files, embed_trials
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.rotation import principal_rotation
-from mrl_redimnet.trials import Trials, speaker_of
+from mrl_redimnet.scoring import score
+from mrl_redimnet.trials import Trials
 
 ROOT = Path(__file__).parents[1]
 DIMS = (8, 16, 32, 64, 128, 256)
@@ -209,15 +210,12 @@ def embed(
 
 def values_of(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator:
     """((list, dim), (EER, EERs of all resamples))."""
-    row_of = {path: row for row, path in enumerate(lists["both lists"].utterances)}
     for name, trials in lists.items():
         if name == "both lists":
             continue
-        sides = [np.array([row_of[path] for path in side]) for side in (trials.enrol, trials.test)]
-        speakers = [[speaker_of(path) for path in side] for side in (trials.enrol, trials.test)]
         for dim in DIMS:
-            scores = cosine_scores(embeddings, *sides, dim)
-            drawn = bootstrap_values(scores, trials.labels, *speakers, resamples=resamples)
+            scores = score(trials, lists["both lists"].utterances, embeddings, dim)
+            drawn = bootstrap_values(scores, trials.labels, *trials.speakers, resamples=resamples)
             yield (name, dim), (eer(scores, trials.labels), drawn)
 
 

@@ -13,7 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mrl_redimnet.evaluation import SHARES, VerificationRow
+from mrl_redimnet.groups import group_cells, group_notes
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
+from mrl_redimnet.robustness import ALL, SIDES, NumberRow
 
 NO_RESULTS = "No results are recorded for these weights."
 PICTURE = "eer.png"
@@ -39,9 +41,55 @@ def results_section(evaluation: Evaluation | None) -> str:
             parts.append(_table(lists, evaluation.saved, cell))
     if evaluation.lists_of(VerificationRow):
         parts.append(f"![EER per dimension]({PICTURE})")
+    parts += [*_groups_part(evaluation), *_robustness_part(evaluation)]
     conditions = " ".join(evaluation.conditions.split())
     parts.append(f"Bold: the weights of this repository. All numbers: [{EVALUATION_FILE}]({EVALUATION_FILE}).")
     return "\n\n".join([*parts, conditions] if conditions else parts)
+
+
+def _groups_part(evaluation: Evaluation) -> list[str]:
+    """What is said of groups of speakers, a table and notes per trial list; nothing where there are none."""
+    if not evaluation.groups:
+        return []
+    parts = [
+        "Error rates by group of speakers, of trials within each: EER, and misses and false alarms at one threshold "
+        "for all. Brackets: 95 % intervals over speakers. Groups with few speakers or trials have no rates."
+    ]
+    for name, rows in evaluation.groups.items():
+        heading, *lines = group_cells(rows)
+        rule = "|---|---" + "|---:" * (len(heading) - 1) + "|"
+        parts.append("\n".join([_line("trials", *heading), rule, *(_line(name, *line) for line in lines)]))
+        parts += [" ".join(" ".join(note.split()) for note in group_notes(rows))]
+    return parts
+
+
+def _robustness_part(evaluation: Evaluation) -> list[str]:
+    """What is said of robustness: the one number per trial list, side and dimension; nothing where there is none."""
+    lists = {name: [row for row in rows if row.kind == ALL] for name, rows in evaluation.robustness.items()}
+    if not any(lists.values()):
+        return []
+    dims = sorted({row.dim for rows in lists.values() for row in rows})
+    lines = [_line("trials", "perturbed", *map(str, dims)), "|---|---" + "|---:" * len(dims) + "|"]
+    for name, rows in lists.items():
+        for side, title in zip(SIDES, ("test", "enrolment and test"), strict=True):
+            cells = {row.dim: _number_cell(row) for row in rows if row.side == side}
+            if cells:
+                lines.append(_line(name, title, *(cells.get(dim, "") for dim in dims)))
+    kinds = sorted({row.kind for rows in evaluation.robustness.values() for row in rows} - {ALL})
+    caption = (
+        f"Robustness, per dimension: relative EER change in % when audio is perturbed{_over(kinds)}, as "
+        "`mrl_redimnet.robustness` defines it. Brackets: 95 % intervals over speakers."
+    )
+    return [caption, "\n".join(lines)]
+
+
+def _over(kinds: list[str]) -> str:
+    return f" by {', '.join(kinds)}, each counting the same" if kinds else ""
+
+
+def _number_cell(row: NumberRow) -> str:
+    bounds = "" if row.change_low is None else f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+    return f"{100 * row.change:+.0f}{bounds}"
 
 
 def _table(lists: dict[str, dict[str, list[Row]]], saved: str, cell: Callable[[Row], str]) -> str:

@@ -2,14 +2,15 @@
 
 import json
 import math
-import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from mrl_redimnet.evaluation import AttributeRow, VerificationRow
+from mrl_redimnet.folders import replace_file
+from mrl_redimnet.groups import GroupRow, row_from
+from mrl_redimnet.robustness import SIDES, NumberRow
 
 EVALUATION_FILE = "evaluation.json"
-
 
 Row = VerificationRow | AttributeRow
 
@@ -20,21 +21,33 @@ class Evaluation:
 
     saved: the system whose weights lie in the folder, such as "adapter". results: per trial list and system, its rows;
     systems beside the saved one (such as "base", the adapter switched off) are there for comparison. conditions: a
-    sentence on machine, command and data.
+    sentence on machine, command and data. groups: of the saved system, per trial list, the rows of
+    `groups.error_rates`, one dimension after the other. robustness: of the saved system, per trial list, the numbers of
+    a `RobustnessReport`.
 
     Raises ValueError, saying where, for a list without the saved system, rows of two kinds in a list, two rows of one
-    dimension or metric, and values that are no such rates or errors.
+    dimension or metric (or group, or kind and side), and values that are no such rates or errors.
     """
 
     saved: str
     results: dict[str, dict[str, list[Row]]]
     conditions: str = ""
+    groups: dict[str, list[GroupRow]] = field(default_factory=dict)
+    robustness: dict[str, list[NumberRow]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.results or not isinstance(self.conditions, str):
             raise ValueError("an evaluation has results of a trial list at least, and its conditions are text.")
         for name, systems in self.results.items():
             _check_list(name, systems, self.saved)
+        for name, rows in self.groups.items():
+            _check_distinct(f"{name}, groups", rows, [(row.group, row.dim) for row in rows])
+            for row in rows:
+                _check_group(row, f"{name}, group {row.group}")
+        for name, rows in self.robustness.items():
+            _check_distinct(f"{name}, robustness", rows, [(row.kind, row.side, row.dim) for row in rows])
+            for row in rows:
+                _check_number(row, f"{name}, robustness, {row.kind}")
 
     @property
     def systems(self) -> list[str]:
@@ -47,10 +60,8 @@ class Evaluation:
 
     def save(self, folder: str | Path):
         """Writes `folder`/evaluation.json, whole or not at all."""
-        target = Path(folder) / EVALUATION_FILE
-        temporary = target.with_name(f"{EVALUATION_FILE}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        replace_file(Path(folder) / EVALUATION_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation | None":
@@ -67,7 +78,12 @@ class Evaluation:
                 name: {system: [_row(record) for record in records] for system, records in systems.items()}
                 for name, systems in content["results"].items()
             }
-            return cls(content["saved"], results, content.get("conditions", ""))
+            groups = {name: [row_from(record) for record in rows] for name, rows in content.get("groups", {}).items()}
+            robustness = {
+                name: [_known(NumberRow, record) for record in rows]
+                for name, rows in content.get("robustness", {}).items()
+            }
+            return cls(content["saved"], results, content.get("conditions", ""), groups, robustness)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not an evaluation: {error!r}") from error
 
@@ -84,7 +100,10 @@ def interval(row: Row) -> tuple[float, float] | None:
 
 
 def _row(record: dict) -> Row:
-    kind = AttributeRow if "metric" in record else VerificationRow
+    return _known(AttributeRow if "metric" in record else VerificationRow, record)
+
+
+def _known(kind: type, record: dict):
     known = {f.name for f in fields(kind)}  # a later version's additions are not ours to judge
     return kind(**{name: value for name, value in record.items() if name in known})
 
@@ -116,6 +135,39 @@ def _check_row(row: Row, where: str):
         raise ValueError(f"{where}: expected finite numbers from 0 to {largest:g}, got {given}.")
     if bounds.count(None) == 1:
         raise ValueError(f"{where}: an interval has two ends, got {bounds}.")
+
+
+def _check_distinct(where: str, rows: list, keys: list):
+    if not rows or len(set(keys)) < len(keys):
+        raise ValueError(f"{where}: expected some rows, and none twice, got rows of {keys}.")
+
+
+def _check_group(row: GroupRow, where: str):
+    counts = (row.speakers, row.targets, row.impostors)
+    if not all(type(count) is int and count >= 0 for count in counts) or not row.group.strip():
+        raise ValueError(f"{where}: expected a name, and counts of speakers and trials, got {counts}.")
+    if not _is_number(row.threshold):
+        raise ValueError(f"{where}: {row.threshold!r} is no threshold.")
+    for name in ("eer", "miss", "false_alarm"):
+        for rate, least in ((getattr(row, name), 0.0), (getattr(row, f"{name}_difference"), -1.0)):
+            if rate is not None:
+                _check_bounds(f"{where}, {name}", rate.value, rate.low, rate.high, least, 1.0)
+
+
+def _check_number(row: NumberRow, where: str):
+    if row.side not in SIDES or type(row.dim) is not int or row.dim < 1:
+        raise ValueError(f"{where}: expected a side of {', '.join(SIDES)} and a dimension, got {row.side}, {row.dim}.")
+    _check_bounds(where, row.eer, row.eer_low, row.eer_high, 0.0, 1.0)
+    _check_bounds(where, row.change, row.change_low, row.change_high, -1.0, math.inf)
+
+
+def _check_bounds(where: str, value, low, high, least: float, most: float):
+    given = [number for number in (value, low, high) if number is not None]
+    if len(given) == 2 or value is None or not all(_is_number(number) and least <= number <= most for number in given):
+        raise ValueError(
+            f"{where}: expected a number from {least:g} to {most:g}, and both ends of its interval or "
+            f"none, got {value}, {low}, {high}."
+        )
 
 
 def _is_number(value) -> bool:

@@ -18,10 +18,7 @@ from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.cli import main
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import evaluate_trials, format_table
 from mrl_redimnet.saving import load_model, save_adapter, save_model
-from mrl_redimnet.trials import make_trials, read_trials, write_trials
 
 RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
 WAVE = reference_waveform(16_000)
@@ -197,36 +194,7 @@ def test_a_folder_without_audio_is_refused(folder, checkpoint, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- evaluate
-
-
-def trial_list(corpus: Path) -> list:
-    return ["--trials", corpus / "test" / "trials.txt", "--folder", corpus / "test" / "wav"]
-
-
-def test_evaluate_prints_a_table(folder, corpus, capsys):
-    assert run("evaluate", folder, *trial_list(corpus), "--resamples", 10) == 0
-    printed = capsys.readouterr().out
-    for part in ("8 dims", "16 dims", "32 dims", "trials ", "EER %", "minDCF", "["):
-        assert part in printed
-
-
-def test_evaluate_at_other_dimensions_without_intervals(folder, corpus, capsys):
-    assert run("evaluate", folder, *trial_list(corpus), "--dims", 5, 32, "--resamples", 0) == 0
-    printed = capsys.readouterr().out
-    assert "5 dims" in printed and "32 dims" in printed and "16 dims" not in printed and "[" not in printed
-
-
-@pytest.mark.parametrize("dim", [0, 33])
-def test_evaluate_refuses_dimensions_the_model_has_not(folder, corpus, capsys, dim):
-    message = refusal(capsys, "evaluate", folder, *trial_list(corpus), "--dims", 8, dim)
-    assert f"[{dim}] are not between 1 and the embedding's 32" in message
-
-
-def test_evaluate_says_what_is_missing(folder, corpus, tmp_path, capsys):
-    trials = corpus / "test" / "trials.txt"
-    assert "no trial list" in refusal(capsys, "evaluate", folder, "--trials", tmp_path / "t", "--folder", tmp_path)
-    assert "are not below" in refusal(capsys, "evaluate", folder, "--trials", trials, "--folder", tmp_path)
+# ---------------------------------------------------------------- adapters
 
 
 @pytest.fixture(scope="module")
@@ -236,76 +204,15 @@ def adapters(tmp_path_factory) -> Path:
     for seed, (domain, rank) in enumerate({"telephony": 4, "noisy": 2}.items()):
         encoder = tiny_model(kind=MRLReDimNetForXVector).redimnet
         facts = AdapterFacts(domain, Base("me/base", None, fingerprint(encoder)), training=f"By {domain} seed {seed}.")
-        strategy = Vanilla(encoder, AdapterPlan(steps=1, rank=rank), Probe(list, lambda batch: None))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            strategy = Vanilla(encoder, AdapterPlan(steps=1, rank=rank), Probe(list, lambda batch: None))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in strategy.peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.5, generator=generator)
         save_adapter(strategy, facts, root / domain)
     return root
-
-
-def table(model, corpus: Path, **options) -> str:
-    """What `evaluate` is to print, without intervals."""
-    trials = read_trials(corpus / "test" / "trials.txt")
-    return format_table({"trials": evaluate_trials(model, trials, corpus / "test" / "wav", **options)}) + "\n"
-
-
-def test_evaluate_puts_an_adapter_on_the_model(folder, adapters, corpus, capsys):
-    arguments = ["evaluate", folder, *trial_list(corpus), "--resamples", 0]
-    assert run(*arguments, "--adapter", adapters / "telephony") == 0
-    adapted = capsys.readouterr().out
-    assert run(*arguments) == 0
-    assert capsys.readouterr().out != adapted
-    bank = AdapterBank.load(str(folder), {"x": adapters / "telephony"})
-    assert adapted == table(bank.merged("x"), corpus)
-
-
-def test_evaluate_refuses_an_adapter_of_another_base(adapters, corpus, tmp_path, capsys):
-    save_model(tiny_model(seed=1), tmp_path / "other")
-    adapter = ["--adapter", adapters / "noisy"]
-    message = refusal(capsys, "evaluate", tmp_path / "other", *trial_list(corpus), *adapter)
-    assert "'noisy' was trained on me/base" in message
-    missing = ["--adapter", tmp_path / "nothing"]
-    assert "is not a folder" in refusal(capsys, "evaluate", tmp_path / "other", *trial_list(corpus), *missing)
-
-
-@pytest.fixture(scope="module")
-def few(corpus, tmp_path_factory) -> Path:
-    """All pairs of three utterances of either test speaker, laid out as the corpus."""
-    root = tmp_path_factory.mktemp("few")
-    wav = corpus / "test" / "wav"
-    files = [file for speaker in sorted(wav.iterdir()) for file in sorted(speaker.rglob("*.wav"))[::5][:3]]
-    for file in files:
-        (root / "test" / "wav" / file.relative_to(wav)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, root / "test" / "wav" / file.relative_to(wav))
-    paths = [file.relative_to(wav).as_posix() for file in files]
-    write_trials(make_trials(paths, [path.split("/")[0] for path in paths]), root / "test" / "trials.txt")
-    return root
-
-
-def test_evaluate_in_a_domain(folder, few, speech, capsys):
-    model, arguments = load_model(folder), ["evaluate", folder, *trial_list(few), "--resamples", 0]
-    printed = {}
-    for name, more in {"telephony": [], "noisy": ["--noise", speech], "clean": []}.items():
-        assert run(*arguments, "--domain", name, *more) == 0
-        printed[name] = capsys.readouterr().out
-        domain = None if name == "clean" else make_domain(name, noise=speech)
-        assert printed[name] == table(model, few, domain=domain)
-    assert len(set(printed.values())) == 3
-
-
-def test_evaluate_refuses_domains_it_cannot_make(folder, corpus, tmp_path, capsys):
-    message = refusal(capsys, "evaluate", folder, *trial_list(corpus), "--domain", "noisy")
-    assert "noise: the noisy domain needs a folder of noise files, none was given" in message
-    noise = ["--domain", "noisy", "--noise", tmp_path / "nothing"]
-    assert "nothing is not a folder" in refusal(capsys, "evaluate", folder, *trial_list(corpus), *noise)
-    with pytest.raises(SystemExit):
-        run("evaluate", folder, *trial_list(corpus), "--domain", "underwater")
-    assert "--domain: invalid choice: 'underwater'" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- adapters
 
 
 def test_adapters_info_tells_what_an_adapter_is(adapters, capsys):

@@ -1,6 +1,7 @@
 """Embeddings of files in any order and length and domain, scores against a plain loop, and tables."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from mrl_redimnet.evaluation import (
     VerificationRow,
     as_records,
     attribute_row,
-    cosine_scores,
+    audio_below,
+    drawn,
     embed_files,
     embed_trials,
     evaluate_trials,
@@ -113,18 +115,57 @@ def test_what_is_embedded_is_what_was_read(folder, utterances):
         assert np.abs(together[row] - alone).max() < 1e-4 * np.abs(alone).max()
 
 
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """Files that can be embedded, and between them one without bytes, one too short and one of NaN."""
+    shutil.copy(folder / "id0/0.wav", tmp_path / "0.wav")
+    (tmp_path / "1.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "2.wav", np.zeros(50), SAMPLING_RATE)
+    shutil.copy(folder / "id1/0.wav", tmp_path / "3.wav")
+    soundfile.write(tmp_path / "4.wav", np.full(9000, np.nan), SAMPLING_RATE, subtype="FLOAT")
+    return [tmp_path / f"{i}.wav" for i in range(5)]
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 60.0])
+def test_problems_are_collected_where_asked_for(mixed, batch_seconds):
+    problems = {}
+    embeddings = embed_files(tiny_model(), mixed, batch_seconds, problems=problems)
+    assert list(problems) == [1, 2, 4] and all(mixed[row].name in problems[row] for row in problems)
+    assert "0 bytes" in problems[1] and "50 samples" in problems[2] and "NaN" in problems[4]
+    assert np.isnan(embeddings[[1, 2, 4]]).all()
+    assert np.allclose(embeddings[[0, 3]], embed_files(tiny_model(), [mixed[0], mixed[3]]), atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [1, 2, 4])
+def test_a_problem_ends_the_embedding_otherwise(mixed, row):
+    with pytest.raises(AudioError, match=mixed[row].name):
+        embed_files(tiny_model(), [mixed[0], mixed[row]])
+
+
+def test_nothing_but_problems_gives_nothing_but_nan(mixed):
+    problems = {}
+    assert np.isnan(embed_files(tiny_model(), [mixed[1], mixed[2]], problems=problems)).all() and len(problems) == 2
+
+
+def test_audio_is_found_below_a_folder(folder, tmp_path):
+    assert audio_below(folder) == sorted(folder.rglob("*.wav"))
+    (tmp_path / "LOUD.WAV").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "odd.wav").mkdir()
+    assert audio_below(tmp_path) == [tmp_path / "LOUD.WAV"]
+    for where, message in ((tmp_path / "odd.wav", "0 audio files"), (tmp_path / "x", "not a folder with audio")):
+        with pytest.raises(FileNotFoundError, match=message):
+            audio_below(where)
+
+
+def test_files_are_drawn_always_the_same_way_and_in_their_order():
+    files = [Path(f"{i:03}.wav") for i in range(100)]
+    assert drawn(files, 100) == drawn(files, 1000) == files
+    few = drawn(files, 10)
+    assert few == sorted(few) == drawn(files, 10) and len(set(few)) == 10 and few != files[:10]
+
+
 # ---------------------------------------------------------------- scores
-
-
-def test_scores_are_cosines_of_prefixes():
-    embeddings = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
-    enrol, test = np.array([0, 3, 2]), np.array([1, 3, 5])
-    for dim in (1, 4, 10):
-        expected = []
-        for i, j in zip(enrol, test, strict=True):
-            a, b = embeddings[i, :dim].astype(float), embeddings[j, :dim].astype(float)
-            expected.append(float(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b))))
-        assert cosine_scores(embeddings, enrol, test, dim) == pytest.approx(expected, abs=1e-9)
 
 
 def test_scored_trials_equal_a_plain_loop(utterances, trials):

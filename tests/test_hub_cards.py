@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint, lora_config
 from mrl_redimnet.evaluation import VerificationRow
+from mrl_redimnet.groups import GroupRow, Rate
 from mrl_redimnet.hub_cards import (
     NO_RESULTS,
     UNKNOWN_TRAINING,
@@ -29,6 +31,7 @@ from mrl_redimnet.hub_cards import (
     eer_plot,
     save_card,
 )
+from mrl_redimnet.robustness import NumberRow
 
 BASE = Base("some-org/some-base", None, "sha256:" + "0f" * 32)
 ROWS = [VerificationRow(8, 0.1234, 0.5, 0.1, 0.15), VerificationRow(32, 0.05, 0.4, 0.025, 0.075)]
@@ -37,6 +40,19 @@ VERIFICATION = Evaluation(
     "adapter", {"phone": {"base": WORSE, "adapter": ROWS}, "clean": {"adapter": ROWS}}, "One run."
 )
 GENDER = Evaluation("adapter", {"gender, AN4": {"adapter": [AttributeRow("accuracy", 0.931, 0.9, 0.95)]}})
+GROUPS = [
+    GroupRow("f", 8, 0.5, 6, 1234, 40, Rate(0.1, 0.05, 0.2), Rate(0.125), Rate(0.02, 0.01, 0.03)),
+    GroupRow("m", 8, 0.5, 6, 90, 60, Rate(0.15), Rate(0.1), Rate(0.1),
+             "f", Rate(0.05, -0.02, 0.1), Rate(-0.025), Rate(0.08)),
+    GroupRow("x | y", 8, 0.5, 2, 10, 20),
+    GroupRow("between groups", 8, 0.5, 14, 0, 80, false_alarm=Rate(0.01, 0.0, 0.02)),
+]  # fmt: skip
+NUMBERS = [
+    NumberRow("noise", "test", 8, 0.9, 0.2, 0.8, 1.0),
+    NumberRow("all", "test", 8, 0.456, 0.21, 0.3, 0.6, 0.1, 0.3),
+    NumberRow("all", "test", 32, -0.1, 0.19),
+    NumberRow("all", "both", 8, 1.5, 0.3, 1.25, 1.75),
+]
 SIZES = dict(parameters=12_345, file_bytes=67_890)
 
 
@@ -131,6 +147,35 @@ def test_attribute_cards(tmp_path):
     assert [(e.metric_type, e.metric_value) for e in card.data.eval_results] == [("mae", 7.12)]
     with pytest.raises(ValueError, match="'gender' does not name its classes"):
         adapter_card(AdapterFacts("gender", BASE, "classification"), **SIZES)
+
+
+def test_groups_stand_on_the_card():
+    card = verification_card(evaluation=replace(VERIFICATION, groups={"clean": GROUPS}))
+    heading, f, m, few, between = tables(card.text)[2]
+    assert heading == [
+        "trials", "group", "dims", "speakers", "targets", "impostors", "EER %", "miss %", "false alarm %"
+    ]  # fmt: skip
+    assert f == ["clean", "f", "8", "6", "1,234", "40", "10.00 [5.0, 20.0]", "12.50", "2.00 [1.0, 3.0]"]
+    assert m == ["clean", "m", "8", "6", "90", "60", "15.00", "10.00", "10.00"]
+    assert few == ["clean", "x \\| y", "8", "2", "10", "20", "too few", "too few", "too few"]
+    assert between == ["clean", "between groups", "8", "14", "0", "80", "", "", "1.00 [0.0, 2.0]"]
+    differs = "m less f at 8 dimensions, in points: EER +5.00 [-2.0, +10.0], miss -2.50, false alarm +8.00."
+    assert f"{differs} 40 % of the impostor trials are between groups." in card.text
+    assert "one threshold" not in verification_card(evaluation=VERIFICATION).text
+
+
+def test_robustness_stands_on_the_card():
+    """The one number, not those of the kinds."""
+    evaluation = replace(VERIFICATION, robustness={"phone": NUMBERS, "clean": NUMBERS[1:2]})
+    assert tables(verification_card(evaluation=evaluation).text)[2] == [
+        ["trials", "perturbed", "8", "32"],
+        ["phone", "test", "+46 [+30, +60]", "-10"],
+        ["phone", "enrolment and test", "+150 [+125, +175]", ""],
+        ["clean", "test", "+46 [+30, +60]", ""],
+    ]
+    assert "perturbed by noise, each counting" in verification_card(evaluation=evaluation).text
+    for without in (VERIFICATION, replace(VERIFICATION, robustness={"phone": NUMBERS[:1]})):
+        assert "Robustness" not in verification_card(evaluation=without).text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +356,52 @@ def test_malformed_rows_are_refused(tmp_path, rows):
 )
 def test_malformed_files_are_refused(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match="evaluation.json is not an evaluation"):
+        Evaluation.load(tmp_path)
+
+
+def test_groups_and_robustness_survive_the_file(tmp_path):
+    evaluation = replace(VERIFICATION, groups={"phone": GROUPS}, robustness={"phone": NUMBERS})
+    save_card(verification_card(evaluation=evaluation), tmp_path, evaluation)
+    assert Evaluation.load(tmp_path) == evaluation
+    with pytest.raises(ValueError, match="not made from this evaluation"):
+        save_card(verification_card(evaluation=VERIFICATION), tmp_path, evaluation)
+
+
+def test_an_earlier_versions_file_is_read(tmp_path):
+    VERIFICATION.save(tmp_path)
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    earlier = {name: content[name] for name in ("saved", "results", "conditions")}
+    (tmp_path / "evaluation.json").write_text(json.dumps(earlier))
+    assert Evaluation.load(tmp_path) == VERIFICATION
+
+
+@pytest.mark.parametrize(
+    "part, rows",
+    [
+        ("groups", []),
+        ("groups", [{"group": "f"}]),
+        ("groups", [{**asdict(GROUPS[0]), "eer": {"value": 12.0}}]),
+        ("groups", [{**asdict(GROUPS[0]), "eer": {"value": None}}]),
+        ("groups", [{**asdict(GROUPS[0]), "miss": {"value": -0.1}}]),
+        ("groups", [{**asdict(GROUPS[0]), "miss": {"value": 0.1, "low": 0.1}}]),
+        ("groups", [{**asdict(GROUPS[0]), "eer_difference": {"value": -1.1}}]),
+        ("groups", [{**asdict(GROUPS[0]), "speakers": -1}]),
+        ("groups", [{**asdict(GROUPS[0]), "threshold": "high"}]),
+        ("groups", [asdict(GROUPS[0]), asdict(GROUPS[0])]),
+        ("robustness", []),
+        ("robustness", [{**asdict(NUMBERS[1]), "eer": 12.0}]),
+        ("robustness", [{**asdict(NUMBERS[1]), "change": -2.0}]),
+        ("robustness", [{**asdict(NUMBERS[1]), "side": "left"}]),
+        ("robustness", [{**asdict(NUMBERS[1]), "dim": 0}]),
+        ("robustness", [{**asdict(NUMBERS[1]), "change_low": None}]),
+        ("robustness", [asdict(NUMBERS[1]), asdict(NUMBERS[1])]),
+    ],
+)
+def test_malformed_groups_and_numbers_are_refused(tmp_path, part, rows):
+    VERIFICATION.save(tmp_path)
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    (tmp_path / "evaluation.json").write_text(json.dumps({**content, part: {"phone": rows}}))
     with pytest.raises(ValueError, match="evaluation.json is not an evaluation"):
         Evaluation.load(tmp_path)
 

@@ -1,7 +1,12 @@
-"""EER, minDCF and the speaker bootstrap against plain loops, exact small cases and invariances."""
+"""The metrics and the speaker bootstrap against plain loops, published implementations, exact cases, invariances."""
 
 import functools
+import itertools
+import json
 import math
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -11,16 +16,32 @@ from hypothesis import strategies as st
 
 from mrl_redimnet import metrics
 from mrl_redimnet.metrics import (
+    act_dcf,
+    auc,
     bootstrap_interval,
+    bootstrap_together,
     bootstrap_values,
+    cllr,
     eer,
+    eer_convex_hull,
     error_curve,
     mean_interval,
+    min_cllr,
     min_dcf,
     quantile_interval,
 )
 
-SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+METRICS = {
+    "eer": eer,
+    "eer_convex_hull": eer_convex_hull,
+    "min_dcf": functools.partial(min_dcf, p_target=0.3),
+    "min_cllr": min_cllr,
+    "auc": auc,
+    "act_dcf": functools.partial(act_dcf, p_target=0.9),
+    "cllr": cllr,
+}
+OF_ORDER = [name for name in METRICS if name not in ("act_dcf", "cllr")]  # whatever the scale of the scores
 
 
 # ---------------------------------------------------------------- oracles: loops over every threshold
@@ -55,6 +76,93 @@ def loop_min_dcf(scores, labels, p_target, c_miss, c_fa, weights=None):
     points = loop_points(scores, labels, weights)
     costs = [c_miss * p_target * miss + c_fa * (1 - p_target) * accept for miss, accept in points]
     return min(costs) / min(c_miss * p_target, c_fa * (1 - p_target))
+
+
+def loop_eer_convex_hull(scores, labels, weights=None):
+    """The lowest point with equal rates on a line between any two points of the ROC."""
+    points = loop_points(scores, labels, weights)
+    rates = [0.5]
+    for (miss, accept), (next_miss, next_accept) in itertools.combinations(points, 2):
+        slope = (next_miss - miss) + (accept - next_accept)
+        if miss <= accept and next_miss >= next_accept and slope > 0:
+            rates.append(miss + (accept - miss) / slope * (next_miss - miss))
+    return min(rates)
+
+
+def loop_act_dcf(llrs, labels, p_target, c_miss, c_fa, weights=None):
+    """Decide trial by trial for the lesser expected cost, at the posterior odds that llr and prior give."""
+    weights = [1.0] * len(llrs) if weights is None else weights
+    costs, totals = {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}
+    for llr, label, weight in zip(llrs, labels, weights, strict=True):
+        totals[label] += weight
+        accepts = c_miss * p_target * math.exp(llr) >= c_fa * (1 - p_target)
+        costs[label] += weight * (accepts != bool(label))
+    expected = c_miss * p_target * costs[1] / totals[1] + c_fa * (1 - p_target) * costs[0] / totals[0]
+    return expected / min(c_miss * p_target, c_fa * (1 - p_target))
+
+
+def loop_cllr(llrs, labels, weights=None):
+    weights = [1.0] * len(llrs) if weights is None else weights
+    bits, totals = {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}
+    for llr, label, weight in zip(llrs, labels, weights, strict=True):
+        totals[label] += weight
+        if weight:
+            bits[label] += weight * math.log2(1 + math.exp(-llr if label else llr))
+    return (bits[1] / totals[1] + bits[0] / totals[0]) / 2
+
+
+def loop_pav_llrs(scores, labels, weights=None):
+    """Llr of each trial after the best rising calibration, by the max-min formula of isotonic regression.
+
+    The calibrated share of targets at a score is the maximum over lower scores, of the minimum over higher scores, of
+    the share in between; scores of no weight get None.
+    """
+    weights = [1] * len(scores) if weights is None else weights
+    held = {score: [0, 0] for score in sorted(set(scores))}
+    for score, label, weight in zip(scores, labels, weights, strict=True):
+        held[score][label] += weight
+    steps = [(score, *pair) for score, pair in held.items() if sum(pair)]
+    impostors, targets = (sum(step[kind] for step in steps) for kind in (1, 2))
+
+    def share(low, high):
+        between = [sum(step[kind] for step in steps[low : high + 1]) for kind in (1, 2)]
+        return Fraction(between[1], sum(between))
+
+    llrs = dict.fromkeys(held)
+    for place, step in enumerate(steps):
+        p = max(min(share(low, high) for high in range(place, len(steps))) for low in range(place + 1))
+        odds = p / (1 - p) * Fraction(impostors, targets) if p < 1 else math.inf
+        llrs[step[0]] = math.log(odds) if 0 < odds < math.inf else (math.inf if odds else -math.inf)
+    return [llrs[score] for score in scores]
+
+
+def loop_min_cllr(scores, labels, weights=None):
+    weights = [1] * len(scores) if weights is None else weights
+    llrs = loop_pav_llrs(scores, labels, weights)
+    trials = [row for row in zip(llrs, labels, weights, strict=True) if row[2]]
+    return loop_cllr(*map(list, zip(*trials, strict=True)))
+
+
+def loop_auc(scores, labels, weights=None):
+    weights = [1.0] * len(scores) if weights is None else weights
+    won = total = 0.0
+    rows = list(zip(scores, labels, weights, strict=True))
+    for (one, target, of_one), (other, impostor, of_other) in itertools.product(rows, rows):
+        if target and not impostor:
+            total += of_one * of_other
+            won += of_one * of_other * ((one > other) + (one == other) / 2)
+    return won / total
+
+
+LOOPS = {
+    "eer": loop_eer,
+    "eer_convex_hull": loop_eer_convex_hull,
+    "min_dcf": lambda *trials: loop_min_dcf(*trials[:2], 0.3, 1, 1, *trials[2:]),
+    "min_cllr": loop_min_cllr,
+    "auc": loop_auc,
+    "act_dcf": lambda *trials: loop_act_dcf(*trials[:2], 0.9, 1, 1, *trials[2:]),
+    "cllr": loop_cllr,
+}
 
 
 @st.composite
@@ -139,31 +247,176 @@ def test_metrics_equal_the_loops(trials, p_target, c_miss, c_fa):
         assert 0.0 <= cost <= 1.0 + 1e-12
 
 
+@pytest.mark.parametrize("name", METRICS)
 @SETTINGS
-@given(trial_sets(), st.randoms(use_true_random=False))
-def test_invariances(trials, random):
-    scores, labels = np.array(trials[0]), np.array(trials[1])
-    both = eer(scores, labels), min_dcf(scores, labels, p_target=0.3)
-    for increasing in (scores**3 + 2 * scores, np.exp(scores / 4), 5 * scores - 100):
-        assert (eer(increasing, labels), min_dcf(increasing, labels, p_target=0.3)) == both
-    order = list(range(len(scores)))
-    random.shuffle(order)
-    assert (eer(scores[order], labels[order]), min_dcf(scores[order], labels[order], p_target=0.3)) == both
-    # swapping the roles of targets and impostors swaps misses and false alarms
-    assert eer(-scores, 1 - labels) == pytest.approx(both[0], abs=1e-12)
-    assert min_dcf(-scores, 1 - labels, p_target=0.7) == pytest.approx(both[1], abs=1e-12)
-    # turning the decision round turns the rates round
-    assert eer(-scores, labels) == pytest.approx(1.0 - both[0], abs=1e-12)
+@given(trials=trial_sets(weighted=True))
+def test_every_metric_equals_its_loop(name, trials):
+    scores, labels, weights = trials
+    assert METRICS[name](scores, labels) == pytest.approx(LOOPS[name](scores, labels), abs=1e-12)
+    assert METRICS[name](scores, labels, weights=weights) == pytest.approx(LOOPS[name](*trials), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@SETTINGS
+@given(trials=trial_sets(weighted=True), random=st.randoms(use_true_random=False))
+def test_the_order_of_trials_changes_no_bit(name, trials, random):
+    rows = list(zip(*trials, strict=True))
+    random.shuffle(rows)
+    shuffled = list(zip(*rows, strict=True))
+    assert METRICS[name](*shuffled[:2], weights=shuffled[2]) == METRICS[name](*trials[:2], weights=trials[2])
+    assert METRICS[name](*shuffled[:2]) == METRICS[name](*trials[:2])
+
+
+@pytest.mark.parametrize("name", METRICS)
+@SETTINGS
+@given(trials=trial_sets(weighted=True))
+def test_weights_repeat_trials(name, trials):
+    scores, labels, weights = (np.array(column) for column in trials)
+    repeated = METRICS[name](np.repeat(scores, weights), np.repeat(labels, weights))
+    assert METRICS[name](scores, labels, weights=weights) == pytest.approx(repeated, abs=1e-12)
+    assert METRICS[name](scores, labels, weights=weights * 0.37) == pytest.approx(repeated, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", OF_ORDER)
+@SETTINGS
+@given(trials=trial_sets(weighted=True))
+def test_only_the_order_of_scores_counts(name, trials):
+    scores, labels, weights = (np.array(column) for column in trials)
+    value = METRICS[name](scores, labels, weights=weights)
+    ends = np.where(scores == scores.max(), np.inf, np.where(scores == scores.min(), -np.inf, scores))
+    rising = [scores**3 + 2 * scores, np.exp(scores / 4), 5 * scores - 100, 1e300 * scores]
+    if len(set(scores)) > 1:
+        rising.append(ends)  # the infinite is a score like others
+    for other in rising:
+        assert METRICS[name](other, labels, weights=weights) == value
 
 
 @SETTINGS
 @given(trial_sets(weighted=True))
-def test_integer_weights_repeat_trials(trials):
+def test_targets_and_impostors_in_each_others_place(trials):
     scores, labels, weights = (np.array(column) for column in trials)
-    repeated = np.repeat(scores, weights), np.repeat(labels, weights)
-    assert eer(scores, labels, weights) == pytest.approx(eer(*repeated), abs=1e-12)
-    assert min_dcf(scores, labels, weights=weights) == pytest.approx(min_dcf(*repeated), abs=1e-12)
-    assert eer(scores, labels, weights * 0.37) == pytest.approx(eer(*repeated), abs=1e-9)
+    turned = -scores, 1 - labels, weights
+    for metric in (eer, eer_convex_hull, auc, cllr, min_cllr):
+        assert metric(*turned) == pytest.approx(metric(*trials), abs=1e-12)
+    for metric in (min_dcf, act_dcf):  # no score is at a Bayes threshold of these priors
+        turned_cost = metric(*turned[:2], p_target=0.7, c_miss=1.5, c_fa=2.5, weights=weights)
+        cost = metric(*trials[:2], p_target=0.3, c_miss=2.5, c_fa=1.5, weights=weights)
+        assert turned_cost == pytest.approx(cost, abs=1e-12)
+    assert auc(-scores, labels, weights) == pytest.approx(1.0 - auc(*trials), abs=1e-12)
+    assert cllr(-scores, labels, weights) >= 1.0 or cllr(*trials) >= 1.0  # only one sign can be better than llr = 0
+
+
+@SETTINGS
+@given(trial_sets(weighted=True), st.floats(0.001, 0.999), st.floats(-3, 3), st.floats(0.1, 3))
+def test_no_calibration_is_better_than_the_best(trials, p_target, offset, slope):
+    scores, labels, weights = (np.array(column) for column in trials)
+    llrs = offset + slope * scores
+    best = min_cllr(scores, labels, weights)
+    assert -1e-12 <= best <= min(1.0, cllr(llrs, labels, weights)) + 1e-12
+    least = min_dcf(scores, labels, p_target, weights=weights)
+    assert 0.0 <= least <= min(1.0, act_dcf(llrs, labels, p_target, weights=weights)) + 1e-12
+
+
+@SETTINGS
+@given(trial_sets(), st.floats(0.001, 0.999))
+def test_the_best_calibration_reaches_the_minima(trials, p_target):
+    """Infinite llrs at the ends included; at a prior where two thresholds are equally good, either is the minimum."""
+    scores, labels = trials
+    llrs = loop_pav_llrs(scores, labels)
+    assert cllr(llrs, labels) == pytest.approx(min_cllr(scores, labels), abs=1e-12)
+    assert min_cllr(llrs, labels) == pytest.approx(min_cllr(scores, labels), abs=1e-12)
+    assert act_dcf(llrs, labels, p_target) == pytest.approx(min_dcf(scores, labels, p_target), abs=1e-9)
+
+
+@SETTINGS
+@given(trial_sets(weighted=True))
+def test_the_eer_of_the_hull_bounds_and_is_bounded(trials):
+    hull = eer_convex_hull(*trials)
+    assert 0.0 <= hull <= min(eer(*trials), 0.5) + 1e-12
+    for p_target in (0.1, 0.5, 0.8):  # no Bayes error rate is above it
+        cost = min_dcf(*trials[:2], p_target=p_target, weights=trials[2])
+        assert cost * min(p_target, 1 - p_target) <= hull + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "expected"),
+    [
+        # thresholds at (miss, fa) = (0, 1/3), (1/3, 1/3), (1/3, 0): the hull leaves out the corner in between
+        ([0, 1, 3, 2, 4, 5], [0, 0, 0, 1, 1, 1], {"eer": 1 / 3, "eer_convex_hull": 1 / 6, "auc": 8 / 9}),
+        ([7, 7, 7], [1, 0, 0], {"eer_convex_hull": 0.5, "auc": 0.5, "min_cllr": 1.0}),
+        ([1, 2], [1, 0], {"eer": 1.0, "eer_convex_hull": 0.5, "auc": 0.0, "min_cllr": 1.0}),
+        ([1, 2], [0, 1], {"eer": 0.0, "eer_convex_hull": 0.0, "auc": 1.0, "min_cllr": 0.0}),
+        ([0, 0, 0], [1, 0, 0], {"cllr": 1.0, "act_dcf": 1.0}),
+        # blocks {0}, {1, 1}, {2}: half of each kind is told apart for certain, for the rest llr = 0
+        ([0, 1, 1, 2], [0, 1, 0, 1], {"min_cllr": 0.5, "eer_convex_hull": 0.25, "auc": 7 / 8}),
+        # log2(1 + 1/3) for the target, log2(1 + 1) for the impostor
+        ([math.log(3), 0.0], [1, 0], {"cllr": (math.log2(4 / 3) + 1) / 2}),
+    ],
+)
+def test_known_values(scores, labels, expected):
+    for name, value in expected.items():
+        assert METRICS[name](scores, labels) == pytest.approx(value, abs=1e-12), name
+
+
+def test_llrs_of_two_gaussians_cost_what_theory_says():
+    """Normal llrs of mean +-m and variance 2m are their own likelihood ratios: calibrated, so nothing can be gained."""
+    shift = 2.0  # between unit normals: m = shift**2 / 2
+    scores, labels = gaussian_trials(200_000, shift, seed=3)
+    llrs = shift * scores - shift**2 / 2
+    x = np.linspace(-12, 12, 20_001)
+    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    exact = np.trapezoid(density * np.logaddexp(0, -(shift * x + shift**2 / 2)), x) / math.log(2)
+    assert cllr(llrs, labels) == pytest.approx(exact, abs=0.005)
+    assert min_cllr(llrs, labels) == pytest.approx(exact, abs=0.005)
+    assert auc(scores, labels) == pytest.approx(NormalDist().cdf(shift / math.sqrt(2)), abs=0.002)
+    assert act_dcf(llrs, labels, 0.05) == pytest.approx(min_dcf(llrs, labels, 0.05), abs=0.01)
+    assert eer_convex_hull(llrs, labels) == pytest.approx(NormalDist().cdf(-shift / 2), abs=0.002)
+    # the same decisions by llrs that are off: Cllr and actDCF notice, the others do not
+    assert cllr(3 * llrs + 2, labels) > 1.5 * exact
+    assert act_dcf(llrs + 2, labels, 0.05) > 1.2 * min_dcf(llrs, labels, 0.05)
+
+
+def test_a_llr_at_the_bayes_threshold_is_accepted():
+    assert act_dcf([0.0, -1.0], [1, 0], p_target=0.5) == 0.0
+    assert act_dcf([1.0, 0.0], [1, 0], p_target=0.5) == 1.0
+    threshold = math.log(2.0 * 0.9 / (3.0 * 0.1))
+    for above, cost in ((1e-9, 0.0), (-1e-9, 1.0)):
+        assert act_dcf([threshold + above, -1.0], [1, 0], 0.1, c_miss=3.0, c_fa=2.0) == pytest.approx(cost)
+
+
+def test_infinite_llrs():
+    right, wrong = [math.inf, -math.inf], [-math.inf, math.inf]
+    assert cllr(right, [1, 0]) == act_dcf(right, [1, 0]) == min_cllr(right, [1, 0]) == 0.0
+    assert cllr(wrong, [1, 0]) == math.inf
+    assert act_dcf(wrong, [1, 0], 0.01) == pytest.approx(100.0)  # accepting an impostor at prior 0.01
+    assert min_cllr(wrong, [1, 0]) == 1.0 and eer(wrong, [1, 0]) == 1.0 and auc(wrong, [1, 0]) == 0.0
+    # what has no weight costs nothing, even if it is certain and wrong
+    assert cllr([0.0, 0.0, -math.inf], [1, 0, 1], [1.0, 1.0, 0.0]) == 1.0
+    # finite llrs beyond the range of exp
+    assert cllr([800.0, -800.0], [1, 0]) == 0.0
+    assert cllr([-800.0, 800.0], [1, 0]) == pytest.approx(800.0 / math.log(2.0))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_memory_is_in_proportion(name):
+    def peak(count):
+        scores, labels = gaussian_trials(count, 2.0, seed=0)
+        tracemalloc.start()
+        METRICS[name](scores, labels)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    few, many = peak(20_000), peak(160_000)
+    assert many < 8.2 * few
+    assert many < 90 * 160_000  # bytes per trial
+
+
+@SETTINGS
+@given(trial_sets(weighted=True))
+def test_turning_the_decision_round_turns_the_rates_round(trials):
+    scores, *rest = trials
+    assert eer([-score for score in scores], *rest) == pytest.approx(1.0 - eer(*trials), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int32])
@@ -203,7 +456,7 @@ def test_agrees_with_the_kaldi_conventions():
         assert eer(scores, labels) == pytest.approx(rank / targets, abs=1 / targets + 1 / impostors)
 
 
-@pytest.mark.parametrize("metric", [eer, min_dcf, error_curve])
+@pytest.mark.parametrize("metric", [*METRICS.values(), error_curve], ids=[*METRICS, "error_curve"])
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
@@ -216,8 +469,7 @@ def test_agrees_with_the_kaldi_conventions():
         ([1.0, 2.0], ["1", "0"], "labels must be .* 2 of 2 trials break this, first at index 0"),
         ([1.0, 2.0], [1, 1], "all 2 trials are target trials; at least one impostor trial is needed"),
         ([1.0, 2.0], [0, 0], "all 2 trials are impostor trials; at least one target trial is needed"),
-        ([1.0, math.nan, math.inf], [1, 0, 1], r"finite: 2 of 3 trials break this, first at index 1 \(nan\)"),
-        ([1.0, 0.0, -math.inf], [1, 0, 1], r"finite: 1 of 3 trials break this, first at index 2 \(-inf\)"),
+        ([1.0, math.nan, math.inf], [1, 0, 1], r"not NaN: 1 of 3 trials break this, first at index 1 \(nan\)"),
     ],
 )
 def test_bad_trials(metric, scores, labels, message):
@@ -236,8 +488,9 @@ def test_bad_trials(metric, scores, labels, message):
     ],
 )
 def test_bad_weights(weights, message):
-    with pytest.raises(ValueError, match=message):
-        eer([1.0, 2.0, 3.0], [1, 0, 0], weights)
+    for metric in METRICS.values():
+        with pytest.raises(ValueError, match=message):
+            metric([1.0, 2.0, 3.0], [1, 0, 0], weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +505,90 @@ def test_bad_weights(weights, message):
     ],
 )
 def test_bad_costs(setting, message):
-    with pytest.raises(ValueError, match=message):
-        min_dcf([1.0, 2.0], [0, 1], **setting)
+    for metric in (min_dcf, act_dcf):
+        with pytest.raises(ValueError, match=message):
+            metric([1.0, 2.0], [0, 1], **setting)
+
+
+# ---------------------------------------------------------------- published implementations
+
+SCORES = Path(__file__).parent / "data/scores"  # made by benchmarks/record_metrics.py
+PUBLISHED = json.loads((SCORES / "published.json").read_text())
+COSTS = {"0.01": (0.01, 1.0, 1.0), "0.05": (0.05, 1.0, 1.0), "0.5": (0.5, 1.0, 1.0), "sre08": (0.01, 10.0, 1.0)}
+TOLERANCE = {"speechbrain": 1e-6, "psrcal": 1e-6, "llreval": 1e-8}  # float32 inside; EER by a minimiser; else 1e-12
+# EERs of one definition: the ROC's points joined by straight lines. The others take the threshold where the two rates
+# are closest and average them (or, score-analysis, interpolate thresholds): equal within a step of the ROC.
+JOINED = ("scikit-learn", "wespeaker-unofficial")
+# (metric, implementation) and sets of which it says something else, by a rule of its own for ties: NIST's script (of
+# wespeaker) cuts a run of tied trials anywhere, pyeer has no curve where all scores are equal.
+APART = {
+    ("eer", "wespeaker-unofficial"): {"ties", "tiny", "equal"},
+    **{(f"min_dcf_{name}", "wespeaker-unofficial"): {"ties"} for name in COSTS},
+    ("auc", "pyeer"): {"equal"},
+}
+# The same script has no point that accepts all trials, and raises an error where the crossing would need it.
+FAILS = {("eer", "wespeaker-unofficial", name) for name in ("two", "one_impostor")}
+
+
+def recorded(name):
+    with np.load(SCORES / "scores.npz") as file:
+        return {key.split("/")[1]: file[key] for key in file if key.split("/")[0] == name}
+
+
+def ours(metric, scores, labels):
+    if metric.startswith(("min_dcf_", "act_dcf_")):
+        function = min_dcf if metric.startswith("min") else act_dcf
+        return function(scores, labels, *COSTS[metric[len("min_dcf_") :]])
+    return METRICS[metric](scores, labels)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["numbers"])
+def test_agrees_with_published_implementations(name):
+    columns = recorded(name)
+    scores, labels = columns["scores"], columns["labels"]
+    for metric, numbers in PUBLISHED["numbers"][name].items():
+        value = ours(metric, scores, labels)
+        compared = 0
+        for package, number in numbers.items():
+            assert (number is None) == ((metric, package, name) in FAILS), (metric, package)
+            if (
+                number is None
+                or name in APART.get((metric, package), ())
+                or (metric == "eer" and package not in JOINED)
+            ):
+                continue
+            tolerance = TOLERANCE.get(package, 1e-12)
+            assert value == pytest.approx(number, abs=tolerance, rel=tolerance), (metric, package)
+            compared += 1
+        assert compared >= (1 if metric == "eer" else 2), metric
+
+
+@pytest.mark.parametrize("name", PUBLISHED["numbers"])
+def test_eers_of_other_definitions_are_within_a_step_of_the_roc(name):
+    columns = recorded(name)
+    scores, labels = columns["scores"], columns["labels"]
+    step = max(np.abs(np.diff(rate)).max() for rate in error_curve(scores, labels))
+    for package, number in PUBLISHED["numbers"][name]["eer"].items():
+        if number is not None:
+            assert abs(eer(scores, labels) - number) <= step + 1e-6, package
+
+
+def test_the_recorded_sets_hold_what_they_are_for():
+    real = recorded("model_256")
+    assert len(real["scores"]) == 8385 and 700 < real["labels"].sum() < 800
+    assert np.array_equal(real["enrol"] == real["test"], real["labels"] == 1)
+    assert 0.04 < eer(real["scores"], real["labels"]) < eer(recorded("model_16")["scores"], real["labels"]) < 0.07
+    assert len(set(recorded("ties")["scores"])) < 40
+    assert np.abs(recorded("extreme")["scores"]).max() > 600
+    assert set(PUBLISHED["versions"]) >= {"scikit-learn", "speechbrain", "llreval", "hyperion-ml", "lir"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_intervals_over_the_speakers_of_recorded_trials(name):
+    real = recorded("model_256")
+    llrs = 20.0 * real["scores"].astype(np.float64) - 8.0
+    low, high = bootstrap_interval(llrs, real["labels"], real["enrol"], real["test"], METRICS[name], resamples=100)
+    assert low < METRICS[name](llrs, real["labels"]) < high
 
 
 # ---------------------------------------------------------------- bootstrap over speakers
@@ -290,21 +625,60 @@ def loop_bootstrap(scores, labels, enrol, test, metric, resamples, confidence, s
     return tuple(np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]))
 
 
-@pytest.mark.parametrize("metric", [eer, functools.partial(min_dcf, p_target=0.2)])
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize("speakers", [2, 9])
 def test_bootstrap_equals_literal_resampling(metric, speakers):
     # with 2 speakers half the resamples have no impostors and are drawn again
     trials = speaker_trials(speakers, seed=speakers)
     interval = bootstrap_interval(*trials, metric=metric, resamples=40, confidence=0.8, seed=3)
     assert interval == pytest.approx(loop_bootstrap(*trials, metric, 40, 0.8, 3), abs=1e-12)
-    assert speakers == 2 or 0.0 < interval[0] < interval[1] < 1.0  # not a case where every resample agrees
+    assert speakers == 2 or 0.0 < interval[0] < interval[1]  # not a case where every resample agrees
 
 
-@pytest.mark.parametrize("metric", [eer, min_dcf])
+def test_metrics_together_are_the_metrics_one_by_one():
+    trials = speaker_trials(9)
+    together = bootstrap_together(*trials, METRICS, resamples=30, seed=4)
+    for name, metric in METRICS.items():
+        assert np.array_equal(together[name], bootstrap_values(*trials, metric=metric, resamples=30, seed=4))
+
+
+@pytest.mark.parametrize("digits", [1, 6])  # with many ties and with hardly any
+def test_groups_of_scores_leave_intervals_where_they_are(monkeypatch, digits):
+    scores, *rest = speaker_trials(24)
+    trials = np.round(scores, digits), *rest
+    exact = bootstrap_together(*trials, METRICS, resamples=40)
+    monkeypatch.setattr(metrics, "_GROUPS", 1000)
+    seen = []
+    grouped = bootstrap_together(*trials, {**METRICS, "": lambda *a, **k: seen.append(len(a[0])) or 0.0}, resamples=40)
+    assert len(trials[0]) > 2 * 1000 >= max(seen)
+    for name in METRICS:
+        assert np.abs(grouped[name] - exact[name]).max() <= 0.1 * np.ptp(exact[name]), name
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_interval_holds_the_point(metric):
     trials = speaker_trials(40)
     low, high = bootstrap_interval(*trials, metric=metric, resamples=200)
-    assert 0.0 <= low < metric(*trials[:2]) < high <= 1.0
+    assert 0.0 <= low < metric(*trials[:2]) < high
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_no_metrics_interval_depends_on_the_order(metric):
+    scores, *rest = speaker_trials(8)
+    trials = (np.round(4 * scores) / 4, *rest)  # with ties
+    order = np.random.default_rng(1).permutation(len(scores))
+    values = bootstrap_values(*trials, metric=metric, resamples=20)
+    assert np.array_equal(values, bootstrap_values(*(c[order] for c in trials), metric=metric, resamples=20))
+
+
+def test_interval_of_infinite_costs():
+    """One impostor of certain llr, and wrong: the cost of a resample is infinite unless it leaves the trial out."""
+    scores, labels, enrol, test = speaker_trials(6)
+    scores[np.flatnonzero(labels == 0)[0]] = np.inf
+    values = bootstrap_values(scores, labels, enrol, test, metric=cllr, resamples=50)
+    low, high = bootstrap_interval(scores, labels, enrol, test, metric=cllr, resamples=50)
+    assert np.isinf(values).any() and np.isfinite(values).any()
+    assert (low, high) == (np.sort(values)[1], np.inf)  # 2.5 % of the way is between the second and the third
 
 
 def test_interval_is_set_by_the_seed_not_by_the_order():
@@ -375,7 +749,7 @@ def test_perfect_scores_have_a_point_interval():
         ({"resamples": 0}, "resamples must be at least 1, got 0"),
         ({"confidence": 0.0}, "confidence must be between 0 and 1"),
         ({"confidence": 1.0}, "confidence must be between 0 and 1"),
-        ({"scores": [1.0, math.nan, 3.0]}, "scores must be finite"),
+        ({"scores": [1.0, math.nan, 3.0]}, "scores must be numbers, not NaN"),
         ({"labels": [1, 1, 1]}, "at least one impostor trial is needed"),
         ({"enrol_speakers": ["a", "b"]}, r"enrol_speakers must have one speaker per trial, shape \(3,\), got \(2,\)"),
         ({"test_speakers": []}, r"test_speakers must have one speaker per trial, shape \(3,\), got \(0,\)"),

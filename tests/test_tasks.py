@@ -17,10 +17,12 @@ from mrl_redimnet.audio import read_audio
 from mrl_redimnet.batches import CropDataset, CropMaker
 from mrl_redimnet.corpus import SpeakerTable, load_corpus
 from mrl_redimnet.domains import Noisy, Telephony, simulate
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow, check_present, evaluate_trials
+from mrl_redimnet.evaluation import AttributeRow, VerificationRow, check_present, embed_trials, evaluate_trials
+from mrl_redimnet.groups import error_rates, read_groups
 from mrl_redimnet.prepare import prepare
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.scoring import score
 from mrl_redimnet.streaming import stream_contents
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet.tasks import Attribute, Verification, classes_of, hold_out, make_task
@@ -150,6 +152,25 @@ def test_trials_are_scored_in_the_domain_of_their_test(root, speech, recipe):
     assert rows["plain"] == evaluate_trials(model, trials, root / "test/wav", dims, 10)
     assert rows["phone"] == evaluate_trials(model, trials, root / "test/wav", dims, 10, domain=Telephony(["mulaw"]))
     assert rows["phone"] != rows["plain"]
+
+
+def test_a_test_with_groups_is_judged_by_group_at_the_whole_embedding(root, speech, recipe, tmp_path):
+    trials = read_trials(root / "test/trials.txt")
+    speakers = sorted({*trials.speakers[0]})
+    table = tmp_path / "voices.csv"
+    table.write_text("speaker,voice\n" + "".join(f"{name},{'hl'[i % 2]}\n" for i, name in enumerate(speakers)))
+    tests = {"plain": trial_test(root), "voices": trial_test(root, groups=str(table), group_column="voice")}
+    task = make_task(recipe(tests=tests), speech)
+    model = tiny_model(kind=MRLReDimNetForXVector)
+    embeddings = embed_trials(model, trials, root / "test/wav")
+    scores = score(trials, trials.utterances, embeddings, model.config.embedding_size)
+    group_of = read_groups(table, "voice")
+    expected = error_rates(trials, scores, group_of, 10, dim=model.config.embedding_size)
+    assert task.by_group(model, task.tests["voices"], 10) == expected and len(expected) == 3
+    assert task.by_group(model, task.tests["plain"], 10) == []
+    table.write_text(f"speaker,voice\n{speakers[0]},h\n")
+    with pytest.raises(ValueError, match=f"no voice for {len(speakers) - 1} of the {len(speakers)} speakers"):
+        make_task(recipe(tests=tests), speech)
 
 
 def test_of_two_models_the_one_with_fewer_errors_scores_lower():

@@ -65,12 +65,16 @@ STILL = dict(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("train") / "corpus", 6, 2, sessions=2, utterances=2, seconds=(0.6, 0.9))
+    root = make_corpus(tmp_path_factory.mktemp("train") / "corpus", 6, 2, sessions=2, utterances=2, seconds=(0.6, 0.9))
+    speakers = sorted(folder.name for folder in (root / "test/wav").iterdir())
+    (root / "groups.csv").write_text("speaker,gender\n" + "".join(f"{name},f\n" for name in speakers))
+    return root
 
 
 def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[str]:
     """A run of a second: 4 crops of half a second a step, for a model of 19,000 parameters."""
-    tests = {"synthetic": {"trials": str(corpus / "test/trials.txt"), "folder": str(corpus / "test/wav")}}
+    test = {"trials": "test/trials.txt", "folder": "test/wav", "groups": "groups.csv"}
+    tests = {"synthetic": {key: str(corpus / path) for key, path in test.items()}}
     small = dict(model_options=TINY, train=corpus / "train", noise=corpus / "test/wav", tests=json.dumps(tests))
     small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, log_every=1)
     small |= dict(rotate_at=[])  # of sixteen utterances there is no one principal basis
@@ -201,6 +205,12 @@ def test_the_card_tells_how_it_was_trained(whole):
     card = (whole / "best/README.md").read_text()
     assert "12 steps of 8 crops of 0.3 to 0.5 s from 16 utterances of 4 speakers" in card
     assert "| trials | weights | 4 | 8 | 16 | 32 |" in card and card.count("# whole") == 1
+
+
+def test_groups_of_speakers_are_in_the_results_and_on_the_card(whole):
+    (row,) = results_of(whole)["groups"]["synthetic"]
+    assert (row["group"], row["speakers"], row["eer"]) == ("f", 2, None)  # two speakers are too few to tell
+    assert "| synthetic | f |" in (whole / "best/README.md").read_text()
 
 
 def test_results_hold_the_recipe(whole):

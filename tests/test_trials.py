@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrl_redimnet.trials import Trials, make_trials, missing_utterances, read_trials, speaker_of, write_trials
+from mrl_redimnet.trials import (
+    FORMATS,
+    KNOWN_LISTS,
+    Trials,
+    UnknownSpeakersError,
+    make_trials,
+    missing_utterances,
+    read_trials,
+    speaker_of,
+    write_trials,
+)
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -48,7 +58,7 @@ def test_bad_trials(labels, enrol, test, message):
 
 
 def test_reads_the_voxceleb_format(tmp_path):
-    path = tmp_path / "veri_test2.txt"
+    path = tmp_path / "list.txt"
     path.write_bytes(
         b"1 id10270/5r0dWxy17C8/00001.wav id10270/8jEAjG6SegY/00008.wav\n"
         b"\n  \r\n"
@@ -68,7 +78,7 @@ def test_reads_the_voxceleb_format(tmp_path):
 @pytest.mark.parametrize(
     "line", ["1 a/1.wav", "1 a/1.wav a/2.wav a/3.wav", "2 a/1.wav b/1.wav", "target a/1 b/1", "01 a/1 b/1", "a/1 b/1 1"]
 )
-def test_malformed_line(tmp_path, line):
+def test_malformed_line(tmp_path, line):  # after a first line that tells the format
     path = tmp_path / "list.txt"
     path.write_text(f"1 a/1.wav a/2.wav\n\n{line}\n")
     with pytest.raises(ValueError) as caught:
@@ -87,6 +97,8 @@ def test_empty_file(tmp_path, text):
 def test_missing_file_and_binary_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trial list .*absent.txt; expected a text file of lines 'label"):
         read_trials(tmp_path / "absent.txt")
+    with pytest.raises(FileNotFoundError, match=f"no trial list {tmp_path};"):
+        read_trials(tmp_path)
     (tmp_path / "audio.wav").write_bytes(b"RIFF\xff\xfe\x80")
     with pytest.raises(ValueError, match=r"audio.wav: not UTF-8 text .*expected lines 'label pathA pathB'"):
         read_trials(tmp_path / "audio.wav")
@@ -101,7 +113,7 @@ def test_written_trials_are_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("lists") / "list.txt"
     labels, enrol, test = (list(column) for column in zip(*rows, strict=True))
     write_trials(Trials(labels, enrol, test), path)
-    assert rows_of(read_trials(path)) == rows
+    assert rows_of(read_trials(path, "voxceleb")) == rows  # names such as "1" could be labels to "auto"
 
 
 def test_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -131,10 +143,191 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)  # what `folders.replace_file` ends with
     with pytest.raises(OSError, match="disk full"):
         write_trials(Trials([1], ["a/1"], ["a/2"]), path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["list.txt"]
+
+
+# ---------------------------------------------------------------- formats of other lists
+
+
+def written(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+LINES = {
+    "voxceleb": "1 id10270/x/00001.wav id10270/y/00002.wav\n0 id10270/x/00001.wav id10271/z/00003.wav\n",
+    "kaldi": "id10270/x/00001.wav id10270/y/00002.wav target\nid10270/x/00001.wav id10271/z/00003.wav nontarget\n",
+    "cnceleb": "id00800-enroll test/id00800-singing-01-001.wav 1\nid00800-enroll test/id00801-vlog-01-001.wav 0\n",
+    "sitw": "12013 audio/unotx.flac tgt\n12013 audio/aaabc.flac imp\n",
+}
+ENROLMENTS = {
+    "cnceleb": "id00800-enroll enroll/id00800-enroll.wav\nid00999-enroll enroll/id00999-enroll.wav\n",
+    "sitw": "12013 audio/first.flac\n12013 audio/second.flac\n",
+}
+
+
+def read(tmp_path, kind, format="auto", **options):
+    enrolments = ENROLMENTS.get(kind) and written(tmp_path / "lists" / "enroll.lst", ENROLMENTS[kind])
+    return read_trials(written(tmp_path / "keys" / "list.txt", LINES[kind]), format, enrolments, **options)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_is_told_by_its_first_line(tmp_path, kind):
+    trials = read(tmp_path, kind)
+    assert rows_of(trials) == rows_of(read(tmp_path, kind, kind))
+    assert trials.labels.tolist() == [1, 0]
+    assert trials.enrol[0] == trials.enrol[1] and len(set(trials.test)) == 2
+    for other in set(FORMATS) - {kind}:
+        with pytest.raises(ValueError, match=r"list.txt, line 1: .* is not a trial; expected"):
+            read(tmp_path, kind, other)
+    with pytest.raises(ValueError, match="format: got 'vox', expected 'auto' or one of voxceleb, kaldi, cnceleb, sitw"):
+        read(tmp_path, kind, "vox")
+
+
+def test_a_first_line_that_fits_two_formats_is_refused(tmp_path):
+    path = written(tmp_path / "list.txt", "1 0 1\n")
+    with pytest.raises(ValueError, match="'1 0 1' fits several formats: give format=voxceleb or cnceleb"):
+        read_trials(path)
+    assert rows_of(read_trials(path, "voxceleb")) == [(1, "0", "1")]
+
+
+def test_lists_without_labels_say_what_to_do(tmp_path):
+    path = written(tmp_path / "list.txt", "\na/1.wav b/2.wav\n")
+    for format in ("auto", "voxceleb", "sitw"):
+        with pytest.raises(ValueError, match=r"line 2: 'a/1.wav b/2.wav' has no label. .*SITW: keys/"):
+            read_trials(path, format)
+
+
+def test_cnceleb_enrolments(tmp_path):
+    trials = read(tmp_path, "cnceleb")
+    assert trials.models == {"id00800-enroll": ["enroll/id00800-enroll.wav"]}  # others are not of these trials
+    tests = ["test/id00800-singing-01-001.wav", "test/id00801-vlog-01-001.wav"]
+    assert trials.utterances == ["enroll/id00800-enroll.wav", *tests]
+    assert [side.tolist() for side in trials.speakers] == [["id00800", "id00800"], ["id00800", "id00801"]]
+    several = written(tmp_path / "enroll.map", "id00800-enroll id00800/a-01.wav id00800/b-02.wav\n")
+    trials = read_trials(tmp_path / "keys/list.txt", enrolments=several, suffix=".flac")
+    assert trials.models == {"id00800-enroll": ["../data/id00800/a-01.flac", "../data/id00800/b-02.flac"]}
+    assert trials.test == [name.replace(".wav", ".flac") for name in tests]
+    assert trials.speakers[0].tolist() == ["id00800", "id00800"]
+
+
+def test_sitw_speakers_come_from_meta(tmp_path):
+    trials = read(tmp_path, "sitw")
+    assert trials.models == {"12013": ["audio/first.flac", "audio/second.flac"]}
+    with pytest.raises(UnknownSpeakersError, match="does not say whose speech audio/"):
+        _ = trials.speakers
+    meta = "audio/first.flac ZPYJ m video\naudio/second.flac ZPYJ m\naudio/unotx.flac ZPYJ m\naudio/aaabc.flac QQ f\n"
+    written(tmp_path / "keys/meta.lst", meta)
+    for suffix in (None, ".wav"):
+        enrol, test = read(tmp_path, "sitw", suffix=suffix).speakers
+        assert (enrol.tolist(), test.tolist()) == (["ZPYJ", "ZPYJ"], ["ZPYJ", "QQ"])
+    written(tmp_path / "keys/meta.lst", meta.replace("second.flac ZPYJ", "second.flac QQ"))
+    with pytest.raises(UnknownSpeakersError, match="'12013' has utterances of several speakers: 'QQ', 'ZPYJ'"):
+        _ = read(tmp_path, "sitw").speakers
+    written(tmp_path / "keys/meta.lst", "audio/first.flac\n")
+    with pytest.raises(ValueError, match=r"meta.lst, line 1: 'audio/first.flac' names no speaker"):
+        read(tmp_path, "sitw")
+
+
+def test_enrolment_models_in_any_format(tmp_path):
+    path = written(tmp_path / "list.txt", "1 alice a/3.wav\n0 alice b/1.wav\n")
+    models = written(tmp_path / "models.txt", "alice a/1.wav a/2.wav\n\nalice a/4.wav\nbob b/2.wav\n")
+    trials = read_trials(path, enrolments=models)
+    assert trials.enrolments == {"alice": ["a/1.wav", "a/2.wav", "a/4.wav"]}
+    assert trials.utterances == ["a/1.wav", "a/2.wav", "a/3.wav", "a/4.wav", "b/1.wav"]
+    assert [side.tolist() for side in trials.speakers] == [["a", "a"], ["a", "b"]]
+    with pytest.raises(ValueError, match="with enrolment models do not fit the format"):
+        write_trials(trials, tmp_path / "out.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bob b/2.wav\n", r"models.txt: no enrolment for 1 names of .*list.txt: 'alice'"),
+        ("alice\n", r"models.txt, line 1: 'alice' is no enrolment; expected 'name path \[path ...\]'"),
+        ("alice a/1.wav\nalice a/1.wav\n", r"models.txt, line 2: enrolment 'alice' has a/1.wav twice"),
+        ("alice a/1.wav 72.000 77.310\n", r"models.txt, line 1: .* enrols a segment between two times"),
+    ],
+)
+def test_bad_enrolments(tmp_path, text, message):
+    path = written(tmp_path / "list.txt", "1 alice a/3.wav\n")
+    with pytest.raises(ValueError, match=message):
+        read_trials(path, enrolments=written(tmp_path / "models.txt", text))
+
+
+def test_missing_enrolments(tmp_path):
+    path = written(tmp_path / "list.txt", LINES["cnceleb"])
+    with pytest.raises(ValueError, match=r"names enrolments; give their list, eval/lists/enroll.lst .*enroll.map"):
+        read_trials(path)
+    with pytest.raises(FileNotFoundError, match="no enrolment list .*absent; expected a text file of lines 'name path"):
+        read_trials(path, enrolments=tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"suffix must be a point and letters, such as '.flac', got 'flac'"):
+        read_trials(written(path, LINES["voxceleb"]), suffix="flac")
+
+
+def test_trials_check_their_models():
+    with pytest.raises(ValueError, match="no enrolment model is called 'b'"):
+        Trials([1, 0], ["a", "b"], ["x/1", "y/1"], {"a": ["x/2"]})
+    with pytest.raises(ValueError, match="enrolment models without an utterance: 'a'"):
+        Trials([1], ["a"], ["x/1"], {"a": []})
+
+
+def test_an_official_list_cut_short_is_noticed(tmp_path, recwarn):
+    name, (title, count, targets) = "veri_test2.txt", KNOWN_LISTS["voxceleb", "veri_test2.txt"]
+    with pytest.warns(UserWarning, match=f"has 2 trials, 1 of them targets.*{title} with 37,611, 18,802"):
+        read_trials(written(tmp_path / name, LINES["voxceleb"]))
+    recwarn.clear()
+    lines = "1 a/1.wav a/2.wav\n" * targets + "0 a/1.wav b/2.wav\n" * (count - targets)
+    assert len(read_trials(written(tmp_path / name, lines))) == count
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("path", "speaker"),
+    [
+        ("id10270/x6uYqmx31kE/00001.wav", "id10270"),
+        ("voxceleb1/id10955/fM25hh5Dd-E/00003.wav", "id10955"),  # VoxSRC 2020
+        ("test/id00800-singing-01-001.flac", "id00800"),  # CN-Celeb
+        ("an4_fash/session/1.wav", "an4_fash"),
+    ],
+)
+def test_speakers_in_paths(path, speaker):
+    trials = Trials([1], [path], [path])
+    assert [side.tolist() for side in trials.speakers] == [[speaker], [speaker]]
+
+
+def test_speakers_that_contradict_the_labels_are_not_used():
+    trials = Trials([1, 0], ["VoxSRC2022_dev/1.wav"] * 2, ["VoxSRC2022_dev/2.wav", "VoxSRC2022_dev/3.wav"])
+    with pytest.raises(UnknownSpeakersError, match="1 of 2 labels contradict the speakers .*first at trial 1: label 0"):
+        _ = trials.speakers
+    with pytest.raises(UnknownSpeakersError, match="no speaker in path '1.wav'"):
+        _ = Trials([1], ["1.wav"], ["a/1.wav"]).speakers
+
+
+def test_rows_point_at_enrolments_and_utterances():
+    trials = Trials(
+        [1, 0, 1], ["m", "n", "m"], ["a/1", "a/1", "a/3"], {"n": ["b/1"], "m": ["a/2", "a/4"], "o": ["c/1"]}
+    )
+    enrol, test = trials.rows
+    assert [list(trials.enrolments)[row] for row in enrol] == trials.enrol
+    assert [trials.utterances[row] for row in test] == trials.test
+    plain = Trials([1, 0], ["b/1", "a/1"], ["a/2", "b/1"])
+    assert [[plain.utterances[row] for row in side] for side in plain.rows] == [plain.enrol, plain.test]
+
+
+def test_a_large_list_is_read_in_seconds(tmp_path):
+    names = [f"id{10000 + index // 50}/abcdefghijk/{index % 50:05d}.wav" for index in range(20000)]
+    pairs = np.random.default_rng(0).integers(20000, size=(300_000, 2)).tolist()
+    lines = [f"{int(a // 50 == b // 50)} {names[a]} {names[b]}\n" for a, b in pairs]
+    path = written(tmp_path / "list.txt", "".join(lines))
+    began = time.perf_counter()
+    trials = read_trials(path)
+    assert len(trials.rows[0]) == len(trials.speakers[0]) == 300_000
+    assert time.perf_counter() - began < 8.0  # about one on an idle core; comparing paths with paths takes hours
 
 
 # ---------------------------------------------------------------- drawing trials

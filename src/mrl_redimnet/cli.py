@@ -4,34 +4,34 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapter_commands import add_adapter_commands
-from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
-from mrl_redimnet.domains import DOMAINS, make_domain
-from mrl_redimnet.evaluation import embed_files, evaluate_trials, format_table
+from mrl_redimnet.evaluation import audio_below, drawn, embed_files
+from mrl_redimnet.evaluation_commands import add_evaluation_commands
 from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.prepare import add_prepare_command
+from mrl_redimnet.robustness_commands import add_robustness_command
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.speaker_commands import add_speaker_commands
 from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.trials import read_trials
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status, 2 for an error that is told in one message."""
-    arguments = _parser().parse_args(argv)
+    """Runs one subcommand; returns the exit status: 0, 2 for an error that is told in one message, or what the
+    subcommand's help says."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(argv, argparse.Namespace(command_line=argv))
     disable_progress_bar()  # of reading and writing models
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         print(f"mrl-redimnet {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,21 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     turn.add_argument("out", type=Path, help="a new folder")
     turn.set_defaults(run=_rotate)
 
-    evaluate = commands.add_parser("evaluate", help="EER and minDCF of a trial list at every dimension")
-    evaluate.add_argument("model", help="path or Hub id")
-    evaluate.add_argument("--trials", type=Path, required=True, help="lines of `1|0 path path`")
-    evaluate.add_argument("--folder", type=Path, required=True, help="what the paths are relative to")
-    evaluate.add_argument("--adapter", help="path or Hub id of an adapter to put on the model")
-    evaluate.add_argument(
-        "--domain", choices=sorted(DOMAINS), default="clean", help="what to make the audio sound like"
-    )
-    evaluate.add_argument("--noise", type=Path, metavar="AUDIO_DIR", help="noise of the domain noisy")
-    evaluate.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
-    evaluate.add_argument(
-        "--resamples", type=int, default=1000, help="of the interval over speakers, 0 for none [1000]"
-    )
-    evaluate.set_defaults(run=_evaluate)
-
+    add_evaluation_commands(commands)
+    add_speaker_commands(commands)
+    add_robustness_command(commands)
     add_adapter_commands(commands)
     add_prepare_command(commands)
 
@@ -94,27 +82,6 @@ def _rotate(arguments):
     _save(model, arguments.out, SpeakerTable.load(names) if names.is_file() else None)
 
 
-def _evaluate(arguments):
-    model = load_model(arguments.model)
-    dims = arguments.dims or model.config.matryoshka_dims
-    wrong = [dim for dim in dims if not 1 <= dim <= model.config.embedding_size]
-    if wrong:
-        raise ValueError(f"--dims: {wrong} are not between 1 and the embedding's {model.config.embedding_size}.")
-    if arguments.adapter is not None:
-        model = AdapterBank.load(model, {"adapter": arguments.adapter}).merged("adapter")
-    domain = None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
-    rows = evaluate_trials(
-        model,
-        read_trials(arguments.trials),
-        arguments.folder,
-        dims,
-        arguments.resamples,
-        progress="embedding",
-        domain=domain,
-    )
-    print(format_table({arguments.trials.stem: rows}))
-
-
 def _synthesise(arguments):
     root = make_corpus(arguments.out, arguments.train_speakers, arguments.test_speakers, seed=arguments.seed)
     print(f"{root}: synthetic speech, see its README.txt for what results on it cannot tell.")
@@ -122,13 +89,11 @@ def _synthesise(arguments):
 
 def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
     """Rotates on up to 2000 files drawn from `folder`, and prints the energy each prefix keeps."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder with audio.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    files = audio_below(folder)
     if len(files) < 2:
-        raise FileNotFoundError(f"{len(files)} audio files ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
-    chosen = np.random.default_rng(0).permutation(len(files))[:ROTATION_UTTERANCES]
-    embeddings = embed_files(model, [files[i] for i in sorted(chosen)], progress="embedding")
+        raise FileNotFoundError(f"1 audio file ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
+    chosen = drawn(files, ROTATION_UTTERANCES)
+    embeddings = embed_files(model, chosen, progress="embedding")
     if len(chosen) < model.config.embedding_size:
         print(
             f"Note: {len(chosen)} utterances for {model.config.embedding_size} dimensions; speech of some hundred "

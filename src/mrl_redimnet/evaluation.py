@@ -1,8 +1,8 @@
-"""Embeddings of whole utterances, and verification scores at every Matryoshka dimension from one pass."""
+"""Embeddings of whole utterances, and verification results at every Matryoshka dimension from one pass."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.audio import SAMPLING_RATE, Encoded, audio_info, read_audio
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, audio_info, name_of, read_audio
+from mrl_redimnet.corpus import AUDIO_SUFFIXES
 from mrl_redimnet.domains import simulate
 from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
-from mrl_redimnet.trials import Trials, missing_utterances, speaker_of
+from mrl_redimnet.scoring import score
+from mrl_redimnet.trials import Trials, missing_utterances
 
 BATCH_SECONDS = 60.0
 SHARES = ("accuracy", "balanced accuracy")
@@ -66,39 +68,88 @@ def embed_files(
     progress: str | None = None,
     load: Callable[[str | Path], np.ndarray] = read_audio,
     longest: float | None = None,
+    problems: dict[int, str] | None = None,
 ) -> np.ndarray:
     """Whole files, batched by length with exact padding -> embeddings [N, D] float32 in the order of `files`.
 
     batch_seconds: padded audio in one batch, what bounds memory. load: reads one file as audio [samples], by default as
     it is. longest: seconds of a file beyond which it is cut. Under several processes each embeds a share and all get
-    the whole. Raises AudioError for a file that cannot be read. The model's training mode is restored.
+    the whole. The model's training mode is restored.
+
+    A file that cannot be read or embedded raises AudioError, which names it; where `problems` is given, it becomes an
+    entry {row: message} there and a row of NaN instead.
     """
     encoder = getattr(model, model.base_model_prefix, model)
     extractor = MRLReDimNetFeatureExtractor(min_samples=encoder.config.min_samples)
     device, training, state = encoder.device, encoder.training, PartialState()
     encoder.eval()
     broadcast(list(encoder.buffers()))  # running statistics differ between processes; the first one's are saved
-    seconds = [min(longest or math.inf, audio_info(file).seconds) for file in files]
-    most = None if longest is None else round(longest * SAMPLING_RATE)
-    batches = list(_length_batches(seconds, batch_seconds))[state.process_index :: state.num_processes]
+    source = _Waveforms(files, load, extractor, longest, problems is not None)
+    batches = list(_length_batches(source.seconds(), batch_seconds))[state.process_index :: state.num_processes]
     embedded = []
+    hidden = True if progress is None or not state.is_main_process else None  # None: shown where there is a terminal
+    bar = tqdm(total=sum(map(len, batches)), desc=progress, disable=hidden, leave=False, unit=" files")
     try:
-        for rows in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process, leave=False):
-            audio = [load(files[row])[:most] for row in rows]
-            inputs = extractor(audio, sampling_rate=extractor.sampling_rate).to(device)
-            embedded.append((rows, encoder(**inputs).embeddings.float().cpu().numpy()))
+        for rows in batches:
+            waves = {row: wave for row in rows if (wave := source.wave(row)) is not None}
+            if waves:
+                inputs = extractor(list(waves.values()), sampling_rate=SAMPLING_RATE).to(device)
+                embedded.append((list(waves), encoder(**inputs).embeddings.float().cpu().numpy()))
+            bar.update(len(rows))
     finally:
+        bar.close()
         encoder.train(training)
-    result = np.empty((len(files), encoder.config.embedding_size), dtype=np.float32)
+    result = np.full((len(files), encoder.config.embedding_size), np.nan, dtype=np.float32)
     for rows, embeddings in gather_object(embedded):
         result[rows] = embeddings
+    if problems is not None:
+        problems.update(sorted(gather_object([*source.problems.items()])))
     return result
 
 
-def _length_batches(seconds: Sequence[float], batch_seconds: float) -> Iterator[list[int]]:
-    """Rows by falling length, as many together as fit `batch_seconds` when padded to the longest."""
+@dataclass
+class _Waveforms:
+    """Files as waveforms that the model takes. What is none raises AudioError, or is kept in `problems` {row: why}."""
+
+    files: Sequence[str | Path | Encoded]
+    load: Callable[[str | Path], np.ndarray]
+    extractor: MRLReDimNetFeatureExtractor
+    longest: float | None
+    keep_problems: bool
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def seconds(self) -> dict[int, float]:
+        """{row: seconds} by the files' headers."""
+        lengths = {row: self._attempt(row, lambda file: audio_info(file).seconds) for row in range(len(self.files))}
+        longest = self.longest or math.inf
+        return {row: min(longest, seconds) for row, seconds in lengths.items() if seconds is not None}
+
+    def wave(self, row: int) -> np.ndarray | None:
+        """[samples] float32, None for a problem that was kept."""
+        return self._attempt(row, self._checked)
+
+    def _checked(self, file) -> np.ndarray:
+        most = None if self.longest is None else round(self.longest * SAMPLING_RATE)
+        audio = self.load(file)[:most]
+        try:  # alone, so that the message is about this file
+            return self.extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="np").input_values[0]
+        except ValueError as error:
+            raise AudioError(f"{name_of(file)}: {str(error).removeprefix('raw_speech[0]: ')}") from error
+
+    def _attempt(self, row: int, step: Callable):
+        try:
+            return step(self.files[row])
+        except AudioError as error:
+            if not self.keep_problems:
+                raise
+            self.problems[row] = str(error)
+            return None
+
+
+def _length_batches(seconds: dict[int, float], batch_seconds: float) -> Iterator[list[int]]:
+    """Rows {row: seconds} by falling length, as many together as fit `batch_seconds` when padded to the longest."""
     batch: list[int] = []
-    for row in sorted(range(len(seconds)), key=lambda i: -seconds[i]):
+    for row in sorted(seconds, key=lambda row: -seconds[row]):
         if batch and seconds[batch[0]] * (len(batch) + 1) > batch_seconds:
             yield batch
             batch = []
@@ -107,27 +158,18 @@ def _length_batches(seconds: Sequence[float], batch_seconds: float) -> Iterator[
         yield batch
 
 
-def cosine_scores(embeddings: np.ndarray, enrol: np.ndarray, test: np.ndarray, dim: int) -> np.ndarray:
-    """Cosines of the first `dim` numbers of rows enrol [T] and test [T] of embeddings [N, D] -> [T] float64."""
-    prefix = embeddings[:, :dim].astype(np.float64)
-    prefix /= np.linalg.norm(prefix, axis=1, keepdims=True)
-    return np.einsum("td,td->t", prefix[enrol], prefix[test])
-
-
 def score_trials(
     trials: Trials, utterances: Sequence[str], embeddings: np.ndarray, dims: Sequence[int], resamples: int = 0
 ) -> list[VerificationRow]:
-    """Results at each of `dims` from embeddings [N, D] of `utterances`; resamples: for the interval over speakers."""
-    row_of = {path: row for row, path in enumerate(utterances)}
-    enrol = np.array([row_of[path] for path in trials.enrol])
-    test = np.array([row_of[path] for path in trials.test])
-    speakers = [[speaker_of(path) for path in side] for side in (trials.enrol, trials.test)]
+    """Results by cosine at each of `dims` from embeddings [N, D] of `utterances`.
+
+    resamples: for the interval over speakers, 0 for none. Raises ValueError as `mrl_redimnet.scoring.score` does.
+    """
     rows = []
     for dim in dims:
-        scores = cosine_scores(embeddings, enrol, test, dim)
-        low, high = (
-            bootstrap_interval(scores, trials.labels, *speakers, resamples=resamples) if resamples else (None, None)
-        )
+        scores, low, high = score(trials, utterances, embeddings, dim), None, None
+        if resamples:
+            low, high = bootstrap_interval(scores, trials.labels, *trials.speakers, resamples=resamples)
         rows.append(VerificationRow(dim, eer(scores, trials.labels), min_dcf(scores, trials.labels), low, high))
     return rows
 
@@ -172,6 +214,22 @@ def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str 
         return audio if domain is None else simulate(domain, audio, Path(file).relative_to(folder).as_posix())
 
     return load
+
+
+def audio_below(folder: Path) -> list[Path]:
+    """The audio files below a folder at any depth, sorted; FileNotFoundError where there are none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder with audio.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    if not files:
+        raise FileNotFoundError(f"0 audio files ({', '.join(AUDIO_SUFFIXES)}) below {folder}.")
+    return files
+
+
+def drawn(files: Sequence[Path], most: int) -> list[Path]:
+    """All of the files, or `most` of them, drawn always the same way and in their order."""
+    chosen = np.random.default_rng(0).permutation(len(files))[:most]
+    return [files[i] for i in sorted(chosen)]
 
 
 def check_present(trials: Trials, folder: str | Path):

@@ -211,11 +211,13 @@ class Recipe:
 
     def _check_tests(self):
         needed = {"folder"} if self.label_column else {"folder", "trials"}
+        allowed = {"domain", "domain_options", *(() if self.label_column else ("groups", "group_column"))}
         for name, test in self.tests.items():
-            if not isinstance(test, dict) or not needed <= set(test) <= needed | {"domain", "domain_options"}:
+            if not isinstance(test, dict) or not needed <= set(test) <= needed | allowed:
                 raise ValueError(
                     f"tests.{name}: got {sorted(test or ())}, expected the entries {' and '.join(sorted(needed))}, and "
-                    "domain and domain_options where its audio is not to stay as it is."
+                    "domain and domain_options where its audio is not to stay as it is, groups (a CSV) and "
+                    "group_column where trials are to be judged by group as well."
                 )
 
     @property

@@ -19,11 +19,14 @@ from mrl_redimnet.evaluation import (
     attribute_row,
     check_present,
     embed_files,
+    embed_trials,
     evaluate_trials,
     reader,
 )
 from mrl_redimnet.folders import refuse_missing
+from mrl_redimnet.groups import GroupRow, error_rates, read_groups_for
 from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.scoring import score
 from mrl_redimnet.streaming import StreamContents
 from mrl_redimnet.trials import Trials, make_trials, read_trials
 
@@ -32,11 +35,15 @@ Rows = list[VerificationRow] | list[AttributeRow]
 
 @dataclass(frozen=True)
 class TrialTest:
-    """A trial list, the folder of its paths, the domain their audio is brought into (None: as it is)."""
+    """A trial list, the folder of its paths, the domain their audio is brought into (None: as it is).
+
+    group_of: the group of every speaker, where error rates by group are wanted.
+    """
 
     trials: Trials
     folder: Path
     domain: object = None
+    group_of: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -77,10 +84,7 @@ class Verification:
         streamed = isinstance(corpus, StreamContents)
         if not streamed and (known := some_training_speakers(self.corpus, recipe)) is not None:
             self.development["training speakers"] = TrialTest(*trials_of(known, recipe))
-        self.tests = {
-            name: TrialTest(read_trials(test["trials"]), Path(test["folder"]), test_domain(test))
-            for name, test in recipe.tests.items()
-        }
+        self.tests = {name: trial_test(read_trials(test["trials"]), test) for name, test in recipe.tests.items()}
         for test in (*self.tests.values(), *self.development.values()):
             check_present(test.trials, test.folder)  # now, not after the training
         contents = corpus if streamed else contents_of(self.corpus)
@@ -103,6 +107,14 @@ class Verification:
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Error rates of one test at each of `dims`."""
         return evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain)
+
+    def by_group(self, model, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
+        """Error rates by group of speakers, at the whole embedding; none where the test has no groups."""
+        if test.group_of is None:
+            return []
+        dim, utterances = model.config.embedding_size, test.trials.utterances
+        scores = score(test.trials, utterances, embed_trials(model, test.trials, test.folder, domain=test.domain), dim)
+        return error_rates(test.trials, scores, test.group_of, resamples, dim=dim)
 
     @staticmethod
     def score(rows: Rows) -> float:
@@ -191,6 +203,10 @@ class Attribute:
         logits = model.classifier(torch.from_numpy(embeddings).to(device)).float().cpu().numpy()
         answers = logits.argmax(1) if self.labels else logits[:, 0]
         return [attribute_row(answers, test.targets, np.array(test.corpus["speaker"]), bool(self.labels), resamples)]
+
+    def by_group(self, model, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
+        """None: the groups are those of trials."""
+        return []
 
     @staticmethod
     def score(rows: Rows) -> float:
@@ -324,6 +340,13 @@ def development_domains(recipe: Recipe) -> dict[str, object]:
     if recipe.domain == "clean":
         return {"development": None}
     return {f"development, {recipe.domain}": training_domain(recipe), "development, as it is": None}
+
+
+def trial_test(trials: Trials, test: dict) -> TrialTest:
+    """A test of the recipe. Raises ValueError where its groups lack speakers."""
+    groups = test.get("groups")
+    group_of = groups and read_groups_for([trials], groups, test.get("group_column", "gender"))
+    return TrialTest(trials, Path(test["folder"]), test_domain(test), group_of)
 
 
 def test_domain(test: dict):

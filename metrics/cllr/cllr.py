@@ -1,0 +1,10 @@
+"""Cllr of verification trials: `evaluate.load("./metrics/cllr")`, with mrl-redimnet installed."""
+
+from mrl_redimnet import evaluate_metric, metrics
+
+
+class Cllr(evaluate_metric.TrialMetric):
+    """Cost of log-likelihood ratios, in bits; the predictions are natural-log likelihood ratios."""
+
+    def measures(self):
+        return {"cllr": metrics.cllr}

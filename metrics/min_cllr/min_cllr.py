@@ -1,0 +1,10 @@
+"""minimum Cllr of verification trials: `evaluate.load("./metrics/min_cllr")`, with mrl-redimnet installed."""
+
+from mrl_redimnet import evaluate_metric, metrics
+
+
+class MinCllr(evaluate_metric.TrialMetric):
+    """Cllr after the best rising calibration of the scores, in [0, 1] bits."""
+
+    def measures(self):
+        return {"min_cllr": metrics.min_cllr}

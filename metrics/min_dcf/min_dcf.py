@@ -1,0 +1,13 @@
+"""minDCF of verification trials: `evaluate.load("./metrics/min_dcf")`, with mrl-redimnet installed."""
+
+from mrl_redimnet import evaluate_metric, metrics
+
+
+class MinDcf(evaluate_metric.TrialMetric):
+    """Minimum over thresholds of the normalised detection cost, in [0, 1]; results `min_dcf_PRIOR`.
+
+    Options: `priors` of a target trial [0.01], `c_miss` [1] and `c_fa` [1], the costs of an error.
+    """
+
+    def measures(self, priors=(0.01,), c_miss=1.0, c_fa=1.0):
+        return evaluate_metric.per_prior(metrics.min_dcf, "min_dcf", priors, c_miss, c_fa)

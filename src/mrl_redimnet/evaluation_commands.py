@@ -1,0 +1,294 @@
+"""`mrl-redimnet evaluate | calibrate`: from trial lists to error rates, pictures and thresholds.
+
+Whatever the number of trial lists and dimensions, each utterance is embedded once: lists that name the same path mean
+the same file.
+"""
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold, Thresholds
+from mrl_redimnet.domains import DOMAINS, make_domain
+from mrl_redimnet.evaluation import check_present
+from mrl_redimnet.folders import replace_file
+from mrl_redimnet.groups import read_groups_for
+from mrl_redimnet.measures import ScoredList
+from mrl_redimnet.page import (
+    Table,
+    as_json,
+    counts_text,
+    decisions_table,
+    groups_table,
+    refuse_other_folder,
+    results_table,
+    text_of,
+    write_page,
+)
+from mrl_redimnet.scoring import Scorer
+from mrl_redimnet.systems import Material, System, check_output, model_arguments, scoring_arguments, thresholds_argument
+from mrl_redimnet.trials import FORMATS, Trials, read_trials
+
+
+def add_evaluation_commands(commands):
+    """Adds the subcommands to `commands` of an argument parser."""
+    _add_evaluate(commands)
+    _add_calibrate(commands)
+
+
+def _list_arguments(parser: argparse.ArgumentParser):
+    """Adds what `read_lists` takes, and the domain."""
+    parser.add_argument(
+        "--trials", type=Path, nargs="+", required=True, help="lists such as `1|0 path path`, see --format"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="what the paths are relative to")
+    parser.add_argument("--format", choices=["auto", *FORMATS], default="auto", help="of the lists [by their lines]")
+    parser.add_argument("--enrolments", type=Path, metavar="FILE", help="`name path ...`: utterances of each enrolment")
+    parser.add_argument("--suffix", help="replaces that of every path, such as .flac")
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="clean", help="what to make the audio sound like")
+    parser.add_argument("--noise", type=Path, metavar="AUDIO_DIR", help="noise of the domain noisy")
+
+
+def read_lists(arguments) -> dict[str, Trials]:
+    """The trial lists of `_list_arguments` by their names; FileNotFoundError where utterances are not there."""
+    lists = {
+        name: read_trials(file, arguments.format, arguments.enrolments, arguments.suffix)
+        for name, file in zip(list_names(arguments.trials), arguments.trials, strict=True)
+    }
+    for trials in lists.values():
+        check_present(trials, arguments.folder)
+    return lists
+
+
+def list_names(files: Sequence[Path]) -> list[str]:
+    """The files' names without suffix, with as many of the folders above them as tell them apart."""
+    paths = [file.resolve().with_suffix("").parts for file in files]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"--trials: a list is given twice: {', '.join(map(str, files))}.")
+
+
+def _domain(arguments) -> Callable | None:
+    return None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def _add_evaluate(commands):
+    parser = commands.add_parser(
+        "evaluate", help="error rates of trial lists at every dimension: a table, JSON, a page of pictures"
+    )
+    model_arguments(parser)
+    _list_arguments(parser)
+    scoring_arguments(parser)
+    thresholds_argument(parser)
+    parser.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
+    parser.add_argument(
+        "--priors", type=float, nargs="+", default=[0.01, 0.05], help="of a target, for the costs [0.01 0.05]"
+    )
+    parser.add_argument("--resamples", type=int, default=1000, help="of the intervals, 0 for none [1000]")
+    parser.add_argument("--groups", type=Path, metavar="CSV", help="columns speaker (or path) and --group-column")
+    parser.add_argument("--group-column", default="gender", help="tell error rates of its values apart [gender]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", help="write index.html with tables and pictures")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="write all scores, .tsv or .npz")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments):
+    _check_evaluation(arguments)
+    lists, domain = read_lists(arguments), _domain(arguments)
+    group_of = arguments.groups and read_groups_for(lists.values(), arguments.groups, arguments.group_column)
+    system = System.load(arguments)
+    dims = system.dims(arguments.dims)
+    scorer, material = system.scorer(arguments, domain), Material.load(system, lists.values(), arguments.folder, domain)
+    saved = _saved(arguments, system, dims, scorer)
+    scored = {name: _scored(material, trials, dims, scorer, saved) for name, trials in lists.items()}
+    report = {
+        "conditions": _conditions(arguments, system, scorer),
+        "lists": {name: _record(each, name, arguments, group_of) for name, each in scored.items()},
+    }
+    for name, record in report["lists"].items():
+        print(f"{name}: {counts_text(record)}")
+        table = results_table(record, arguments.priors, ["eer", *(f"min_dcf_{p:g}" for p in arguments.priors)])
+        print(text_of(table), end="\n\n")
+        whole = {**record, "groups": [row for row in record.get("groups", []) if row["dim"] == dims[-1]]}
+        for more in (decisions_table(record), groups_table(whole)):  # the groups at all dimensions fill a page
+            if more.rows:
+                print(text_of(more), end="\n\n")
+    _write_results(arguments, report, scored)
+
+
+def _check_evaluation(arguments):
+    """Refuses what would otherwise fail after the embedding."""
+    check_output(arguments.json)
+    check_output(arguments.scores, (".tsv", ".npz"))
+    if arguments.page is not None:
+        refuse_other_folder(arguments.page)
+    if wrong := [prior for prior in arguments.priors if not 0 < prior < 1]:
+        raise ValueError(f"--priors: {wrong} are not between 0 and 1 (both excluded).")
+    if arguments.resamples < 0:
+        raise ValueError(f"--resamples: got {arguments.resamples}, expected at least 0.")
+
+
+def _saved(arguments, system: System, dims: Sequence[int], scorer: Scorer) -> dict[int, Threshold]:
+    """The thresholds beside the model that are for these weights, by dimension; a note on the screen where not."""
+    thresholds, found = system.thresholds(arguments.thresholds, arguments.model), {}
+    for dim in dims if thresholds else ():
+        try:
+            found[dim] = thresholds.find(dim, system.adapter, scorer, system.weights)
+        except ValueError as error:
+            print(f"Note: {error}", file=sys.stderr)
+            break
+    return found
+
+
+def _scored(
+    material: Material, trials: Trials, dims: Sequence[int], scorer: Scorer, saved: dict[int, Threshold]
+) -> ScoredList:
+    scores = {dim: material.scores(trials, dim, scorer) for dim in dims}
+    timed = any(threshold.calibration.uses_seconds for threshold in saved.values())
+    return ScoredList(trials, scores, saved, material.seconds(trials) if timed else None)
+
+
+def _conditions(arguments, system: System, scorer: Scorer) -> dict:
+    """What was evaluated and how, for the report."""
+    return {
+        "command": shlex.join(["mrl-redimnet", *arguments.command_line]),
+        "model": system.name,
+        "weights": system.weights,
+        "adapter": system.adapter,
+        "domain": arguments.domain,
+        "scoring": str(scorer),
+        "priors": arguments.priors,
+        "resamples": arguments.resamples,
+        "version": version("mrl-redimnet"),
+    }
+
+
+def _record(scored: ScoredList, name: str, arguments, group_of: dict[str, str] | None) -> dict:
+    """One list's part of the report."""
+    resamples = arguments.resamples
+    counts = scored.counts()
+    if counts["speakers"] is None and resamples:
+        resamples = 0
+        print(f"Note: {name} does not tell whose speech is whose: no intervals over speakers.", file=sys.stderr)
+    dims = tqdm(scored.scores, desc=f"measuring {name}", leave=False, disable=None)
+    record = {**counts, "rows": [scored.row(dim, arguments.priors, resamples) for dim in dims]}
+    if group_of is not None:
+        record["groups"] = scored.groups(group_of, resamples)
+    return record
+
+
+def _write_results(arguments, report: dict, scored: dict[str, ScoredList]):
+    if arguments.json is not None:
+        replace_file(arguments.json, lambda file: file.write_text(as_json(report), encoding="utf-8"))
+    if arguments.scores is not None:
+        replace_file(arguments.scores, lambda file: _write_scores(file, arguments.scores.suffix, scored))
+    if arguments.page is not None:
+        write_page(arguments.page, report, scored)
+    if written := [str(path) for path in (arguments.json, arguments.scores, arguments.page) if path is not None]:
+        print(f"Written: {', '.join(written)}.")
+
+
+def _write_scores(file: Path, suffix: str, lists: dict[str, ScoredList]):
+    """list, label, enrol, test and a score per dimension of every trial: lines behind a heading, or arrays."""
+    columns = {
+        "list": np.concatenate([np.full(len(each.trials), name) for name, each in lists.items()]),
+        "label": np.concatenate([each.trials.labels for each in lists.values()]),
+        "enrol": np.concatenate([each.trials.enrol for each in lists.values()]),
+        "test": np.concatenate([each.trials.test for each in lists.values()]),
+    }
+    dims = list(next(iter(lists.values())).scores)
+    scores = np.column_stack([np.concatenate([each.scores[dim] for each in lists.values()]) for dim in dims])
+    if suffix == ".npz":
+        with file.open("wb") as opened:
+            np.savez_compressed(opened, **columns, dims=dims, scores=scores)
+        return
+    with file.open("w", encoding="utf-8") as opened:
+        print(*columns, *dims, sep="\t", file=opened)
+        for *told, row in zip(*columns.values(), scores, strict=True):
+            print(*told, *(f"{value:.8f}" for value in row), sep="\t", file=opened)
+
+
+# ---------------------------------------------------------------- calibrate
+
+
+def _add_calibrate(commands):
+    parser = commands.add_parser("calibrate", help="a threshold per dimension, saved beside the model")
+    model_arguments(parser)
+    _list_arguments(parser)
+    scoring_arguments(parser)
+    parser.add_argument("--dims", type=int, nargs="+", help="prefixes to calibrate [the model's own]")
+    parser.add_argument(
+        "--false-accept", type=float, default=0.01, metavar="RATE", help="share of impostors to accept [0.01]"
+    )
+    parser.add_argument("--durations", action="store_true", help="let the calibration depend on both sides' seconds")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"where {THRESHOLDS_FILE} is written [the model's folder]"
+    )
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments):
+    out = arguments.out or Path(arguments.model)
+    if not out.is_dir():
+        raise FileNotFoundError(f"{out} is not a folder: give --out, a folder for {THRESHOLDS_FILE}.")
+    if not 0 < arguments.false_accept < 1:
+        raise ValueError(f"--false-accept: got {arguments.false_accept}, expected a rate between 0 and 1.")
+    thresholds = Thresholds.load(out) if (out / THRESHOLDS_FILE).is_file() else Thresholds()
+    lists, domain = read_lists(arguments), _domain(arguments)
+    system = System.load(arguments)
+    dims = system.dims(arguments.dims)
+    scorer, material = system.scorer(arguments, domain), Material.load(system, lists.values(), arguments.folder, domain)
+    spoken = " + ".join(lists) + ("" if domain is None else f" as {arguments.domain}")
+    labels = np.concatenate([trials.labels for trials in lists.values()])
+    seconds = np.concatenate([material.seconds(trials) for trials in lists.values()]) if arguments.durations else None
+    entries = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dim in dims:
+            scores = np.concatenate([material.scores(trials, dim, scorer) for trials in lists.values()])
+            entry = Threshold.fit(
+                scores,
+                labels,
+                wanted=arguments.false_accept,
+                dim=dim,
+                weights=system.weights,
+                trials=spoken,
+                adapter=system.adapter,
+                scorer=scorer,
+                seconds=seconds,
+            )
+            entries.append(entry)
+            thresholds.put(entry)
+    thresholds.save(out)
+    print(text_of(_entries_table(entries)))
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"Note: {message}.")
+    print(f"Written: {out / THRESHOLDS_FILE}, {len(thresholds.entries)} thresholds; `mrl-redimnet verify` uses them.")
+
+
+def _entries_table(entries: Sequence[Threshold]) -> Table:
+    rows = [
+        [
+            str(entry.dim),
+            f"{entry.threshold:.4f}" + (" (LLR)" if entry.calibration.uses_seconds else ""),
+            *(f"{100 * rate:.2f}" for rate in (entry.wanted, entry.false_accepts, entry.misses)),
+            f"{entry.impostors:,}",
+            f"{entry.targets:,}",
+        ]
+        for entry in entries
+    ]
+    columns = ["dimensions", "threshold", "false accepts wanted %", "measured %", "misses %", "impostors", "targets"]
+    return Table(columns, rows)

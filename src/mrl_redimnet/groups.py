@@ -1,0 +1,324 @@
+"""Error rates of groups of speakers, such as women and men: within each, between them, and how they differ.
+
+The rates of a group come from the trials with both speakers in it: its EER, which has a threshold of its own, and its
+miss and false-alarm rates at the one threshold that all groups share in use. The first says how well the group's voices
+can be told apart, the others who bears the errors. Impostor trials across groups belong to no group: they have a row of
+their own, and are the easier ones where groups sound different, so the overall EER can be better than every group's.
+
+Intervals are of 95 % from a bootstrap over the speakers of the row, the threshold held. Groups have no speakers in
+common, so a difference is of independent resamples of the two groups.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mrl_redimnet.metrics import bootstrap_values, eer, error_curve, quantile_interval
+from mrl_redimnet.trials import Trials, speaker_of
+
+BETWEEN = "between groups"
+# With fewer speakers a bootstrap over them tells little, with fewer trials a rate moves in steps of more than 3 %.
+LEAST_SPEAKERS, LEAST_TRIALS = 5, 30
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An error rate in [0, 1], or a difference of two in [-1, 1], with its 95 % interval over speakers or None."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group at one dimension: how many speakers and trials, and rates, None where these are too few to tell.
+
+    group: its name, or `BETWEEN` for the impostor trials across groups, which have a false-alarm rate alone.
+    miss, false_alarm: at `threshold`, accepted when the score reaches it. against: the group that the differences are
+    to, this group's rate less that one's; None for that group itself and where there is none.
+    """
+
+    group: str
+    dim: int | None
+    threshold: float
+    speakers: int
+    targets: int
+    impostors: int
+    eer: Rate | None = None
+    miss: Rate | None = None
+    false_alarm: Rate | None = None
+    against: str | None = None
+    eer_difference: Rate | None = None
+    miss_difference: Rate | None = None
+    false_alarm_difference: Rate | None = None
+
+
+_RATES = ("eer", "miss", "false_alarm")
+_NAMES = dict(zip(_RATES, ("EER", "miss", "false alarm"), strict=True))
+
+
+def read_groups(file: str | os.PathLike[str], column: str) -> dict[str, str]:
+    """The group of every speaker, from a CSV file with a heading.
+
+    The file has the column named `column`, and "speaker" or, without it, "path", whose first folder is the speaker.
+    A speaker may have many lines, all of one group; lines without a group are left out.
+
+    Raises FileNotFoundError, or ValueError, naming file and line, for a column that is not there (lists those that
+    are), a line without a speaker, a speaker of two groups, or a file without any group.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected a CSV file with the columns speaker (or path) and {column}.")
+    group_of: dict[str, str] = {}
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines)
+            source = _source_column(file, table.fieldnames or [], column)
+            for row in table:
+                group, named = (row[column] or "").strip(), (row[source] or "").strip()
+                if group:
+                    _add_group(group_of, named, source, group, f"{file}, line {table.line_num}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is not a CSV file in UTF-8: {error}") from error
+    if not group_of:
+        raise ValueError(f"{file}: no line has a value in the column {column}.")
+    return group_of
+
+
+def read_groups_for(lists: Iterable[Trials], file: str | os.PathLike[str], column: str) -> dict[str, str]:
+    """As `read_groups`; ValueError also where speakers of the trial lists are not in the file."""
+    group_of = read_groups(file, column)
+    speakers = {str(name) for trials in lists for side in trials.speakers for name in side}
+    if lacking := sorted(speakers.difference(group_of)):
+        raise ValueError(
+            f"{file}: no {column} for {len(lacking)} of the {len(speakers)} speakers: " + ", ".join(lacking[:5])
+        )
+    return group_of
+
+
+def _source_column(file: Path, columns: Sequence[str], column: str) -> str:
+    source = next((name for name in ("speaker", "path") if name in columns), None)
+    if column not in columns or source is None:
+        raise ValueError(f"{file}: expected the columns speaker (or path) and {column}, got {', '.join(columns)}.")
+    return source
+
+
+def _add_group(group_of: dict[str, str], named: str, source: str, group: str, where: str):
+    if not named:
+        raise ValueError(f"{where}: no {source}.")
+    try:
+        speaker = speaker_of(named) if source == "path" else named
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if group_of.setdefault(speaker, group) != group:
+        raise ValueError(f"{where}: speaker {speaker} is of group {group} here and of {group_of[speaker]} before.")
+
+
+# ---------------------------------------------------------------- rates at a threshold
+
+
+def miss_rate(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, *, threshold: float) -> float:
+    """Share of the weight of the target trials with a score below the threshold, in [0, 1]."""
+    scores, targets = np.asarray(scores), np.asarray(labels) == 1
+    return _share(scores < threshold, targets, weights)
+
+
+def false_alarm_rate(
+    scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, *, threshold: float
+) -> float:
+    """Share of the weight of the impostor trials with a score that reaches the threshold, in [0, 1]."""
+    scores, impostors = np.asarray(scores), np.asarray(labels) == 0
+    return _share(scores >= threshold, impostors, weights)
+
+
+def _share(wrong: NDArray, of: NDArray, weights: ArrayLike | None) -> float:
+    weights = of.astype(np.float64) if weights is None else np.asarray(weights) * of
+    return float(np.sum(weights * wrong) / np.sum(weights))
+
+
+def eer_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
+    """The score, of those in the list, at which miss and false-alarm rate are nearest to each other; errors as of
+    `metrics.error_curve`."""
+    miss, false_alarm = error_curve(scores, labels)
+    thresholds = np.unique(np.asarray(scores, dtype=np.float64))
+    return float(thresholds[np.argmin(np.abs(miss - false_alarm)[:-1])])  # the last one rejects all
+
+
+# ---------------------------------------------------------------- by group
+
+
+def error_rates(
+    trials: Trials,
+    scores: ArrayLike,
+    group_of: Mapping[str, str],
+    resamples: int = 1000,
+    threshold: float | None = None,
+    dim: int | None = None,
+) -> list[GroupRow]:
+    """A row per group, by name, and one for the impostor trials between groups where there are any.
+
+    Args:
+        trials: [T] trials. scores: [T] of one system at one dimension.
+        group_of: group of every speaker of the trials, such as from `read_groups`; others do no harm.
+        resamples: of the intervals, 0 for none.
+        threshold: where scores are accepted; by default that of the EER of all the trials.
+        dim: noted in the rows.
+
+    A group with fewer than `LEAST_SPEAKERS` speakers, or than `LEAST_TRIALS` target or impostor trials, has counts and
+    no rates. Differences are to the group with the most speakers among those that have rates (of equals the first).
+
+    Raises ValueError for scores that do not fit the trials, a threshold that is not finite, speakers without a group
+    (lists them), a group called `BETWEEN`, or as `Trials.speakers` and `metrics.eer` do.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.shape != (len(trials),):
+        raise ValueError(f"scores: expected one per trial, shape ({len(trials)},), got {scores.shape}.")
+    threshold = eer_threshold(scores, trials.labels) if threshold is None else float(threshold)
+    if not np.isfinite(threshold):
+        raise ValueError(f"threshold: got {threshold}, expected a finite score.")
+    groups = _groups_of_sides(trials, group_of)
+    parts = {group: _Part.of(trials, scores, (groups == group).all(0)) for group in np.unique(groups).tolist()}
+    # Every resample must have targets and impostors. Trials across groups have no targets: all targets lie beside them,
+    # which the false-alarm rate does not count.
+    between = _Part.of(trials, scores, groups[0] != groups[1], beside=trials.labels == 1)
+    values = {group: part.rates(threshold, resamples, seed) for seed, (group, part) in enumerate(parts.items())}
+    told = [group for group, rates in values.items() if rates]
+    reference = max(told, key=lambda group: parts[group].counts["speakers"], default=None)
+    rows = []
+    for group, part in parts.items():
+        rates = {name: _rate(drawn) for name, drawn in values[group].items()}
+        if rates and group != reference:
+            less = {name: _rate(values[group][name] - values[reference][name]) for name in _RATES}
+            rates |= {"against": reference, **{f"{name}_difference": rate for name, rate in less.items()}}
+        rows.append(GroupRow(group, dim, threshold, **part.counts, **rates))
+    if between.counts["impostors"]:
+        rows.append(GroupRow(BETWEEN, dim, threshold, **between.counts, **between.false_alarm(threshold, resamples)))
+    return rows
+
+
+def _groups_of_sides(trials: Trials, group_of: Mapping[str, str]) -> NDArray:
+    """Group of the enrolled and of the tested speaker of every trial, [2, trials]."""
+    sides = trials.speakers
+    speakers = np.unique(np.concatenate(sides)).tolist()
+    if missing := [speaker for speaker in speakers if speaker not in group_of]:
+        raise ValueError(f"{len(missing)} of {len(speakers)} speakers have no group: {', '.join(missing[:5])}")
+    if BETWEEN in group_of.values():
+        raise ValueError(f"a group cannot be called {BETWEEN!r}: that is what trials across groups are called.")
+    return np.array([[group_of[speaker] for speaker in side.tolist()] for side in sides])
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The trials of a row, scores, labels and both sides' speakers, all [trials]; counts as in `GroupRow`."""
+
+    scores: NDArray
+    labels: NDArray
+    speakers: tuple[NDArray, NDArray]
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, trials: Trials, scores: NDArray, chosen: NDArray, beside: NDArray | None = None) -> "_Part":
+        """chosen: [T] bool, the trials of the row. beside: [T] bool, trials that are kept and not counted."""
+        enrol, test = trials.speakers
+        targets = int(np.sum(trials.labels[chosen]))
+        counts = {
+            "speakers": len(np.unique([enrol[chosen], test[chosen]])),
+            "targets": targets,
+            "impostors": int(np.sum(chosen)) - targets,
+        }
+        kept = chosen if beside is None else chosen | beside
+        return cls(scores[kept], trials.labels[kept], (enrol[kept], test[kept]), counts)
+
+    def rates(self, threshold: float, resamples: int, seed: int) -> dict[str, NDArray]:
+        """Of every rate [1 + resamples]: that of the trials, then those of the resamples; none where it tells little.
+
+        seed: another one for every group, so that the resamples of two groups are independent.
+        """
+        if self._tells_little("targets", "impostors"):
+            return {}
+        at = {"miss": partial(miss_rate, threshold=threshold)}
+        at["false_alarm"] = partial(false_alarm_rate, threshold=threshold)
+        return {name: self._drawn(metric, resamples, seed) for name, metric in {"eer": eer, **at}.items()}
+
+    def false_alarm(self, threshold: float, resamples: int) -> dict[str, Rate]:
+        """The one rate of `BETWEEN`, or none where it tells little."""
+        if self._tells_little("impostors"):
+            return {}
+        return {"false_alarm": _rate(self._drawn(partial(false_alarm_rate, threshold=threshold), resamples, 0))}
+
+    def _tells_little(self, *kinds: str) -> bool:
+        return self.counts["speakers"] < LEAST_SPEAKERS or min(self.counts[kind] for kind in kinds) < LEAST_TRIALS
+
+    def _drawn(self, metric: Callable[..., float], resamples: int, seed: int) -> NDArray:
+        trials = (self.scores, self.labels)
+        drawn = bootstrap_values(*trials, *self.speakers, metric, resamples, seed) if resamples else []
+        return np.array([metric(*trials), *drawn])
+
+
+def _rate(values: NDArray) -> Rate:
+    """The rate and its interval from [1 + resamples]."""
+    return Rate(float(values[0]), *(quantile_interval(values[1:]) if len(values) > 1 else ()))
+
+
+def row_from(record: Mapping) -> GroupRow:
+    """The row that `dataclasses.asdict` made `record` of; unknown names, a later version's, are left out.
+
+    Raises TypeError or ValueError for what is no such record.
+    """
+    known = {field.name for field in fields(GroupRow)}
+    values = {name: value for name, value in record.items() if name in known}
+    return GroupRow(**{name: Rate(**value) if isinstance(value, dict) else value for name, value in values.items()})
+
+
+# ---------------------------------------------------------------- as text
+
+
+def group_cells(rows: Sequence[GroupRow]) -> list[list[str]]:
+    """Rows as lines of cells, headings first, rates in %; "too few" where there is none to tell."""
+    return [
+        ["group", "dims", "speakers", "targets", "impostors", *(f"{name} %" for name in _NAMES.values())],
+        *map(_cells, rows),
+    ]
+
+
+def format_groups(rows: Sequence[GroupRow]) -> str:
+    """A text table of the rows, and below it the differences between groups and the share of cross-group impostors."""
+    lines = group_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([*text, *group_notes(rows)])
+
+
+def group_notes(rows: Sequence[GroupRow]) -> list[str]:
+    """Sentences: what the table does not show."""
+    notes = []
+    for row in rows:
+        if row.against is not None:
+            at = "" if row.dim is None else f" at {row.dim} dimensions"
+            parts = (f"{name} {_percent(getattr(row, f'{key}_difference'), '+')}" for key, name in _NAMES.items())
+            notes.append(f"{row.group} less {row.against}{at}, in points: {', '.join(parts)}.")
+    of_all = sum(row.impostors for row in rows if row.dim == rows[0].dim)
+    across = next((row.impostors for row in rows if row.group == BETWEEN), 0)
+    if of_all:
+        notes.append(f"{100 * across / of_all:.0f} % of the impostor trials are between groups.")
+    return notes
+
+
+def _cells(row: GroupRow) -> list[str]:
+    counts = [f"{number:,}" for number in (row.speakers, row.targets, row.impostors)]
+    rates = ["too few" if (rate := getattr(row, name)) is None else _percent(rate) for name in _RATES]
+    if row.group == BETWEEN:
+        rates[:2] = "", ""  # without target trials there are no such rates
+    return [row.group, "" if row.dim is None else str(row.dim), *counts, *rates]
+
+
+def _percent(rate: Rate, sign: str = "") -> str:
+    bounds = "" if rate.low is None else f" [{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
+    return f"{100 * rate.value:{sign}.2f}{bounds}"

@@ -1,0 +1,301 @@
+"""`mrl-redimnet verify`, `identify` and `embed` on small files: decisions, names, embeddings and exit statuses."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from conftest import tiny_model
+from test_cli import adapters, folder, refusal, run  # noqa: F401  fixtures
+from test_evaluation_commands import lists, speech, write_speaker  # noqa: F401  fixtures
+from test_hub import connected, hub  # noqa: F401  fixtures
+
+from mrl_redimnet.adapters import AdapterBank
+from mrl_redimnet.calibration import Thresholds, weights_of
+from mrl_redimnet.evaluation import embed_files
+from mrl_redimnet.saving import load_model, save_model
+
+
+def unit_mean(folder: Path, files, dim: int) -> np.ndarray:  # noqa: F811
+    """Average of the normalised prefixes of some files, normalised."""
+    prefixes = embed_files(load_model(folder), list(files))[:, :dim].astype(float)
+    mean = (prefixes / np.linalg.norm(prefixes, axis=1, keepdims=True)).mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.fixture
+def calibrated(folder, speech) -> Path:  # noqa: F811
+    """A model with thresholds at its dimensions."""
+    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1) == 0
+    return folder
+
+
+@pytest.fixture
+def files(speech) -> list[Path]:  # noqa: F811
+    """Of id0, enrolled twice and tested, and of id7."""
+    wav = speech / "wav"
+    return [wav / "id0/0.wav", wav / "id0/1.wav", wav / "id0/2.wav", wav / "id7/0.wav"]
+
+
+# ---------------------------------------------------------------- verify
+
+
+def test_verify_decides_by_the_saved_threshold(calibrated, files, capsys):
+    capsys.readouterr()
+    assert run("verify", calibrated, *files[:2], "--test", *files, "--dim", 16) == 1
+    heading, *lines = capsys.readouterr().out.splitlines()
+    entry = Thresholds.load(calibrated).find(16)
+    assert heading.startswith("model, 16 dimensions, cosine: accepted from a score of")
+    assert f"{entry.threshold:.4f} on, set on all for 10 % false accepts" in heading
+    for line, file in zip(lines, files, strict=True):
+        score = float(unit_mean(calibrated, files[:2], 16) @ unit_mean(calibrated, [file], 16))
+        told, _, printed, _, llr, path = line.split()
+        assert float(printed) == pytest.approx(score, abs=1e-4) and path == str(file)
+        assert float(llr) == pytest.approx(entry.calibration([score])[0], abs=0.02)
+        assert told == ("accepted" if score >= entry.threshold else "rejected")
+    assert {line.split()[0] for line in lines} == {"accepted", "rejected"}
+
+
+@pytest.mark.parametrize(("threshold", "status", "told"), [(-1, 0, "accepted"), (1.01, 1, "rejected")])
+def test_the_exit_status_tells_the_decision(folder, files, capsys, threshold, status, told):  # noqa: F811
+    assert run("verify", folder, files[0], "--test", files[1], "--threshold", threshold) == status
+    assert capsys.readouterr().out.splitlines()[1].startswith(told)
+
+
+def test_without_thresholds_nothing_is_decided(folder, files, capsys):  # noqa: F811
+    assert run("verify", folder, files[0], "--test", files[1]) == 3
+    heading, line = capsys.readouterr().out.splitlines()
+    assert "no decision: there is no thresholds.json beside the model. `mrl-redimnet calibrate` makes one" in heading
+    assert line.startswith("undecided  score ") and "LLR" not in line
+
+
+def test_a_threshold_by_hand_comes_before_the_saved_one(calibrated, files, capsys):
+    assert run("verify", calibrated, files[0], "--test", files[1], "--threshold", 1.5, "--dim", 16) == 1
+    assert "accepted from a score of 1.5 on, as given" in capsys.readouterr().out
+    assert run("verify", calibrated, files[0], "--test", files[1], "--threshold", 0.1, "--dim", 5) in (0, 1)
+    assert "LLR" not in capsys.readouterr().out.splitlines()[-1]  # nothing is calibrated at 5
+
+
+def test_verify_says_where_no_threshold_fits(calibrated, files, adapters, tmp_path, capsys):  # noqa: F811
+    capsys.readouterr()
+    test = [files[0], "--test", files[1]]
+    message = refusal(capsys, "verify", calibrated, *test, "--dim", 5)
+    assert "no threshold for 5 dims, no adapter, cosine; there are: 8 dims" in message
+    message = refusal(capsys, "verify", calibrated, *test, "--adapter", adapters / "noisy")
+    assert "no threshold for 32 dims, noisy, cosine" in message
+    save_model(tiny_model(seed=1), tmp_path / "other")
+    shutil.copy(calibrated / "thresholds.json", tmp_path / "other")
+    assert "was set on other weights" in refusal(capsys, "verify", tmp_path / "other", *test)
+    message = refusal(capsys, "verify", calibrated, *test, "--thresholds", tmp_path)
+    assert "thresholds.json: `mrl-redimnet calibrate` sets thresholds" in message
+    assert "[0] are not between 1 and" in refusal(capsys, "verify", calibrated, *test, "--dim", 0)
+
+
+def test_an_adapter_has_thresholds_of_its_own(calibrated, files, adapters, speech, capsys):  # noqa: F811
+    more = ["--adapter", adapters / "telephony"]
+    assert run("calibrate", calibrated, *lists(speech), "--false-accept", 0.1, "--dims", 16, *more) == 0
+    capsys.readouterr()
+    run("verify", calibrated, files[0], "--test", files[1], "--dim", 16, *more)
+    heading, line = capsys.readouterr().out.splitlines()
+    entry = Thresholds.load(calibrated).find(16, "telephony", weights=weights_of(load_model(calibrated), more[1]))
+    assert "model with telephony, 16 dimensions" in heading and f"{entry.threshold:.4f}" in heading
+    merged = AdapterBank.load(str(calibrated), {"x": adapters / "telephony"}).merged("x")
+    one, other = embed_files(merged, files[:2])[:, :16].astype(float)
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert float(line.split()[2]) == pytest.approx(cosine, abs=1e-4)
+
+
+def test_verify_gives_a_calibration_with_durations_both_sides(folder, files, speech, capsys):  # noqa: F811
+    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--durations") == 0
+    capsys.readouterr()
+    assert run("verify", folder, *files[:2], "--test", files[2]) in (0, 1)
+    heading, line = capsys.readouterr().out.splitlines()
+    assert "accepted from an LLR of" in heading
+    score = float(unit_mean(folder, files[:2], 32) @ unit_mean(folder, files[2:3], 32))
+    seconds = [soundfile.info(file).duration for file in files[:3]]
+    calibration = Thresholds.load(folder).find(32).calibration
+    expected = calibration([score], [[seconds[0] + seconds[1], seconds[2]]])[0]
+    assert float(line.split()[4]) == pytest.approx(expected, abs=0.02)
+
+
+def test_verify_lists_files_that_are_not_there_or_no_audio(folder, files, tmp_path, capsys):  # noqa: F811
+    message = refusal(capsys, "verify", folder, files[0], tmp_path / "a.wav", "--test", tmp_path, tmp_path / "b.wav")
+    assert f"3 of 4 files are not there: {tmp_path / 'a.wav'}, {tmp_path}, {tmp_path / 'b.wav'}" in message
+    (tmp_path / "c.wav").write_text("thesis")
+    assert "c.wav cannot be read as audio" in refusal(capsys, "verify", folder, files[0], "--test", tmp_path / "c.wav")
+
+
+# ---------------------------------------------------------------- identify
+
+
+@pytest.fixture
+def tests(tmp_path) -> Path:
+    """Other utterances of id0 and id1, who are enrolled, and one of a stranger."""
+    for speaker in (0, 1, 12):
+        write_speaker(tmp_path / "tests", speaker, 1, seed=2)
+    return tmp_path / "tests"
+
+
+@pytest.fixture
+def enrolled(speech, tmp_path) -> Path:  # noqa: F811
+    for speaker in ("id0", "id1", "id2"):
+        shutil.copytree(speech / "wav" / speaker, tmp_path / "enrolled" / speaker)
+    return tmp_path / "enrolled"
+
+
+def identified(capsys) -> tuple[str, dict[str, tuple[str, list[str]]]]:
+    heading, *lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("\t") for line in lines]
+    return heading, {test: (name, ranked.split(", ")) for name, test, ranked in rows}
+
+
+def test_identify_names_the_nearest_speakers(folder, enrolled, tests, capsys):  # noqa: F811
+    assert run("identify", folder, "--enrolled", enrolled, "--test", tests, "--dim", 16, "--top-k", 2) == 0
+    heading, found = identified(capsys)
+    assert heading.startswith("model, 16 dimensions, 3 enrolled speakers: no decision: there is no thresholds.json")
+    assert set(found) == {"id0/0.wav", "id1/0.wav", "id12/0.wav"}
+    for test, (name, ranked) in found.items():
+        scores = {
+            speaker.name: float(
+                unit_mean(folder, sorted(speaker.iterdir()), 16) @ unit_mean(folder, [tests / test], 16)
+            )
+            for speaker in enrolled.iterdir()
+        }
+        best = sorted(scores, key=lambda each: -scores[each])[:2]
+        assert name == best[0] and [entry.split()[0] for entry in ranked] == best
+        assert [float(entry.split()[1]) for entry in ranked] == pytest.approx([scores[each] for each in best], abs=2e-4)
+
+
+def test_identify_calls_unknown_what_no_enrolled_speaker_is_near(folder, enrolled, tests, capsys):  # noqa: F811
+    scores = {}
+    assert run("identify", folder, "--enrolled", enrolled, "--test", tests) == 0
+    for test, (_, ranked) in identified(capsys)[1].items():
+        scores[test] = float(ranked[0].split()[1])
+    ordered = sorted(scores.values())
+    between = (ordered[0] + ordered[1]) / 2
+    arguments = ["--enrolled", enrolled, "--test", tests, "--threshold", between, "--top-k", 9]
+    assert run("identify", folder, *arguments) == 0
+    found = identified(capsys)[1]
+    assert {test: name == "unknown" for test, (name, _) in found.items()} == {
+        test: score < between for test, score in scores.items()
+    }
+    assert {len(ranked) for _, ranked in found.values()} == {3}
+
+
+@pytest.mark.parametrize("durations", [[], ["--durations"]])
+def test_identify_uses_the_saved_threshold(folder, speech, enrolled, tests, capsys, durations):  # noqa: F811
+    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--dims", 16, *durations) == 0
+    capsys.readouterr()
+    assert run("identify", folder, "--enrolled", enrolled, "--test", tests, "--dim", 16) == 0
+    heading, found = identified(capsys)
+    entry = Thresholds.load(folder).find(16)
+    assert f"{entry.threshold:.4f}" in heading
+    for test, (name, ranked) in found.items():
+        speaker, score = ranked[0].split()
+        of_speaker = sum(soundfile.info(file).duration for file in (enrolled / speaker).iterdir())
+        (accepted,), _ = entry.judge([float(score)], [[of_speaker, soundfile.info(tests / test).duration]])
+        assert name == (speaker if accepted else "unknown")
+
+
+def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, capsys):  # noqa: F811
+    arguments = ["identify", folder, "--test", tests, "--enrolled"]
+    assert "nowhere is not a folder with audio" in refusal(capsys, *arguments, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "0 audio files" in refusal(capsys, *arguments, tmp_path / "empty")
+    shutil.copy(tests / "id0/0.wav", enrolled / "loose.wav")
+    assert "loose.wav lies in no speaker's folder" in refusal(capsys, *arguments, enrolled)
+    (enrolled / "loose.wav").unlink()
+    assert "k: got 0, expected 1 to the 3 enrolled" in refusal(capsys, *arguments, enrolled, "--top-k", 0)
+    assert "1 of 1 paths are not there" in refusal(
+        capsys, "identify", folder, "--enrolled", enrolled, "--test", tmp_path / "x"
+    )
+
+
+# ---------------------------------------------------------------- embed
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_embed_writes_ids_and_embeddings(folder, speech, tmp_path, capsys, suffix):  # noqa: F811
+    out = tmp_path / f"embedded{suffix}"
+    assert run("embed", folder, speech / "wav", "--out", out, "--dim", 16) == 0
+    assert f"{out}: embeddings [32, 16] of model, 16 dimensions." in capsys.readouterr().out
+    if suffix == ".npz":
+        content = np.load(out)
+        ids, embeddings = content["ids"].tolist(), content["embeddings"]
+        assert content["weights"] == weights_of(load_model(folder))
+    else:
+        table = datasets.load_dataset("parquet", data_files=str(out), cache_dir=str(tmp_path / "cache"))["train"]
+        ids, embeddings = list(table["id"]), np.array(table["embedding"], dtype=np.float32)
+    assert ids == sorted(path.relative_to(speech / "wav").as_posix() for path in speech.rglob("*.wav"))
+    expected = embed_files(load_model(folder), [speech / "wav" / name for name in ids])[:, :16]
+    assert embeddings.dtype == np.float32 and np.array_equal(embeddings, expected)
+
+
+def test_embed_leaves_out_what_cannot_be_read_and_says_so(folder, speech, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(speech / "wav", tmp_path / "wav")
+    (tmp_path / "wav/id0/0.wav").write_bytes(b"")
+    (tmp_path / "wav/id3/1.wav").write_text("thesis")
+    data = (tmp_path / "wav/id5/2.wav").read_bytes()
+    soundfile.write(tmp_path / "wav/id4/0.wav", np.zeros(30), 16_000)
+    soundfile.write(tmp_path / "wav/id5/2.wav", np.full(5000, np.nan), 16_000, subtype="FLOAT")
+    assert data != (tmp_path / "wav/id5/2.wav").read_bytes()
+    assert run("embed", folder, tmp_path / "wav", "--out", tmp_path / "out.npz") == 1
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("Left out: ")]
+    assert [name for name in ("id0/0", "id3/1", "id4/0", "id5/2") if any(f"{name}.wav" in line for line in told)] == [
+        "id0/0", "id3/1", "id4/0", "id5/2"
+    ]  # fmt: skip
+    assert len(told) == 4 and "embeddings [28, 32]" in printed.out and "4 of 32 files left out" in printed.out
+    content = np.load(tmp_path / "out.npz")
+    assert "id3/1.wav" not in content["ids"] and np.isfinite(content["embeddings"]).all()
+    expected = embed_files(load_model(folder), [tmp_path / "wav" / name for name in content["ids"]])
+    assert np.allclose(content["embeddings"], expected, atol=1e-4)
+
+
+def test_embed_takes_files_of_any_rate_and_channels_by_the_names_given(folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    wave = 0.1 * np.random.default_rng(0).standard_normal((4000, 2))
+    soundfile.write("stereo.wav", wave, 16_000)
+    soundfile.write("telephone.wav", wave[:, 0], 8_000)
+    assert run("embed", folder, "telephone.wav", "stereo.wav", "--out", "out.npz") == 0
+    assert np.load("out.npz")["ids"].tolist() == ["telephone.wav", "stereo.wav"]
+
+
+def test_embed_refuses_what_it_cannot_do_and_leaves_no_file(folder, speech, tmp_path, capsys):  # noqa: F811
+    wav, out = speech / "wav", ["--out", tmp_path / "out.npz"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.wav").write_text("thesis")
+    told = {
+        "ends in .npz or .parquet": [wav, "--out", tmp_path / "out.csv"],
+        "there is no folder": [wav, "--out", tmp_path / "nowhere" / "out.npz"],
+        "2 of 3 paths are not there: a.wav, b": [wav, "a.wav", "b", *out],
+        "0 audio files": [tmp_path / "empty", *out],
+        "0.wav comes twice": [wav / "id0", wav / "id1", *out],
+        "[33] are not between 1 and": [wav, *out, "--dim", 33],
+    }
+    for message, arguments in told.items():
+        assert message in refusal(capsys, "embed", folder, *arguments)
+    assert run("embed", folder, tmp_path / "bad.wav", *out) == 2
+    assert "none of 1 files could be embedded" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.wav", "empty", "model"]
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+def test_thresholds_travel_with_the_model(hub, calibrated, files, folder, capsys):  # noqa: F811
+    assert run("push", calibrated, "anna/base") == 0
+    capsys.readouterr()
+    run("verify", "anna/base", files[0], "--test", files[1])
+    entry = Thresholds.load(calibrated).find(32)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"anna/base, 32 dimensions, cosine: accepted from a score of {entry.threshold:.4f} on")
+
+
+def test_a_model_on_the_hub_without_thresholds(hub, folder, files, capsys):  # noqa: F811
+    assert run("push", folder, "anna/base") == 0
+    capsys.readouterr()
+    assert run("verify", "anna/base", files[0], "--test", files[1]) == 3
+    assert "no decision: there is no thresholds.json beside the model" in capsys.readouterr().out
