@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import yaml
 from compare_adapters import machine, trial_lists
+from matplotlib.figure import Figure
 from paired import Drawn, change, eers, mean, percent
 
 import train_hf
@@ -253,7 +254,9 @@ def report(arguments: argparse.Namespace):
     head = (
         f"{len(seconds)} trainings of one thread, {sum(seconds) / 60:.0f} minutes of a core altogether. Brackets: 95 % "
         f"intervals, one bootstrap over speakers ({arguments.resamples} resamples), paired in differences, which are "
-        f"**bold** where they leave out zero. Several seeds: their mean. {machine()}."
+        f"**bold** where they leave out zero. Several seeds: their mean. Seconds are of a core, starting and judging "
+        f"included, shared by the steps; they leave out the making of crops, but for the first run of a domain. "
+        f"{machine()}."
     )
     text = ["# Adapters and fine-tuning at equal budgets", "", head]
     for domain, systems in domains.items():
@@ -266,6 +269,7 @@ def report(arguments: argparse.Namespace):
         record["domains"][domain] = [as_record(name, system, systems["base"]) for name, system in systems.items()]
     arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text("\n".join(text) + "\n")
+    draw(domains, arguments.out.with_suffix(".png"))
     print("\n".join(text))
 
 
@@ -273,7 +277,8 @@ def systems_of(arguments: argparse.Namespace, domain: str) -> dict[str, System]:
     """The base and every system of a domain that has finished runs."""
     judge = Judge(arguments.speech, domain, arguments.resamples)
     systems = {"base": System(Run(domain, "base"), [], {}, judge(arguments.runs / "base" / f"{domain}.npz"))}
-    for run in plan():
+    order = [*PARTS, *(f"LoRA {place}, r={rank}" for place in PLACEMENTS for rank in RANKS), *STRATEGIES, *SEGMENTS]
+    for run in sorted(plan(), key=lambda run: order.index(run.name)):
         file = run.folder(arguments.runs) / "embeddings.npz"
         if run.domain == domain and file.is_file():
             systems.setdefault(run.name, System(run, [], costs(arguments.base, run, file.parent), {})).seeds.append(
@@ -308,23 +313,38 @@ class Judge:
             }
 
     def probe(self, training: np.ndarray, test: np.ndarray, dim: int) -> Drawn:
-        """Share of test utterances that a ridge regression on the prefixes of training speech gets wrong."""
+        """Share of test utterances that a linear probe, fitted on the prefixes of training speech, gets wrong."""
         speakers = [path.split("/")[0] for path in self.trials.utterances]
         parts = [part[:, :dim] / np.linalg.norm(part[:, :dim], axis=1, keepdims=True) for part in (training, test)]
         inputs, of_test = (np.column_stack([part, np.ones(len(part))]) for part in parts)
-        ridge = 1e-3 * len(inputs) * np.eye(dim + 1) / dim
-        weights = np.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (2.0 * self.training - 1))
-        wrong = (of_test @ weights > 0) != np.array([self.gender[speaker] for speaker in speakers])
+        wrong = (of_test @ ridge_regression(inputs, 2.0 * self.training - 1) > 0) != np.array(
+            [self.gender[speaker] for speaker in speakers]
+        )
         _, owner = np.unique(speakers, return_inverse=True)
         sums, counts = np.bincount(owner, wrong), np.bincount(owner)
         drawn = np.random.default_rng(0).integers(len(sums), size=(self.resamples, len(sums)))
         return Drawn(float(wrong.mean()), sums[drawn].sum(1) / counts[drawn].sum(1))
 
 
+def ridge_regression(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights [D] from inputs [N, D] to targets [N], with the ridge that predicts left-out rows best."""
+    left, values, right = np.linalg.svd(inputs, full_matrices=False)
+    best, weights = np.inf, None
+    for ridge in np.logspace(-4, 3, 22):
+        shrunk = values**2 / (values**2 + ridge)
+        errors = (targets - left @ (shrunk * (left.T @ targets))) / (1 - (left**2 @ shrunk))
+        if (error := np.mean(errors**2)) < best:
+            best, weights = error, right.T @ (shrunk / values * (left.T @ targets))
+    return weights
+
+
 def costs(base: str, run: Run, folder: Path) -> dict[str, float]:
     """Trained parameters, bytes of what is saved, seconds of a core per step, peak memory of the process."""
     cost = json.loads((folder / "cost.json").read_text())
     found = {"seconds": cost["cpu_seconds"] / STEPS[run.domain], "peak": cost["peak_bytes"]}
+    if run.domain == "gender":  # of its own classifier, on the whole embedding
+        ((rows,),) = json.loads((folder / "results.json").read_text())["results"]["gender"].values()
+        found["own_errors"] = 1 - rows["value"]
     if (folder / "best" / "adapter_config.json").is_file():
         info = adapter_info(folder / "best")
         return {"parameters": info.parameters, "bytes": info.size, **found}
@@ -337,26 +357,54 @@ def costs(base: str, run: Run, folder: Path) -> dict[str, float]:
 
 def domain_table(domain: str, systems: dict[str, System]) -> list[str]:
     """A line per system: costs, the rates in the domain, what it does to clean speech."""
-    metric = "errors of a linear probe, %" if domain == "gender" else "EER %"
-    shown = [dim for dim in DIMS if dim >= 64]
-    columns = ["", "seeds", "parameters", "MB", "s a step", "peak GB", *(f"{metric}, {dim}" for dim in shown)]
-    columns += [f"change at {dim}" for dim in (64, 256)] + (
-        [] if domain == "gender" else ["change on clean speech, 256"]
-    )
-    base = systems["base"].rates
+    gender, shown = domain == "gender", [dim for dim in DIMS if dim >= 64]
+    columns = ["", "seeds", "parameters", "MB", "s a step", "peak GB"]
+    columns += [f"{'probe errors' if gender else 'EER'} %, {dim}" for dim in shown]
+    columns += [
+        *(f"change at {dim}" for dim in (64, 256)),
+        "own classifier %" if gender else "change on clean speech, 256",
+    ]
     lines = ["", f"## {domain}: {STEPS[domain]} steps", "", table_line(columns), "|---" * len(columns) + "|"]
+    base = systems["base"].rates
     for name, system in systems.items():
         cost, rates = system.costs, system.rates[domain]
-        cells = [name, "", "", "", "", ""]
-        if cost:
-            cells[1:] = [str(len(system.seeds)), f"{cost['parameters']:,}", f"{cost['bytes'] / 1e6:.2f}"]
-            cells += [f"{cost['seconds']:.2f}", f"{cost['peak'] / 1e9:.2f}"]
-        cells += [percent(rates[dim]) if dim in (64, 256) else f"{100 * rates[dim].value:.2f}" for dim in shown]
-        if cost:
-            cells += [change(rates[dim] - base[domain][dim]) for dim in (64, 256)]
-            cells += [] if domain == "gender" else [change(system.rates["clean"][256] - base["clean"][256])]
-        lines.append(table_line(cells + [""] * (len(columns) - len(cells))))
+        eers = [percent(rates[dim]) if dim in (64, 256) else f"{100 * rates[dim].value:.2f}" for dim in shown]
+        if not cost:
+            lines.append(table_line([name, *[""] * 5, *eers, *[""] * 3]))
+            continue
+        cells = [name, str(len(system.seeds)), f"{cost['parameters']:,}", f"{cost['bytes'] / 1e6:.2f}"]
+        cells += [f"{cost['seconds']:.2f}", f"{cost['peak'] / 1e9:.2f}", *eers]
+        cells += [change(rates[dim] - base[domain][dim]) for dim in (64, 256)]
+        cells.append(
+            f"{100 * cost['own_errors']:.2f}" if gender else change(system.rates["clean"][256] - base["clean"][256])
+        )
+        lines.append(table_line(cells))
     return lines
+
+
+def draw(domains: dict[str, dict[str, System]], file: Path):
+    """EER over trained parameters, a line per placement over its ranks, at 64 and at 256 dimensions."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for row, domain in zip(figure.subplots(2, 2, sharex=True, sharey="row"), ("telephony", "noisy"), strict=True):
+        systems = domains[domain]
+        for panel, dim in zip(row, (64, 256), strict=True):
+            panel.axhline(100 * systems["base"].rates[domain][dim].value, color="0.5", linewidth=1, label="base")
+            for place in PLACEMENTS:
+                found = [systems[f"LoRA {place}, r={r}"] for r in RANKS if f"LoRA {place}, r={r}" in systems]
+                points = [(s.costs["parameters"], 100 * s.rates[domain][dim].value) for s in found]
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"LoRA {place}, rank 4 to 64")
+            for marker, part in zip("s^D", PARTS, strict=True):
+                system = systems[part]
+                rate = 100 * system.rates[domain][dim].value
+                panel.plot(system.costs["parameters"], rate, marker, color="k", label=part)
+            panel.set(title=f"{domain}, {dim} dimensions", xscale="log")
+            panel.grid(alpha=0.3)
+        row[0].set_ylabel("EER %")
+    for panel in figure.axes[2:]:
+        panel.set_xlabel("trained parameters")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(file, dpi=110)
 
 
 def ranks_table(domains: dict[str, dict[str, System]]) -> list[str]:

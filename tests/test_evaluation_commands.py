@@ -15,7 +15,7 @@ from mrl_redimnet import evaluation
 from mrl_redimnet.adapters import AdapterBank
 from mrl_redimnet.calibration import Thresholds, weights_of
 from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import embed_trials, evaluate_trials
+from mrl_redimnet.evaluation import LISTED, embed_trials, evaluate_trials
 from mrl_redimnet.evaluation_commands import list_names
 from mrl_redimnet.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
 from mrl_redimnet.saving import load_model, save_model
@@ -246,6 +246,8 @@ def test_what_is_missing_is_told_before_anything_is_embedded(folder, speech, tmp
     for message, arguments in told.items():
         assert message in refusal(capsys, "evaluate", folder, *arguments)
     assert sorted(path.name for path in folder.iterdir()) == before
+    missing = refusal(capsys, "evaluate", folder, "--trials", speech / "all.txt", "--folder", tmp_path)
+    assert missing.count(".wav") == LISTED and f" and {32 - LISTED} more" in missing
 
 
 def test_lists_of_one_name_are_told_apart_by_their_folders(tmp_path):

@@ -21,6 +21,7 @@ from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials, missing_utterances
 
 BATCH_SECONDS = 60.0
+LISTED = 20  # missing files that a message names
 SHARES = ("accuracy", "balanced accuracy")
 METRICS = (*SHARES, "mean absolute error")  # of attributes
 
@@ -236,9 +237,11 @@ def check_present(trials: Trials, folder: str | Path):
     """Raises FileNotFoundError listing utterances of the trials that are not below `folder`."""
     missing = missing_utterances(trials, folder)
     if missing:
+        rest = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         raise FileNotFoundError(
             f"{len(missing)} of the trial list's {len(trials.utterances)} utterances are not below {folder}: "
-            + ", ".join(missing[:5])
+            + ", ".join(missing[:LISTED])
+            + rest
         )
 
 
