@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+from forward_vs_reference import machine
 
 from mrl_redimnet import metrics
 from mrl_redimnet.folders import replace_file
@@ -64,11 +65,12 @@ def main():
             print("{name:<26}{trials:>12,}{seconds:>10.3f} s{bytes_per_trial:>8.0f} bytes a trial".format(**rows[-1]))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+        facts = {"machine": machine(), "python": platform.python_version()}
         facts |= {"numpy": np.__version__, "targets": TARGETS, "speakers": SPEAKERS, "rows": rows}
         text = json.dumps(facts, indent=1) + "\n"
         replace_file(arguments.out / "metrics_at_size.json", lambda file: file.write_text(text))
-        replace_file(arguments.out / "metrics_at_size.md", lambda file: file.write_text(table(rows)))
+        head = f"`python benchmarks/metrics_at_size.py --out docs/results`; {machine()}, numpy {np.__version__}.\n\n"
+        replace_file(arguments.out / "metrics_at_size.md", lambda file: file.write_text(head + table(rows)))
 
 
 def in_process(name: str, trials: int) -> dict:

@@ -13,8 +13,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 from forward_vs_reference import machine, quartiles
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mrl_redimnet.corpus import audio_source, load_corpus
 from mrl_redimnet.evaluation import embed_files
@@ -144,7 +143,8 @@ def main():
         parser.error(f"--sizes: {sizes[0]} is no more than the {len(real.enrolled)} real speakers or a shortlist.")
     people = Population.like(real, sizes[-1], effort.queries)
     record = {
-        "command": "OMP_NUM_THREADS=1 " + shlex.join(["python", *sys.argv]),
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/search_at_size.py MODEL --speech ROOT --out {arguments.out}"
+        + (" --quick" if arguments.quick else f" --sizes {' '.join(map(str, sizes))}"),
         "machine": machine(),
         "faiss": faiss.__version__,
         "effort": asdict(effort),
@@ -459,6 +459,7 @@ def plot(rows: list[dict]) -> Figure:
             ax.plot(x, [row["recall_10"] for row in line], label=method, linewidth=1, **style)
         ax.set(title=f"{size:,} enrolled", xscale="log", xlabel=f"queries a second, {BATCH} a call, one thread")
         ax.set(ylabel="recall@10 of exhaustive search", ylim=(0, 1.03))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title=f"shortlists of {', '.join(map(str, SHORTLISTS))}")
