@@ -261,7 +261,7 @@ def report(arguments: argparse.Namespace):
     text = ["# Adapters and fine-tuning at equal budgets", "", head]
     for domain, systems in domains.items():
         text += domain_table(domain, systems)
-    text += seeds_table(domains) + ranks_table(domains)
+    text += pairs_table(domains) + ranks_table(domains)
     for title, names in QUESTIONS.items():
         text += question_table(title, names, domains["telephony"])
     record = {"machine": machine(), "resamples": arguments.resamples, "domains": {}}
@@ -438,13 +438,17 @@ def ranks_table(domains: dict[str, dict[str, System]]) -> list[str]:
     return lines
 
 
-def seeds_table(domains: dict[str, dict[str, System]]) -> list[str]:
-    """Pairs of systems with several seeds, against each other."""
+def pairs_table(domains: dict[str, dict[str, System]]) -> list[str]:
+    """Pairs of systems against each other, where there are several seeds over these."""
     pairs = [("LoRA linear, r=64", "LoRA linear, r=8"), ("projection, whole", "LoRA linear, r=8")]
     pairs += [("all weights", "LoRA linear, r=8"), ("all weights", "projection, whole")]
+    small = "LoRA projection, r=4"
+    pairs += [
+        (small, other) for other in ("LoRA attention, r=8", "LoRA attention, r=64", "LoRA linear, r=8", "all weights")
+    ]
     lines = [
         "",
-        "## Against each other, over seeds",
+        "## Against each other",
         "",
         "| | domain | seeds | at 64 | at 256 | clean speech, 256 |",
         "|---" * 6 + "|",
