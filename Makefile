@@ -1,4 +1,5 @@
-# make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate.
+# make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
+#            a page of results in runs/demo-report.
 # make test: lint and tests.
 # Both set up .venv first, when it is missing or pyproject.toml is newer.
 PYTHON ?= python3
@@ -17,6 +18,8 @@ demo: .venv/ready
 	$(BIN)/python examples/adapters_over_the_hub.py runs/demo/best telephony=runs/demo-telephony/best \
 		noisy=runs/demo-noisy/best --local --owner demo --trials data/synthetic/test/trials.txt \
 		--folder data/synthetic/test/wav --noise data/synthetic/train
+	$(BIN)/mrl-redimnet evaluate runs/demo/best --trials data/synthetic/test/trials.txt \
+		--folder data/synthetic/test/wav --page runs/demo-report
 
 test: .venv/ready
 	$(BIN)/ruff check .

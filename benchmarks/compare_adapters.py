@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from paired import Drawn, eers
 from peft import PeftModel
 
 from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import embed_trials
-from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials, read_trials
 
 DIMS = (64, 256)
@@ -39,15 +38,15 @@ def main():
     noise = str(arguments.speech / "noise" / "test")
     conditions = {"clean": None, "noisy": make_domain("noisy", noise=noise), "telephony": make_domain("telephony")}
     folder, trials = arguments.speech / "test" / "wav", lists["both lists"]
-    began, rows, systems, reference, resampled = time.time(), [], {}, None, {}
+    began, rows, systems, reference, bases = time.time(), [], {}, None, {}
     for name, source in {"base": None, **dict(pair.split("=", 1) for pair in arguments.systems)}.items():
         encoder, adapter = load(arguments.base, source)
         systems[name] = describe(encoder, source)
         for condition, domain in conditions.items():
             embeddings = embed_trials(encoder, trials, folder, domain=domain)
-            for row, values in results(lists, embeddings, arguments.resamples):
-                base = resampled.setdefault((condition, row["list"], row["dim"]), (row["eer"], values))
-                rows.append({"system": name, "condition": condition, **row, **difference(row["eer"], values, base)})
+            for of_list, dim, drawn in results(lists, embeddings, arguments.resamples):
+                base = bases.setdefault((condition, of_list, dim), drawn)
+                rows.append({"system": name, "condition": condition, **as_row(of_list, dim, drawn, base)})
             if condition == "clean" and source is None:
                 reference = embeddings
         if adapter is not None:
@@ -101,23 +100,18 @@ def encoder_of(model):
     return getattr(model, model.base_model_prefix, model)
 
 
-def results(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """Per list and dimension, EER and interval as rates, and the EERs of all resamples."""
+def results(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator[tuple[str, int, Drawn]]:
+    """Per list and dimension, the EER."""
     for name, trials in lists.items():
-        for dim in DIMS:
-            scores = score(trials, lists["both lists"].utterances, embeddings, dim)
-            values = bootstrap_values(scores, trials.labels, *trials.speakers, resamples=resamples)
-            low, high = quantile_interval(values)
-            yield (
-                {"list": name, "dim": dim, "eer": eer(scores, trials.labels), "eer_low": low, "eer_high": high},
-                values,
-            )
+        for dim, drawn in eers(trials, lists["both lists"].utterances, embeddings, DIMS, resamples).items():
+            yield name, dim, drawn
 
 
-def difference(value: float, values: np.ndarray, base: tuple[float, np.ndarray]) -> dict:
-    """The change against the base, with its paired interval."""
-    low, high = quantile_interval(values - base[1])
-    return {"difference": value - base[0], "difference_low": low, "difference_high": high}
+def as_row(name: str, dim: int, drawn: Drawn, base: Drawn) -> dict:
+    """An EER with its interval, and the change against the base with its paired one, for JSON."""
+    change, (low, high) = drawn - base, drawn.interval
+    row = {"list": name, "dim": dim, "eer": drawn.value, "eer_low": low, "eer_high": high}
+    return row | dict(zip(("difference", "difference_low", "difference_high"), change.record().values(), strict=True))
 
 
 def machine() -> str:

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 import yaml
 from compare_adapters import machine, trial_lists
+from paired import eers, mean
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.averaging import LastWeights
 from mrl_redimnet.corpus import audio_source, load_corpus, split_usable
 from mrl_redimnet.evaluation import embed_files, embed_trials
-from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.rotation import principal_rotation
-from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials
 
 ROOT = Path(__file__).parents[1]
@@ -209,36 +208,31 @@ def embed(
 
 
 def values_of(lists: dict[str, Trials], embeddings: np.ndarray, resamples: int) -> Iterator:
-    """((list, dim), (EER, EERs of all resamples))."""
+    """((list, dim), EER)."""
     for name, trials in lists.items():
-        if name == "both lists":
-            continue
-        for dim in DIMS:
-            scores = score(trials, lists["both lists"].utterances, embeddings, dim)
-            drawn = bootstrap_values(scores, trials.labels, *trials.speakers, resamples=resamples)
-            yield (name, dim), (eer(scores, trials.labels), drawn)
+        if name != "both lists":
+            for dim, drawn in eers(trials, lists["both lists"].utterances, embeddings, DIMS, resamples).items():
+                yield (name, dim), drawn
 
 
 def summaries(title: str, by_seed: dict, whole: dict) -> Iterator[dict]:
     """A row's mean over seeds and its difference to the whole recipe at the same seeds, per list and dimension."""
     for key in next(iter(by_seed.values())):
-        points = [values[key][0] for values in by_seed.values()]
-        low, high = quantile_interval(np.mean([values[key][1] for values in by_seed.values()], axis=0))
-        pairs = [(values[key], whole[seed][key]) for seed, values in by_seed.items() if seed in whole]
-        changes = [ours[0] - theirs[0] for ours, theirs in pairs]
-        change_low, change_high = quantile_interval(np.mean([ours[1] - theirs[1] for ours, theirs in pairs], axis=0))
+        drawn = mean(values[key] for values in by_seed.values())
+        changes = [values[key] - whole[seed][key] for seed, values in by_seed.items() if seed in whole]
+        (low, high), (change_low, change_high) = drawn.interval, mean(changes).interval
         yield {
             "row": title,
             "list": key[0],
             "dim": key[1],
-            "seeds": len(points),
-            "eer": float(np.mean(points)),
+            "seeds": len(by_seed),
+            "eer": drawn.value,
             "eer_low": low,
             "eer_high": high,
-            "difference": float(np.mean(changes)),
+            "difference": mean(changes).value,
             "difference_low": change_low,
             "difference_high": change_high,
-            "difference_by_seed": changes,
+            "difference_by_seed": [change.value for change in changes],
         }
 
 

@@ -197,7 +197,8 @@ def _write_results(arguments, report: dict, scored: dict[str, ScoredList]):
         replace_file(arguments.scores, lambda file: _write_scores(file, arguments.scores.suffix, scored))
     if arguments.page is not None:
         write_page(arguments.page, report, scored)
-    if written := [str(path) for path in (arguments.json, arguments.scores, arguments.page) if path is not None]:
+    page = arguments.page and arguments.page / "index.html"
+    if written := [str(path) for path in (arguments.json, arguments.scores, page) if path is not None]:
         print(f"Written: {', '.join(written)}.")
 
 
