@@ -179,11 +179,7 @@ class MelFrontEnd(nn.Module):
         """waveform [B, T], lengths [B] in samples or None -> features [B, frames, bins] float32."""
         with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
             x = self._pad(self._condition(waveform.float(), lengths), lengths)
-            spectrum = torch.stft(
-                x, FFT_SIZE, self.config.hop_length, window=self.window.float(), center=False, return_complex=True
-            )
-            power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)  # [B, frames, 257]
-            features = self._log_mel(power)
+            features = self._log_mel(self.power_spectrum(x))
             mask = frame_mask(lengths, features.shape[1], self)
             if self.config.feature_norm in ("mean", "mean_variance"):
                 mean = masked_mean(features, mask)
@@ -226,6 +222,13 @@ class MelFrontEnd(nn.Module):
         end = lengths[:, None]
         source = torch.where(position < end, position, 2 * (end - 1) - position).clamp(min=0)
         return torch.cat([x[:, 1 : half + 1].flip(1), x.gather(1, source)], dim=1)
+
+    def power_spectrum(self, x: torch.Tensor) -> torch.Tensor:
+        """Conditioned and padded signal [B, T] float32 -> power spectrum [B, frames, 257]."""
+        spectrum = torch.stft(
+            x, FFT_SIZE, self.config.hop_length, window=self.window.float(), center=False, return_complex=True
+        )
+        return torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
 
     def _log_mel(self, power: torch.Tensor) -> torch.Tensor:
         """Power spectrum [B, frames, 257] -> log-mel [B, frames, bins]."""
