@@ -291,8 +291,13 @@ class BatchNorm(nn.BatchNorm1d):
             return self._normalise_jointly(x)
         if self.learns:
             return super().forward(x)
+        scale, shift = self.scale_and_shift()
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it does while it does not learn: x * scale [C] + shift [C]."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return torch.addcmul(self.bias - self.running_mean * scale, x, scale).to(x.dtype)
+        return scale, self.bias - self.running_mean * scale
 
     def _normalise_jointly(self, x: torch.Tensor) -> torch.Tensor:
         out, mean, variance, count = _JointBatchNorm.apply(x, self.weight, self.bias, self.eps)
@@ -373,17 +378,61 @@ class ChannelBatchNorm(BatchNorm):
         return out
 
 
-def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image."""
-    return conv(zero_padding(x, mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+ONEDNN_FLOOR = 20480  # numbers in an input; torch keeps smaller convolutions from oneDNN (2.11, use_mkldnn)
 
 
-def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
+class Pointwise(nn.Linear):
+    """A linear layer over the last axis of x [B, frames, ..., C], which on CPUs runs as a 1x1 convolution.
+
+    The arithmetic is the same, the library is not: torch gives float32 products to BLAS and convolutions to oneDNN,
+    which is about twice as fast on the processors measured (docs/results/embedding_speed.md).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR or torch.compiler.is_compiling():
+            return super().forward(x)
+        rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # an image [1, C, 1, rows], channels last
+        # To a 1x1 kernel dilation is nothing, but without it torch keeps oneDNN from small batches on a single thread.
+        y = F.conv2d(rows, self.weight[..., None, None], self.bias, dilation=2)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def conv_image(
+    conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None, norm: "ChannelBatchNorm | None" = None
+) -> torch.Tensor:
+    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image, then `norm`."""
+    image = zero_padding(x, mask).permute(0, 3, 1, 2)
+    return _convolve_and_norm(conv, norm, image, mask, lambda y: y.permute(0, 2, 3, 1))
+
+
+def conv_time(
+    conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None, norm: "ChannelBatchNorm | None" = None
+) -> torch.Tensor:
+    """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one, then `norm`."""
     image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
-    if conv.in_channels < 20:  # so few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns
+    if x.shape[-1] < 20:  # so few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns
         image = image.contiguous()
-    return conv(image)[:, :, 0].transpose(1, 2)
+    return _convolve_and_norm(conv, norm, image, mask, lambda y: y[:, :, 0].transpose(1, 2))
+
+
+def _convolve_and_norm(conv, norm, image, mask, back: Callable) -> torch.Tensor:
+    """back(conv(image)), then `norm`: folded into the kernel where it does not learn, which saves a pass over memory.
+
+    Anything but a plain convolution (an adapter's) has more to it than a kernel, and is called as it is.
+    """
+    if norm is None or norm.learns or not isinstance(conv, nn.Conv2d):
+        y = back(conv(image))
+        return y if norm is None else norm(y, mask)
+    scale, shift = norm.scale_and_shift()
+    kernel = conv.weight * scale[:, None, None, None]
+    bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
+    kernel, bias = kernel.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    return back(F.conv2d(image, kernel, bias, padding=conv.padding, groups=conv.groups))
+
+
+def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y for a y that nothing else needs: in its memory, unless a backward pass will come."""
+    return x + y if y.requires_grad else y.add_(x)
 
 
 def image_conv(channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True) -> nn.Conv2d:
@@ -406,10 +455,10 @@ class ConvNeXtBlock2d(nn.Module):
         self.conv = image_conv(channels, channels, config.group_divisor)
         self.norm = ChannelBatchNorm(channels)
         self.act = nn.ReLU() if config.block_2d == "convnext_like_relu" else nn.GELU()
-        self.pointwise = nn.Linear(channels, channels)
+        self.pointwise = Pointwise(channels, channels)
 
     def forward(self, x, mask):
-        return x + self.pointwise(self.act(self.norm(conv_image(self.conv, x, mask), mask)))
+        return residual(x, self.pointwise(self.act(conv_image(self.conv, x, mask, self.norm))))
 
 
 class BinSqueezeExcitation(nn.Module):
@@ -417,8 +466,8 @@ class BinSqueezeExcitation(nn.Module):
 
     def __init__(self, bins: int, hidden: int):
         super().__init__()
-        self.squeeze = nn.Linear(bins, hidden)
-        self.excite = nn.Linear(hidden, bins)
+        self.squeeze = Pointwise(bins, hidden)
+        self.excite = Pointwise(hidden, bins)
 
     def forward(self, x, mask):
         mean = masked_mean(x.mean(-1), mask)  # [B, 1, bins]
@@ -436,10 +485,10 @@ class ResNetBlock2d(nn.Module):
         super().__init__()
         grouped = config.group_divisor is not None
         self.conv1 = image_conv(channels, channels, config.group_divisor, bias=False)
-        self.pointwise1 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.pointwise1 = Pointwise(channels, channels) if grouped else nn.Identity()
         self.norm1 = ChannelBatchNorm(channels)
         self.conv2 = image_conv(channels, channels, config.group_divisor, bias=False)
-        self.pointwise2 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.pointwise2 = Pointwise(channels, channels) if grouped else nn.Identity()
         self.norm2 = ChannelBatchNorm(channels)
         squeeze = config.block_2d == "basic_resnet_fwse"
         self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if squeeze else None
@@ -467,10 +516,10 @@ class Squeeze2d(nn.Module):
         super().__init__()
         self.conv = image_conv(channels_in, channels_out, config.group_divisor)
         self.norm = ChannelBatchNorm(channels_out, eps=NORM_EPS)
-        self.pointwise = nn.Linear(channels_out, channels_out)
+        self.pointwise = Pointwise(channels_out, channels_out)
 
     def forward(self, x, mask):
-        return self.pointwise(F.gelu(self.norm(conv_image(self.conv, x, mask), mask)))
+        return self.pointwise(F.gelu(conv_image(self.conv, x, mask, self.norm)))
 
 
 class ConvNeXtBlock1d(nn.Module):
@@ -480,11 +529,14 @@ class ConvNeXtBlock1d(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(depthwise_time_conv(channels, kernel) for kernel in kernels)
         self.norm = ChannelBatchNorm(channels * len(kernels))
-        self.pointwise = nn.Linear(channels * len(kernels), channels)
+        self.pointwise = Pointwise(channels * len(kernels), channels)
 
     def forward(self, x, mask):
-        y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
-        return x + self.pointwise(F.gelu(self.norm(y, mask)))
+        if len(self.convs) == 1:
+            y = conv_time(self.convs[0], x, mask, self.norm)
+        else:
+            y = self.norm(torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1), mask)
+        return residual(x, self.pointwise(F.gelu(y)))
 
 
 class ConvPosition(nn.Module):
@@ -496,7 +548,7 @@ class ConvPosition(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x, mask):
-        return x + self.norm(conv_time(self.conv, x, mask))
+        return residual(x, self.norm(conv_time(self.conv, x, mask)))
 
 
 class TransformerLayer(nn.Module):
@@ -504,13 +556,13 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.out_proj = nn.Linear(channels, channels)
+        self.q_proj = Pointwise(channels, channels)
+        self.k_proj = Pointwise(channels, channels)
+        self.v_proj = Pointwise(channels, channels)
+        self.out_proj = Pointwise(channels, channels)
         self.attention_norm = nn.LayerNorm(channels, eps=NORM_EPS)
-        self.ffn_in = nn.Linear(channels, hidden)
-        self.ffn_out = nn.Linear(hidden, channels)
+        self.ffn_in = Pointwise(channels, hidden)
+        self.ffn_out = Pointwise(hidden, channels)
         self.ffn_norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x, mask):
@@ -521,8 +573,8 @@ class TransformerLayer(nn.Module):
         )
         keys = None if mask is None else mask[:, None, None, :, 0]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
-        x = self.attention_norm(x + self.out_proj(attended))
-        return self.ffn_norm(x + self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh")))
+        x = self.attention_norm(residual(x, self.out_proj(attended)))
+        return self.ffn_norm(residual(x, self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh"))))
 
 
 class FeedForward1d(nn.Module):
@@ -530,9 +582,9 @@ class FeedForward1d(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.widen = nn.Linear(channels, 2 * channels)
+        self.widen = Pointwise(channels, 2 * channels)
         self.norm = nn.LayerNorm(2 * channels, eps=NORM_EPS)
-        self.narrow = nn.Linear(2 * channels, channels)
+        self.narrow = Pointwise(2 * channels, channels)
 
     def forward(self, x, mask):
         return self.narrow(F.gelu(self.norm(self.widen(x))))
@@ -553,16 +605,16 @@ class TimeContext(nn.Module):
     def __init__(self, config, reduction: int):
         super().__init__()
         hidden = config.trunk_width // reduction
-        self.reduce = nn.Linear(config.trunk_width, hidden)
+        self.reduce = Pointwise(config.trunk_width, hidden)
         self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)
         self.layers = nn.ModuleList(BLOCKS_1D[config.block_1d](hidden))
-        self.expand = nn.Linear(hidden, config.trunk_width)
+        self.expand = Pointwise(hidden, config.trunk_width)
 
     def forward(self, x, mask):
         y = self.norm(self.reduce(x))
         for layer in self.layers:
             y = layer(y, mask)
-        return x + self.expand(y)
+        return residual(x, self.expand(y))
 
 
 class MapMix(nn.Module):
@@ -593,7 +645,7 @@ class Stage(nn.Module):
         width = int(channels * stage["expansion"])
         self.mix = MapMix(index + 1, config.trunk_width) if index > 0 else None  # one map needs no weights
         # A (stride x 1) convolution with stride (stride, 1) is a linear layer on neighbouring bins side by side.
-        self.stride = nn.Linear(stage["frequency_stride"] * channels_in, width)
+        self.stride = Pointwise(stage["frequency_stride"] * channels_in, width)
         block = BLOCKS_2D[config.block_2d]
         self.blocks = nn.ModuleList(block(config, width, self.bins) for _ in range(stage["blocks"]))
         self.squeeze = Squeeze2d(config, width, channels) if stage["expansion"] != 1 else None
@@ -636,7 +688,7 @@ class ReDimNetTrunk(nn.Module):
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.stages)))
         self.mix = MapMix(len(config.stages) + 1, config.trunk_width)
         wide = config.aggregation_channels
-        self.aggregate = None if wide is None else nn.Linear(config.trunk_width, wide)
+        self.aggregate = None if wide is None else Pointwise(config.trunk_width, wide)
         self.aggregate_norm = None if wide is None else ChannelBatchNorm(wide)
         self.dropout = nn.Dropout(config.aggregation_dropout)
 
@@ -679,12 +731,12 @@ class AttentiveStatisticsPooling(nn.Module):
     def __init__(self, config):
         super().__init__()
         channels = config.pooling_input
-        self.attention_in = nn.Linear(channels, config.pooling_bottleneck)
+        self.attention_in = Pointwise(channels, config.pooling_bottleneck)
         # The utterance's mean and deviation are the same for all frames: their share is computed once, not per frame.
         self.context_in = (
-            nn.Linear(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
+            Pointwise(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
         )
-        self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
+        self.attention_out = Pointwise(config.pooling_bottleneck, channels)
 
     def forward(self, x, mask):
         hidden = self.attention_in(x)
