@@ -14,9 +14,10 @@ This file travels beside the weights to the Hub: torch and transformers are all 
 """
 
 import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -287,66 +288,107 @@ class BatchNorm(nn.BatchNorm1d):
         return self.training and self.weight.requires_grad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.learns and self.synchronised and _processes() > 1:
-            return self._normalise_jointly(x)
-        if self.learns:
-            return super().forward(x)
-        scale, shift = self.scale_and_shift()
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        return self.normaliser(x)(x)
+
+    def normaliser(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What normalises x [..., C]. Where it learns: by x's own statistics, which move the running ones once; to call
+        it again computes the same anew."""
+        if not self.learns:
+            scale, shift = self.scale_and_shift()
+            return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)
+        with torch.no_grad():
+            joint = self.synchronised and _processes() > 1
+            if not joint and x.numel() < 2 * self.num_features:
+                raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
+            mean, variance, count = _batch_statistics(x, self.num_features, joint)
+            self._move_statistics(mean, variance, count)
+            slope = (variance + self.eps).rsqrt()
+        return lambda x: _NormaliseByBatch.apply(x, self.weight, self.bias, mean, slope, count, joint)
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What it does while it does not learn: x * scale [C] + shift [C]."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
-    def _normalise_jointly(self, x: torch.Tensor) -> torch.Tensor:
-        out, mean, variance, count = _JointBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():  # as torch's own: unbiased by the joint count, a plain mean over batches without momentum
-            share = self.momentum
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                share = 1.0 / self.num_batches_tracked.item() if share is None else share
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)
-        return out
+    def _move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
+        """As torch's own: by the unbiased variance; a plain mean over all batches without momentum."""
+        share = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            share = 1.0 / self.num_batches_tracked.item() if share is None else share
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)
 
 
-class _JointBatchNorm(torch.autograd.Function):
-    """Batch norm of x [n, C] over the rows of all processes: (out [n, C], mean [C], biased variance [C], count []).
+def _columns(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """x [rows, ..., C] as a table of many columns [rows, ... * C], float32 or wider: torch's kernels add up each column
+    row by row, which over the rows of [rows * ..., C] costs digits, and time where C is no multiple of 16."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.flatten(0, 1).flatten(1) if x.dim() == 4 else x.reshape(-1, channels)
+
+
+def _batch_statistics(x: torch.Tensor, channels: int, joint: bool):
+    """Over all but the last axis of x: mean [C], biased variance [C], count []; `joint`: of all processes."""
+    table = _columns(x, channels)
+    if len(table) == 0:  # this process's share of a joint batch
+        means = variances = table.new_zeros(channels)
+    elif table.device.type == "cpu":
+        means, variances = torch.batch_norm_update_stats(table, None, None, 0.0)
+    else:
+        variances, means = torch.var_mean(table, 0, correction=0)
+    counts = means.new_full((means.numel() // channels, 1), len(table))
+    means, variances = means.view(-1, channels), variances.view(-1, channels)
+    if joint:
+        # Each process's mean and squares around it rather than sums of squares, whose differences lose digits.
+        mean, variance, count = _pooled(means, variances, counts)
+        rows = means.new_zeros(_processes(), 2 * channels + 1)
+        rows[dist.get_rank()] = torch.cat([mean, variance, count])
+        dist.all_reduce(rows)  # a collective that every backend has on every device
+        means, variances, counts = rows.split([channels, channels, 1], dim=1)
+    mean, variance, count = _pooled(means, variances, counts)
+    return mean, variance, count[0]
+
+
+def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
+    """Mean [C], biased variance [C] and count [1] of parts' [parts, C], [parts, C], [parts, 1] together."""
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count.clamp(min=1)
+    return mean, ((variances + (means - mean).square()) * counts).sum(0) / count.clamp(min=1), count
+
+
+class _NormaliseByBatch(torch.autograd.Function):
+    """(x - mean) * slope * weight + bias for the mean and slope of x itself, or of all processes' x where `joint`.
 
     The backward pass is that of the sum of all processes' losses, so that gradients averaged over processes (as by
-    DistributedDataParallel) are those of one process with the joined batch and the mean of the losses. One collective
-    each way; an all-reduce, which every backend has on every device.
+    DistributedDataParallel) are those of one process with the joined batch and the mean of the losses.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Each process's mean and squares around it rather than sums of squares, whose differences lose digits.
-        mean = wide.sum(0) / max(1, len(x))
-        own = torch.cat([mean, (wide - mean).square().sum(0), mean.new_tensor([len(x)])])
-        table = own.new_zeros(_processes(), len(own))
-        table[dist.get_rank()] = own
-        dist.all_reduce(table)
-        means, squares, counts = table.split([x.shape[1], x.shape[1], 1], dim=1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = (squares + counts * (means - mean).square()).sum(0) / count
-        slope = (variance + eps).rsqrt()
+    def forward(ctx, x, weight, bias, mean, slope, count, joint):
         ctx.save_for_backward(x, weight, mean, slope, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return ((wide - mean) * (slope * weight) + bias).to(x.dtype), mean, variance, count
+        ctx.joint = joint
+        scale = slope * weight
+        return torch.addcmul(bias - mean * scale, x, scale).to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         x, weight, mean, slope, count = ctx.saved_tensors
-        grad = grad.to(mean.dtype)
-        normal = (x.to(mean.dtype) - mean) * slope
-        own = torch.stack([grad.sum(0), (grad * normal).sum(0)])
-        joint = own.clone()
-        dist.all_reduce(joint)
-        grad_x = (grad - (joint[0] + normal * joint[1]) / count) * (slope * weight)
-        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+        channels = len(weight)
+        table, rows = _columns(x, channels), _columns(grad, channels)
+        repeats = table.shape[1] // channels
+        _, own_weight, own_bias = torch.ops.aten.native_batch_norm_backward(
+            rows, table, None, None, None, mean.repeat(repeats), slope.repeat(repeats), True, 0.0, [False, True, True]
+        )
+        own = torch.stack([own_bias, own_weight]).view(2, -1, channels).sum(1)
+        sums = own.clone()
+        if ctx.joint:
+            dist.all_reduce(sums)
+        # scale * (grad - (sums[0] + normal * sums[1]) / count), normal = (x - mean) * slope, in two passes
+        scale = slope * weight
+        along_x = -scale * slope * sums[1] / count
+        grad_x = torch.addcmul(-scale * sums[0] / count - along_x * mean, x, along_x).addcmul_(grad, scale)
+        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None, None, None
 
 
 def _processes() -> int:
@@ -367,15 +409,61 @@ class ChannelBatchNorm(BatchNorm):
     """`BatchNorm` over the last axis of [B, frames, C] or [B, frames, bins, C]; padded frames count for nothing."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        if not self.learns:
-            return super().forward(x)
-        if mask is None:
-            return super().forward(x.flatten(0, -2)).view_as(x)
+        return self.normaliser(x, mask)(x)
+
+    def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As of `BatchNorm`; padded frames come out as zeros where it learns."""
+        if mask is None or not self.learns:
+            return super().normaliser(x)
         valid = mask[..., 0]
-        out = torch.zeros_like(x)
-        rows = x[valid]
-        out[valid] = super().forward(rows.flatten(0, -2)).view_as(rows).to(out.dtype)
-        return out
+        places = mask.view(*valid.shape, *[1] * (x.dim() - 2))
+        normalise = super().normaliser(x[valid][:, None])
+
+        def normalise_valid(x):
+            return torch.zeros_like(x).masked_scatter(places, normalise(x[valid][:, None]))
+
+        return normalise_valid
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory of the backward pass
+
+
+_recomputing = contextvars.ContextVar("recomputing", default=True)
+
+
+@contextlib.contextmanager
+def _keeping_all():
+    """`lean` keeps everything: gradient checkpointing frees it, which it could not do with what a recipe holds."""
+    token = _recomputing.set(False)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+def lean(function: Callable, x: torch.Tensor, recipe: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """function(x), for whose backward pass `recipe` computes x anew instead of x being kept.
+
+    For an x that is cheap to compute from what is kept anyway. The recipe must give x again, memory layout included.
+    """
+    if not (torch.is_grad_enabled() and _recomputing.get()) or torch.compiler.is_compiling():
+        return function(x)
+    storage = x.untyped_storage().data_ptr()
+
+    def pack(kept):
+        if kept.untyped_storage().data_ptr() != storage:
+            return kept
+        return kept.size(), kept.stride(), kept.storage_offset()
+
+    def unpack(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        with torch.no_grad():
+            return recipe().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return function(x)
 
 
 ONEDNN_FLOOR = 20480  # numbers in an input; torch keeps smaller convolutions from oneDNN (2.11, use_mkldnn)
@@ -389,45 +477,87 @@ class Pointwise(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR or torch.compiler.is_compiling():
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if plain or x.numel() <= ONEDNN_FLOOR or torch.compiler.is_compiling():
             return super().forward(x)
-        rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # an image [1, C, 1, rows], channels last
-        # To a 1x1 kernel dilation is nothing, but without it torch keeps oneDNN from small batches on a single thread.
-        y = F.conv2d(rows, self.weight[..., None, None], self.bias, dilation=2)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return _PointwiseByConvolution.apply(x, self.weight, self.bias)
 
 
-def conv_image(
-    conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None, norm: "ChannelBatchNorm | None" = None
-) -> torch.Tensor:
-    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image, then `norm`."""
-    image = zero_padding(x, mask).permute(0, 3, 1, 2)
-    return _convolve_and_norm(conv, norm, image, mask, lambda y: y.permute(0, 2, 3, 1))
+class _PointwiseByConvolution(torch.autograd.Function):
+    """A linear layer of x [B, ..., C] by convolutions; backwards, too, where the gradient of x is one by the transpose,
+    which oneDNN computes up to four times as fast as the backward pass of the convolution it is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        y = _convolve_rows(x, weight, bias)
+        # Not as a view of the image: what calls this (PEFT's AdaLoRA) may write into it, as it may with nn.Linear's.
+        return y.new_empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            _as_image(grad), _as_image(x), weight[..., None, None], [len(weight)], [1, 1], [0, 0], NO_DILATION, False,
+            [0, 0], 1, [False, *needs],
+        )  # fmt: skip
+        grad_weight = grad_weight if grad_weight is None else grad_weight[..., 0, 0]
+        return _convolve_rows(grad, weight.T, None) if needs_x else None, grad_weight, grad_bias
 
 
-def conv_time(
-    conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None, norm: "ChannelBatchNorm | None" = None
-) -> torch.Tensor:
-    """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one, then `norm`."""
+# A 1x1 kernel cannot be dilated, but then torch (2.11, use_mkldnn) hands oneDNN small batches on one thread, too.
+NO_DILATION = [2, 2]
+
+
+def _convolve_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = F.conv2d(_as_image(x), weight[..., None, None], bias, dilation=NO_DILATION)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _as_image(x: torch.Tensor) -> torch.Tensor:
+    """x [B, ..., C] as an image of height one, [B, C, 1, rows], channels last."""
+    return x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image."""
+    return conv(zero_padding(x, mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
     image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
     if x.shape[-1] < 20:  # so few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns
         image = image.contiguous()
-    return _convolve_and_norm(conv, norm, image, mask, lambda y: y[:, :, 0].transpose(1, 2))
+    return conv(image)[:, :, 0].transpose(1, 2)
 
 
-def _convolve_and_norm(conv, norm, image, mask, back: Callable) -> torch.Tensor:
-    """back(conv(image)), then `norm`: folded into the kernel where it does not learn, which saves a pass over memory.
+def convolve_then_normalise(convolve: Callable, conv: nn.Conv2d, norm: ChannelBatchNorm, x, mask):
+    """convolve(conv, x, mask) -> y, and what makes y the normalised one: `norm`'s normaliser of y; or nothing more,
+    where `norm` does not learn and is folded into the kernel, which saves a pass over memory.
 
     Anything but a plain convolution (an adapter's) has more to it than a kernel, and is called as it is.
     """
-    if norm is None or norm.learns or not isinstance(conv, nn.Conv2d):
-        y = back(conv(image))
-        return y if norm is None else norm(y, mask)
+    if norm.learns or not isinstance(conv, nn.Conv2d):
+        y = convolve(conv, x, mask)
+        return y, norm.normaliser(y, mask)
     scale, shift = norm.scale_and_shift()
-    kernel = conv.weight * scale[:, None, None, None]
-    bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
-    kernel, bias = kernel.to(conv.weight.dtype), bias.to(conv.weight.dtype)
-    return back(F.conv2d(image, kernel, bias, padding=conv.padding, groups=conv.groups))
+    kernel = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
+    bias = (shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)).to(conv.weight.dtype)
+
+    def folded(image):
+        return F.conv2d(image, kernel, bias, padding=conv.padding, groups=conv.groups)
+
+    return convolve(folded, x, mask), lambda y: y
+
+
+def activated_pointwise(pointwise: Callable, act: Callable, y: torch.Tensor, normalise: Callable) -> torch.Tensor:
+    """pointwise(act(normalise(y))), of which the backward pass keeps y alone."""
+    normal = normalise(y)
+    activated = act(normal) if normal is y else lean(act, normal, lambda: normalise(y))
+    return lean(pointwise, activated, lambda: act(normalise(y)))
 
 
 def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -458,7 +588,8 @@ class ConvNeXtBlock2d(nn.Module):
         self.pointwise = Pointwise(channels, channels)
 
     def forward(self, x, mask):
-        return residual(x, self.pointwise(self.act(conv_image(self.conv, x, mask, self.norm))))
+        y, normalise = convolve_then_normalise(conv_image, self.conv, self.norm, x, mask)
+        return residual(x, activated_pointwise(self.pointwise, self.act, y, normalise))
 
 
 class BinSqueezeExcitation(nn.Module):
@@ -494,11 +625,14 @@ class ResNetBlock2d(nn.Module):
         self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if squeeze else None
 
     def forward(self, x, mask):
-        y = self.norm1(F.relu(self.pointwise1(conv_image(self.conv1, x, mask))), mask)
-        y = self.norm2(self.pointwise2(conv_image(self.conv2, y, mask)), mask)
+        y = conv_image(self.conv1, x, mask)
+        y = F.relu(lean(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
+        normalise = self.norm1.normaliser(y, mask)
+        y = lean(lambda normal: conv_image(self.conv2, normal, mask), normalise(y), lambda y=y: normalise(y))
+        y = self.norm2(self.pointwise2(y), mask)
         if self.bin_gate is not None:
             y = self.bin_gate(y, mask)
-        return F.relu(y + x)
+        return F.relu(residual(x, y))
 
 
 BLOCKS_2D = {
@@ -519,7 +653,8 @@ class Squeeze2d(nn.Module):
         self.pointwise = Pointwise(channels_out, channels_out)
 
     def forward(self, x, mask):
-        return self.pointwise(F.gelu(conv_image(self.conv, x, mask, self.norm)))
+        y, normalise = convolve_then_normalise(conv_image, self.conv, self.norm, x, mask)
+        return activated_pointwise(self.pointwise, F.gelu, y, normalise)
 
 
 class ConvNeXtBlock1d(nn.Module):
@@ -533,10 +668,11 @@ class ConvNeXtBlock1d(nn.Module):
 
     def forward(self, x, mask):
         if len(self.convs) == 1:
-            y = conv_time(self.convs[0], x, mask, self.norm)
+            y, normalise = convolve_then_normalise(conv_time, self.convs[0], self.norm, x, mask)
         else:
-            y = self.norm(torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1), mask)
-        return residual(x, self.pointwise(F.gelu(y)))
+            y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
+            normalise = self.norm.normaliser(y, mask)
+        return residual(x, activated_pointwise(self.pointwise, F.gelu, y, normalise))
 
 
 class ConvPosition(nn.Module):
@@ -1028,7 +1164,7 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
         """
         options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
         if not options["use_reentrant"]:
-            options.setdefault("context_fn", lambda: (contextlib.nullcontext(), _untracked_batch_norms(self)))
+            options.setdefault("context_fn", lambda: (_keeping_all(), _untracked_batch_norms(self)))
         super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -1064,7 +1200,8 @@ def _untracked_batch_norms(model: nn.Module):
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
-        yield
+        with _keeping_all():
+            yield
     finally:
         for norm, values in zip(norms, kept, strict=True):
             norm.momentum, norm.num_batches_tracked = values
