@@ -480,6 +480,8 @@ class Pointwise(nn.Linear):
         plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if plain or x.numel() <= ONEDNN_FLOOR or torch.compiler.is_compiling():
             return super().forward(x)
+        if not torch.is_grad_enabled():
+            return _convolve_rows(x, self.weight, self.bias)
         return _PointwiseByConvolution.apply(x, self.weight, self.bias)
 
 
@@ -924,6 +926,10 @@ class MatryoshkaProjection(nn.Module):
 # Speaker losses
 
 
+NORM_FLOOR = 1e-12  # of a squared norm
+CACHED_NUMBERS = 2**20  # of float32, a block of a matrix; half or twice as many take about as long
+
+
 def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
     """cos(theta + margin) of a cosine; past theta = pi - margin, where that would rise again, a line of the same end.
 
@@ -945,21 +951,46 @@ def _sine(cosine: torch.Tensor) -> torch.Tensor:
     return (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
 
 
-def harder_negatives(cosine: torch.Tensor, labels: torch.Tensor, count: int, margin: float) -> torch.Tensor:
-    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): cosine [B, N] with `angular_gain` on the `count` largest of
-    each row's wrong speakers (all of them, where there are fewer); labels [B]."""
-    count = min(count, cosine.shape[1] - 1)
+def _with_slope(curve: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """curve(*inputs), and the gradient of its sum by each input; nothing of it in any graph around."""
+    with torch.enable_grad():
+        inputs = [value.detach().requires_grad_() for value in inputs]
+        output = curve(*inputs)
+        return output.detach(), *torch.autograd.grad(output.sum(), inputs)
+
+
+def harder_negatives(loss: Callable, logits, labels, count: int, margin: float, scale: float):
+    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): what loss(logits) gives, with `angular_gain` on the `count`
+    largest of each row's wrong speakers (all of them, where there are fewer)."""
+    count = min(count, logits.shape[2] - 1)
     if count == 0 or margin == 0:
-        return cosine
-    nearest = cosine.detach().scatter(1, labels[:, None], -torch.inf).topk(count, dim=1).indices
-    return cosine.scatter(1, nearest, angular_gain(cosine.gather(1, nearest), margin))
+        return loss(logits)
+    nearest = logits.scatter(2, _own(labels, logits), -torch.inf).topk(count, dim=2).indices
+    moved, rise = _with_slope(lambda x: scale * angular_gain(x / scale, margin), logits.gather(2, nearest))
+    losses, slopes, bias_slopes = loss(logits.scatter(2, nearest, moved))
+    return losses, slopes.scatter_(2, nearest, slopes.gather(2, nearest) * rise), bias_slopes
 
 
-def aam_loss(cosine, labels, margin: float, scale: float, bias: None, config) -> torch.Tensor:
-    """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), mean over utterances."""
-    target = angular_margin(cosine.gather(1, labels[:, None]), margin)
-    logits = scale * cosine.scatter(1, labels[:, None], target)
-    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+def _own(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """labels [R] as indices [R, K, 1] into logits [R, K, N]."""
+    return labels[:, None, None].expand(-1, logits.shape[1], -1)
+
+
+def aam_loss(logits, labels, margin: float, scale: float, bias: None, config):
+    """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), with label smoothing."""
+    own, smoothing = _own(labels, logits), config.label_smoothing
+    plain = logits.gather(2, own)
+    target, rise = _with_slope(lambda x: scale * angular_margin(x / scale, margin), plain)
+    logits.scatter_(2, own, target)  # for a while: a copy would cost as much as the exponentials
+    slopes = logits.softmax(2)
+    # The largest probability is exp(largest logit - log sum); unlike the target's it never vanishes.
+    log_sum = logits.amax(2) - slopes.amax(2).log_()
+    losses = log_sum - (1.0 - smoothing) * target[:, :, 0]
+    if smoothing:
+        losses -= smoothing * logits.mean(2)
+        slopes -= smoothing / logits.shape[2]
+    logits.scatter_(2, own, plain)
+    return losses, slopes.scatter_(2, own, (slopes.gather(2, own) - (1.0 - smoothing)) * rise), None
 
 
 def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -967,18 +998,22 @@ def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tenso
     return 2.0 * ((cosine + 1.0) / 2.0).clamp(min=0.0).pow(exponent) - 1.0
 
 
-def sphereface2_loss(cosine, labels, margin: float, scale: float, bias: torch.Tensor, config) -> torch.Tensor:
-    """SphereFace2-C: is it this speaker, yes or no, asked of every speaker; summed over these, mean over utterances.
+def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Tensor, config):
+    """SphereFace2-C: is it this speaker, yes or no, asked of every speaker; summed over these.
 
     lambda log(1 + exp(-s (g(cos_y) - m) - b)) + (1 - lambda) sum_{i != y} log(1 + exp(s (g(cos_i) + m) + b)): the
     paper's without its 1 / s, as for speakers in Han et al. 2023 (Exploring binary classification loss for speaker
-    verification). bias: b [].
+    verification). bias: b of each prefix [K].
     """
-    similarity = sphereface2_similarity(cosine, config.sphereface2_exponent)
-    target = similarity.gather(1, labels[:, None])
-    positive = F.softplus(-(scale * (target - margin) + bias))[:, 0]
-    negative = F.softplus(scale * (similarity + margin) + bias).scatter(1, labels[:, None], 0.0).sum(1)
-    return (config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative).mean()
+    own = _own(labels, logits)
+
+    def losses(logits, bias):
+        similarity = sphereface2_similarity(logits / scale, config.sphereface2_exponent)
+        positive = F.softplus(-(scale * (similarity.gather(2, own) - margin) + bias[:, None]))[:, :, 0]
+        negative = F.softplus(scale * (similarity + margin) + bias[:, None]).scatter(2, own, 0.0).sum(2)
+        return config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative
+
+    return _with_slope(losses, logits, bias)
 
 
 def sphereface2_start_bias(config) -> float:
@@ -997,12 +1032,14 @@ def sphereface2_start_bias(config) -> float:
 
 @dataclass(frozen=True)
 class SpeakerLoss:
-    """compute: (cosine [B, N] float32, labels [B], margin, scale, bias [] or None, config) -> loss [].
+    """compute: (logits [R, K, N] of K prefixes: scale * cosines, float32; labels [R]; margin; scale; bias [K] or None;
+    config) -> losses [R, K]; their slopes by the logits [R, K, N], a new tensor; the sums of their slopes by each bias
+    [K], or None. It leaves the logits as they were.
 
     start_bias: config -> where each prefix's own learnt bias starts, None for a loss without one.
     """
 
-    compute: Callable[..., torch.Tensor]
+    compute: Callable[..., tuple]
     start_bias: Callable[[MRLReDimNetConfig], float] | None = None
 
 
@@ -1013,14 +1050,123 @@ LOSSES = {
 }
 
 
+class PrefixLosses(torch.autograd.Function):
+    """A loss of every prefix's scaled cosines, averaged over the batch, with all its gradients.
+
+    For prefix k of embedding e and row w, x_k = a_k <e[:d_k], w[:d_k]> with a_k = s / |e[:d_k]| |w[:d_k]|. Let g_k be
+    the loss's slope by x_k. Then segment j of the gradients (numbers d_(j-1) to d_j) is
+
+        d e_j = sum over w of h_j w_j  -  e_j sum over w, k >= j of g_k x_k / |e[:d_k]|^2
+        h_j = sum over k >= j of a_k g_k
+
+    and d w_j alike, so all prefixes together cost the three matrix products of one full-width loss. Between the passes
+    one tensor [B, K, rows] is kept: x in the forward pass, then, in its place, a g but for the rows' norms. Whatever
+    else is of that kind exists for a block at a time that a processor's cache holds.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, weight, bias, loss: Callable, dims, shares, scale: float, centers: int):
+        """embeddings [B, D], weight [rows, D], both float32, bias [K] or None; dims [K]; shares [K] of the prefixes;
+
+        loss: (logits [R, K, N], which rows of the batch as a slice, bias) -> what `SpeakerLoss.compute` gives.
+        Gives loss [], prefix losses [K], and the longest prefix's logits [B, N]; only the first has gradients.
+        """
+        x, e_norms, w_norms = scaled_cosines(embeddings, weight, dims, scale)
+        batch, count, rows = x.shape
+        logits = x.new_empty(batch, rows // centers)
+        losses, e_pull = x.new_empty(batch, count), x.new_empty(batch, count)
+        w_pull, bias_slopes = x.new_zeros(count, rows), x.new_zeros(count)
+        for block in _blocks(batch, count * rows, x.device):
+            part = x[block]
+            nearest, center = (part, None) if centers == 1 else part.unflatten(2, (-1, centers)).max(3)
+            logits[block] = nearest[:, -1]
+            losses[block], slopes, bias_slope = loss(nearest, block, bias)
+            if centers > 1:
+                spread = slopes.new_zeros(*slopes.shape, centers)
+                slopes = spread.scatter_(3, center[..., None], slopes[..., None]).flatten(2)
+            if bias is not None:
+                bias_slopes += bias_slope
+            part.mul_(slopes)
+            e_pull[block] = part.sum(2)
+            w_pull += part.sum(0)
+            torch.mul(slopes, e_norms[block, :, None], out=part)
+        shares = x.new_tensor(shares) / batch
+        e_pull = _sums_from_here(e_pull * shares * (e_norms / scale).square(), 1)
+        w_pull = _sums_from_here(w_pull * shares[:, None] * w_norms.square(), 0)
+        ctx.dims = dims
+        ctx.set_materialize_grads(False)  # the logits' would be as large as they are
+        ctx.save_for_backward(embeddings, weight, x, w_norms * shares[:, None], e_pull, w_pull, bias_slopes * shares)
+        prefix_losses = losses.mean(0)
+        ctx.mark_non_differentiable(prefix_losses, logits)
+        return (losses @ shares).sum(), prefix_losses, logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, *_):
+        embeddings, weight, slopes, w_norms, e_pull, w_pull, bias_slopes = ctx.saved_tensors
+        needs_e, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        d_e, d_w = torch.zeros_like(embeddings), torch.empty_like(weight) if needs_w else None
+        if needs_w:
+            d_w[:, ctx.dims[-1] :] = 0.0
+        scaled, w_pull = embeddings * gradient, w_pull * -gradient
+        for block in _blocks(*weight.shape, weight.device):
+            h = weight.new_zeros(len(embeddings), len(weight[block]))
+            for k, part in reversed(_segments(ctx.dims)):
+                h.addcmul_(slopes[:, k, block], w_norms[k, block])
+                if needs_w:
+                    start = torch.mul(weight[block, part], w_pull[k, block, None], out=d_w[block, part])
+                    start.addmm_(h.T, scaled[:, part])
+                if needs_e:
+                    d_e[:, part].addmm_(h, weight[block, part])
+        for k, part in _segments(ctx.dims):
+            d_e[:, part].addcmul_(embeddings[:, part], e_pull[:, k, None], value=-1.0)
+        return d_e * gradient if needs_e else None, d_w, bias_slopes * gradient if needs_bias else None, *[None] * 5
+
+
+def scaled_cosines(embeddings: torch.Tensor, weight: torch.Tensor, dims: list[int], scale: float):
+    """embeddings [B, D], weight [rows, D] -> scale * cosines of every prefix [B, K, rows], and what makes these of dot
+    products: scale / the embeddings' norms [B, K], 1 / the rows' norms [K, rows].
+
+    A prefix's dot products and squared norms are those of the one before plus one segment's.
+    """
+    e_norms = torch.stack([_squares(embeddings[:, part]) for _, part in _segments(dims)], 1)
+    e_norms = e_norms.cumsum(1).add_(NORM_FLOOR).rsqrt_().mul_(scale)
+    x, w_norms = weight.new_empty(*e_norms.shape, len(weight)), weight.new_empty(len(dims), len(weight))
+    for block in _blocks(*weight.shape, weight.device):
+        dots, squares = weight.new_zeros(len(embeddings), len(weight[block])), 0.0
+        for k, part in _segments(dims):
+            dots.addmm_(embeddings[:, part], weight[block, part].T)
+            squares = squares + _squares(weight[block, part])
+            torch.rsqrt(squares + NORM_FLOOR, out=w_norms[k, block])
+            torch.mul(dots, e_norms[:, k, None], out=x[:, k, block]).mul_(w_norms[k, block])
+    return x, e_norms, w_norms
+
+
+def _segments(dims: list[int]) -> list[tuple[int, slice]]:
+    """Which numbers of an embedding each prefix adds to the one before."""
+    return list(enumerate(map(slice, [0, *dims[:-1]], dims)))
+
+
+def _squares(side: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(side, dim=1).square()  # no tensor of the side's size in between
+
+
+def _sums_from_here(terms: torch.Tensor, dim: int) -> torch.Tensor:
+    return terms.flip(dim).cumsum(dim).flip(dim)
+
+
+def _blocks(count: int, width: int, device: torch.device) -> list[slice]:
+    """`count` rows of `width` numbers in slices that fit a CPU's cache; elsewhere all at once."""
+    size = max(1, CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class MatryoshkaMarginClassifier(nn.Module):
     """One of `LOSSES` over every Matryoshka prefix, one weight matrix for all.
 
-    Embedding e and row w are cut to each prefix and normalised there: cos_d = <e[:d], w[:d]> / |e[:d]| |w[:d]|. Dot
-    products and squared norms of a prefix are those of the one before plus one segment's, so all the cosines cost one
-    full-width product. A speaker with several rows (sub-centers, side by side in `weight`
-    [speakers * sub_centers, D]) has the largest of their cosines, at each prefix anew. Computed in float32 whatever
-    the dtype around it.
+    Embedding e and row w are cut to each prefix and normalised there: cos_d = <e[:d], w[:d]> / |e[:d]| |w[:d]|. A
+    speaker with several rows (sub-centers, side by side in `weight` [speakers * sub_centers, D]) has the largest of
+    their cosines, at each prefix anew. Computed in float32 whatever the dtype around it.
     """
 
     def __init__(self, config):
@@ -1044,23 +1190,6 @@ class MatryoshkaMarginClassifier(nn.Module):
         start = LOSSES[self.config.loss].start_bias
         return None if start is None else start(self.config)
 
-    def cosines(self, embeddings: torch.Tensor) -> Iterator[Callable[[], torch.Tensor]]:
-        """embeddings [B, D] -> for each prefix in turn, what computes its cosines [B, speakers] float32."""
-        embeddings, weight = embeddings.float(), self.weight.float()
-        dots, e_squares, w_squares, start = 0.0, 0.0, 0.0, 0
-        for end in self.dims:
-            e, w = embeddings[:, start:end], weight[:, start:end]
-            dots = dots + e @ w.T
-            e_squares = e_squares + e.square().sum(1, keepdim=True)
-            w_squares = w_squares + w.square().sum(1)
-            yield functools.partial(self._prefix_cosine, dots, e_squares, w_squares)
-            start = end
-
-    def _prefix_cosine(self, dots, e_squares, w_squares) -> torch.Tensor:
-        cosine = dots * (e_squares + 1e-12).rsqrt() * (w_squares + 1e-12).rsqrt()
-        centers = self.config.sub_centers
-        return cosine if centers == 1 else cosine.unflatten(1, (-1, centers)).max(-1).values
-
     def forward(
         self,
         embeddings: torch.Tensor,
@@ -1078,27 +1207,31 @@ class MatryoshkaMarginClassifier(nn.Module):
         """
         margin = self.margin if margin is None else margin
         shares = self.prefix_weights if prefix_weights is None else self._shares(prefix_weights)
-        loss, prefix_losses = 0.0, []
+        used = [k for k, share in enumerate(shares) if share > 0]
+        prefix_losses = embeddings.new_full((len(shares),), torch.nan, dtype=torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
-            for i, (share, compute_cosine) in enumerate(zip(shares, self.cosines(embeddings), strict=True)):
-                if share == 0:
-                    prefix_losses.append(embeddings.new_full((), torch.nan, dtype=torch.float32))
-                    continue
-                cosine = compute_cosine()
-                prefix_loss = self._prefix_loss(cosine, labels, margin, i)
-                loss = loss + share * prefix_loss
-                prefix_losses.append(prefix_loss.detach())
-            if shares[-1] == 0:
-                with torch.no_grad():
-                    cosine = compute_cosine()
-        return loss, torch.stack(prefix_losses), self.scale * cosine.detach()
+            loss, prefix_losses[used], logits = PrefixLosses.apply(
+                embeddings.float(),
+                self.weight.float(),
+                None if self.bias is None else self.bias.float()[used],
+                functools.partial(self._losses, labels, margin),
+                [self.dims[k] for k in used],
+                [shares[k] for k in used],
+                self.scale,
+                self.config.sub_centers,
+            )
+        if shares[-1] == 0:
+            logits = self.logits(embeddings).detach()
+        return loss, prefix_losses, logits
 
-    def _prefix_loss(self, cosine, labels, margin: float, index: int) -> torch.Tensor:
-        config = self.config
-        rise = margin / self.margin if self.margin else 1.0
-        cosine = harder_negatives(cosine, labels, config.hard_negatives, config.hard_negative_margin * rise)
-        bias = None if self.bias is None else self.bias[index].float()
-        return LOSSES[config.loss].compute(cosine, labels, margin, self.scale, bias, config)
+    def _losses(self, labels, margin: float, logits, block: slice, bias):
+        config, labels = self.config, labels[block]
+
+        def loss(logits):
+            return LOSSES[config.loss].compute(logits, labels, margin, self.scale, bias, config)
+
+        gain = config.hard_negative_margin * (margin / self.margin if self.margin else 1.0)
+        return harder_negatives(loss, logits, labels, config.hard_negatives, gain, self.scale)
 
     def _shares(self, weights: list[float]) -> list[float]:
         if len(weights) != len(self.dims) or not min(weights) >= 0 or not sum(weights) > 0:
@@ -1108,8 +1241,11 @@ class MatryoshkaMarginClassifier(nn.Module):
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """embeddings [B, D] -> scaled cosines at full width [B, speakers], without margin."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            *_, compute_cosine = self.cosines(embeddings)
-            return self.scale * compute_cosine()
+            e, w = embeddings.float(), self.weight.float()
+            e_norms, w_norms = ((_squares(side) + NORM_FLOOR).rsqrt() for side in (e, w))
+            logits = e @ w.T * (self.scale * e_norms[:, None]) * w_norms
+        centers = self.config.sub_centers
+        return logits if centers == 1 else logits.unflatten(1, (-1, centers)).max(-1).values
 
     def extra_repr(self) -> str:
         return (

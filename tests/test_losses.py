@@ -7,6 +7,7 @@ from conftest import padded, relative_error, tiny_config, tiny_model, waves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import modeling_mrl_redimnet
 from configuration_mrl_redimnet import SPEAKER_LOSSES
 from modeling_mrl_redimnet import (
     LOSSES,
@@ -104,6 +105,94 @@ def test_losses_and_gradients_against_plain_loops(kind, prefix_weights, margin):
         assert relative_error(ours, theirs) < 1e-4
 
 
+def plainly(classifier, embeddings, labels, margin, shares):
+    """What the classifier gives and its gradients, by autograd in float64, prefix by prefix on whole matrices."""
+    config, inputs = classifier.config, [t.detach().double().requires_grad_() for t in classifier.parameters()]
+    embeddings = embeddings.detach().double().requires_grad_()
+    weight, bias, losses = inputs[0], inputs[-1], []
+    mine = F.one_hot(labels, classifier.num_speakers).bool()
+    for index, dim in enumerate(classifier.dims):
+        e, w = (F.normalize(side[:, :dim], dim=1) for side in (embeddings, weight))
+        cosine = (e @ w.T).unflatten(1, (-1, config.sub_centers)).amax(2)
+        logits = config.scale * cosine
+        if config.hard_negatives and margin and cosine.shape[1] > 1:
+            count = min(config.hard_negatives, cosine.shape[1] - 1)
+            nearest = cosine.masked_fill(mine, -torch.inf).topk(count, dim=1).indices
+            gained = angular_gain(cosine, config.hard_negative_margin * margin / config.margin)
+            cosine = torch.where(torch.zeros_like(mine).scatter(1, nearest, True), gained, cosine)
+        if config.loss == "aam":
+            moved = torch.where(mine, angular_margin(cosine, margin), cosine)
+            losses.append(F.cross_entropy(config.scale * moved, labels, label_smoothing=config.label_smoothing))
+        else:
+            similarity = sphereface2_similarity(cosine, config.sphereface2_exponent)
+            right = F.softplus(-config.scale * (similarity - margin) - bias[index]) * config.sphereface2_balance
+            wrong = F.softplus(config.scale * (similarity + margin) + bias[index]) * (1 - config.sphereface2_balance)
+            losses.append(torch.where(mine, right, wrong).sum(1).mean())
+    loss = sum(share * one for share, one in zip(shares, losses, strict=True)) / sum(shares)
+    return loss, torch.stack(losses), logits, *torch.autograd.grad(loss, [embeddings, *inputs])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 7),
+    speakers=st.integers(1, 40),
+    dims=st.lists(st.integers(2, 24), min_size=1, max_size=4, unique=True).map(sorted),
+    shares=st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=4, max_size=4),
+    kind=st.sampled_from(sorted(KINDS)),
+    part=st.sampled_from([0.0, 0.3, 1.0]),
+    cached=st.sampled_from([1, 50, 2**20]),
+)
+def test_values_and_gradients_at_any_shape_and_in_any_blocks(seed, batch, speakers, dims, shares, kind, part, cached):
+    """However little a block holds, down to one row of the batch and one of the weight."""
+    shares = shares[: len(dims)] if any(shares[: len(dims)]) else [1.0] * len(dims)
+    classifier = margin_classifier(
+        **KINDS[kind], embedding_size=dims[-1], matryoshka_dims=dims, num_speakers=speakers, margin=0.3
+    )
+    torch.manual_seed(seed)
+    labels = torch.randint(speakers, (batch,))
+    embeddings = torch.randn(batch, dims[-1])
+    torch.nn.init.normal_(classifier.weight)
+    if classifier.bias is not None:
+        torch.nn.init.normal_(classifier.bias)
+    embeddings.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_mrl_redimnet, "CACHED_NUMBERS", cached)
+        loss, losses, logits = classifier(embeddings, labels, 0.3 * part, shares)
+        gradients = torch.autograd.grad(3.0 * loss, [embeddings, *classifier.parameters()])
+    expected = plainly(classifier, embeddings, labels, 0.3 * part, shares)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=1e-5)
+    used = torch.tensor(shares) > 0
+    torch.testing.assert_close(losses[used].double(), expected[1][used], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), expected[2], rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(gradients, expected[3:], strict=True):
+        torch.testing.assert_close(ours.double(), 3.0 * theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_between_the_passes_it_keeps_one_tensor_of_logits_per_prefix(kind):
+    """What else is kept grows with the batch or with the rows, not with both."""
+    classifier = margin_classifier(**KINDS[kind], num_speakers=500)
+    loss = classifier(torch.randn(40, 32, requires_grad=True), torch.arange(40))[0]
+    kept = sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors)
+    rows, prefixes = len(classifier.weight), len(classifier.dims)
+    assert kept <= prefixes * 40 * rows + (32 + 2 * prefixes) * (rows + 40)
+
+
+@pytest.mark.parametrize("frozen", ["embeddings", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
+    for loss in LOSSES:
+        classifier, embeddings = margin_classifier(loss=loss), torch.randn(6, 32, requires_grad=True)
+        tensors = {"embeddings": embeddings, **dict(classifier.named_parameters())}
+        whole = dict(
+            zip(tensors, torch.autograd.grad(classifier(embeddings, LABELS)[0], tensors.values()), strict=True)
+        )
+        tensors[frozen].requires_grad_(False)
+        classifier(embeddings, LABELS)[0].backward()
+        assert tensors[frozen].grad is None
+        assert all(torch.equal(tensors[name].grad, whole[name]) for name in tensors if name != frozen)
+
+
 def test_every_loss_that_a_configuration_may_name_is_compared():
     assert {changes.get("loss", "aam") for changes in KINDS.values()} == set(LOSSES) == set(SPEAKER_LOSSES)
 
@@ -196,10 +285,17 @@ def test_margin_makes_every_angle_harder(margin):
 # Weights of prefixes
 
 
+@pytest.fixture
+def empty_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("kind", ["aam", "sphereface2_all"])
 @pytest.mark.parametrize("weights", [[1, 0, 0], [0, 3, 1], [0, 1, 0]])
 @pytest.mark.parametrize("given_late", [False, True])
-def test_a_prefix_of_weight_zero_is_left_out(kind, weights, given_late):
+def test_a_prefix_of_weight_zero_is_left_out(kind, weights, given_late, empty_memory_is_nan):
     """The others' losses and the logits stay as they are; the loss is the mean of the others by their ratios."""
     whole = margin_classifier(**KINDS[kind])
     some = margin_classifier(**KINDS[kind], prefix_weights=None if given_late else weights)
@@ -215,6 +311,7 @@ def test_a_prefix_of_weight_zero_is_left_out(kind, weights, given_late):
     assert embeddings.grad.isfinite().all() and some.weight.grad.isfinite().all()
     if weights == [1, 0, 0]:
         assert (embeddings.grad[:, :8] != 0).all() and not embeddings.grad[:, 8:].any()
+        assert some.weight.grad[:, :8].any() and not some.weight.grad[:, 8:].any()
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [0, 0, 0], [1, -1, 1], [float("nan"), 1, 1]])
@@ -289,6 +386,21 @@ def test_under_autocast_it_is_computed_in_float32(kind):
     for ours, theirs in zip(answers, exact, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_float32_under_autocast_and_rounded_once_for_half_precision(kind):
+    classifier, embeddings = margin_classifier(**KINDS[kind]).bfloat16(), torch.randn(6, 32).bfloat16()
+    exact = margin_classifier(**KINDS[kind])
+    exact.load_state_dict(classifier.state_dict())
+    found = []
+    for one, e in ((exact, embeddings.float()), (classifier, embeddings)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(torch.autograd.grad(one(e.requires_grad_(), LABELS)[0], [e, *one.parameters()]))
+    loss = exact(e32 := embeddings.detach().float().requires_grad_(), LABELS)[0]
+    for without, within, half in zip(torch.autograd.grad(loss, [e32, *exact.parameters()]), *found, strict=True):
+        assert torch.equal(within, without)
+        assert torch.equal(half, without.bfloat16())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
