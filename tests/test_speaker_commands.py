@@ -1,9 +1,8 @@
-"""`mrl-redimnet verify`, `identify` and `embed` on small files: decisions, names, embeddings and exit statuses."""
+"""`mrl-redimnet verify` and `identify` on small files: decisions, names and exit statuses."""
 
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -211,75 +210,6 @@ def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, c
     assert "1 of 1 paths are not there" in refusal(
         capsys, "identify", folder, "--enrolled", enrolled, "--test", tmp_path / "x"
     )
-
-
-# ---------------------------------------------------------------- embed
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_embed_writes_ids_and_embeddings(folder, speech, tmp_path, capsys, suffix):  # noqa: F811
-    out = tmp_path / f"embedded{suffix}"
-    assert run("embed", folder, speech / "wav", "--out", out, "--dim", 16) == 0
-    assert f"{out}: embeddings [32, 16] of model, 16 dimensions." in capsys.readouterr().out
-    if suffix == ".npz":
-        content = np.load(out)
-        ids, embeddings = content["ids"].tolist(), content["embeddings"]
-        assert content["weights"] == weights_of(load_model(folder))
-    else:
-        table = datasets.load_dataset("parquet", data_files=str(out), cache_dir=str(tmp_path / "cache"))["train"]
-        ids, embeddings = list(table["id"]), np.array(table["embedding"], dtype=np.float32)
-    assert ids == sorted(path.relative_to(speech / "wav").as_posix() for path in speech.rglob("*.wav"))
-    expected = embed_files(load_model(folder), [speech / "wav" / name for name in ids])[:, :16]
-    assert embeddings.dtype == np.float32 and np.array_equal(embeddings, expected)
-
-
-def test_embed_leaves_out_what_cannot_be_read_and_says_so(folder, speech, tmp_path, capsys):  # noqa: F811
-    shutil.copytree(speech / "wav", tmp_path / "wav")
-    (tmp_path / "wav/id0/0.wav").write_bytes(b"")
-    (tmp_path / "wav/id3/1.wav").write_text("thesis")
-    data = (tmp_path / "wav/id5/2.wav").read_bytes()
-    soundfile.write(tmp_path / "wav/id4/0.wav", np.zeros(30), 16_000)
-    soundfile.write(tmp_path / "wav/id5/2.wav", np.full(5000, np.nan), 16_000, subtype="FLOAT")
-    assert data != (tmp_path / "wav/id5/2.wav").read_bytes()
-    assert run("embed", folder, tmp_path / "wav", "--out", tmp_path / "out.npz") == 1
-    printed = capsys.readouterr()
-    told = [line for line in printed.err.splitlines() if line.startswith("Left out: ")]
-    assert [name for name in ("id0/0", "id3/1", "id4/0", "id5/2") if any(f"{name}.wav" in line for line in told)] == [
-        "id0/0", "id3/1", "id4/0", "id5/2"
-    ]  # fmt: skip
-    assert len(told) == 4 and "embeddings [28, 32]" in printed.out and "4 of 32 files left out" in printed.out
-    content = np.load(tmp_path / "out.npz")
-    assert "id3/1.wav" not in content["ids"] and np.isfinite(content["embeddings"]).all()
-    expected = embed_files(load_model(folder), [tmp_path / "wav" / name for name in content["ids"]])
-    assert np.allclose(content["embeddings"], expected, atol=1e-4)
-
-
-def test_embed_takes_files_of_any_rate_and_channels_by_the_names_given(folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.chdir(tmp_path)
-    wave = 0.1 * np.random.default_rng(0).standard_normal((4000, 2))
-    soundfile.write("stereo.wav", wave, 16_000)
-    soundfile.write("telephone.wav", wave[:, 0], 8_000)
-    assert run("embed", folder, "telephone.wav", "stereo.wav", "--out", "out.npz") == 0
-    assert np.load("out.npz")["ids"].tolist() == ["telephone.wav", "stereo.wav"]
-
-
-def test_embed_refuses_what_it_cannot_do_and_leaves_no_file(folder, speech, tmp_path, capsys):  # noqa: F811
-    wav, out = speech / "wav", ["--out", tmp_path / "out.npz"]
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.wav").write_text("thesis")
-    told = {
-        "ends in .npz or .parquet": [wav, "--out", tmp_path / "out.csv"],
-        "there is no folder": [wav, "--out", tmp_path / "nowhere" / "out.npz"],
-        "2 of 3 paths are not there: a.wav, b": [wav, "a.wav", "b", *out],
-        "0 audio files": [tmp_path / "empty", *out],
-        "0.wav comes twice": [wav / "id0", wav / "id1", *out],
-        "[33] are not between 1 and": [wav, *out, "--dim", 33],
-    }
-    for message, arguments in told.items():
-        assert message in refusal(capsys, "embed", folder, *arguments)
-    assert run("embed", folder, tmp_path / "bad.wav", *out) == 2
-    assert "none of 1 files could be embedded" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.wav", "empty", "model"]
 
 
 # ---------------------------------------------------------------- from the Hub

@@ -8,10 +8,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapter_commands import add_adapter_commands
+from mrl_redimnet.bulk_commands import add_embed_command
 from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
 from mrl_redimnet.evaluation import audio_below, drawn, embed_files
 from mrl_redimnet.evaluation_commands import add_evaluation_commands
+from mrl_redimnet.export_commands import add_export_command
 from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.prepare import add_prepare_command
 from mrl_redimnet.robustness_commands import add_robustness_command
@@ -53,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_evaluation_commands(commands)
     add_speaker_commands(commands)
+    add_embed_command(commands)
     add_robustness_command(commands)
     add_adapter_commands(commands)
+    add_export_command(commands)
     add_prepare_command(commands)
 
     synthesise = commands.add_parser("synthesise", help="a small synthetic corpus in VoxCeleb's folder layout")

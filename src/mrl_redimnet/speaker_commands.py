@@ -1,22 +1,18 @@
-"""`mrl-redimnet verify | identify | embed`: from files to decisions, names and embeddings."""
+"""`mrl-redimnet verify | identify`: from files to decisions and names."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mrl_redimnet.audio import audio_info
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold
 from mrl_redimnet.evaluation import audio_below, embed_files
-from mrl_redimnet.folders import replace_file
 from mrl_redimnet.scoring import Scorer, make_scorer, speaker_means
 from mrl_redimnet.search import SpeakerIndex
-from mrl_redimnet.systems import Material, System, check_output, model_arguments, scoring_arguments, thresholds_argument
+from mrl_redimnet.systems import Material, System, model_arguments, scoring_arguments, thresholds_argument
 from mrl_redimnet.trials import Trials
 
 ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status of `verify`; 2 is that of an error
@@ -24,7 +20,7 @@ ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status of `verify`; 2 is that of
 
 def add_speaker_commands(commands):
     """Adds the subcommands to `commands` of an argument parser."""
-    for add in (_add_verify, _add_identify, _add_embed):
+    for add in (_add_verify, _add_identify):
         add(commands)
 
 
@@ -173,58 +169,6 @@ def _lengths(speakers: Sequence[str], files: Sequence[Path], tests: dict[str, Pa
     for speaker, file in zip(speakers, files, strict=True):
         lengths[speaker] += audio_info(file).seconds
     return {**lengths, **{file: audio_info(file).seconds for file in tests.values()}}
-
-
-# ---------------------------------------------------------------- embed
-
-
-def _add_embed(commands):
-    parser = commands.add_parser(
-        "embed",
-        help="embeddings of files and folders into one file",
-        epilog="Exit status: 0 all embedded, 1 some files unreadable (listed; the rest is written), 2 an error.",
-    )
-    model_arguments(parser)
-    parser.add_argument(
-        "audio", type=Path, nargs="+", metavar="PATH", help="files, and folders with files at any depth"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .parquet: ids, embeddings")
-    parser.add_argument("--dim", type=int, help="how many numbers of each embedding [all]")
-    parser.set_defaults(run=_embed)
-
-
-def _embed(arguments) -> int:
-    check_output(arguments.out, (".npz", ".parquet"))
-    files = _named_files(arguments.audio)
-    system = System.load(arguments)
-    dim = system.dim(arguments.dim)
-    problems: dict[int, str] = {}
-    embeddings = embed_files(system.model, list(files.values()), progress="embedding", problems=problems)
-    for message in problems.values():
-        print(f"Left out: {message}", file=sys.stderr)
-    good = [row for row in range(len(files)) if row not in problems]
-    if not good:
-        raise ValueError(f"none of {len(files)} files could be embedded, {arguments.out} is not written.")
-    ids = [name for row, name in enumerate(files) if row not in problems]
-    write = _WRITERS[arguments.out.suffix]
-    replace_file(arguments.out, lambda file: write(file, ids, embeddings[good, :dim], system))
-    left_out = f" {len(problems)} of {len(files)} files left out, see above." if problems else ""
-    print(f"{arguments.out}: embeddings [{len(good)}, {dim}] of {_title(system, dim)}.{left_out}")
-    return 1 if problems else 0
-
-
-def _write_npz(file: Path, ids: list[str], embeddings: np.ndarray, system: System):
-    with file.open("wb") as opened:  # given a path, numpy would append a suffix
-        np.savez(opened, ids=np.array(ids), embeddings=embeddings, weights=np.array(system.weights))
-
-
-def _write_parquet(file: Path, ids: list[str], embeddings: np.ndarray, system: System):
-    flat = pa.array(np.ascontiguousarray(embeddings).ravel())
-    columns = {"id": pa.array(ids), "embedding": pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])}
-    pq.write_table(pa.table(columns, metadata={"weights": system.weights}), file)
-
-
-_WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 def _named_files(paths: Sequence[Path]) -> dict[str, Path]:
