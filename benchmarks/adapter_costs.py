@@ -11,23 +11,20 @@ size. Run it while nothing else runs.
 import argparse
 import copy
 import json
-import multiprocessing
-import os
 import random
-import resource
 import shlex
 import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from forward_vs_reference import machine
+from memory import in_fresh_process, peak_resident, resident
+from timing import machine
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +55,7 @@ TRAINED = {name: (Vanilla, plan) for name, plan in ADAPTERS.items()} | IN_TRAINI
 SWAPPED = "linear, r=8"  # the adapter of the swaps and the goals
 FILE_GOAL_BYTES, SWAP_GOAL_MS = 2_000_000, 10.0
 RECIPE = Recipe(learning_rate=1e-5)  # so low that weights hardly move
+LIBRARIES = ["mrl_redimnet.training", "mrl_redimnet.adapters.bank"]
 NO_DATA = Probe(list, lambda batch: torch.zeros(()))  # none of the adapters here is initialised from data
 
 
@@ -190,7 +188,9 @@ class Trainer:
 def training(size: str, effort: Effort, threads: int) -> dict:
     """Step times in ms and peak memory in MiB, per system."""
     systems, batch = (FULL, *TRAINED), effort.batch
-    memory = {system: in_fresh_process(peak_memory, size, system, batch, threads) for system in systems}
+    memory = {
+        system: in_fresh_process(peak_memory, size, system, batch, threads, preload=LIBRARIES) for system in systems
+    }
     trainers = {system: Trainer(size, system, batch) for system in systems}
     return {"step_ms": in_turns(trainers, effort), "step_memory_mib": memory}
 
@@ -201,23 +201,8 @@ def peak_memory(size: str, system: str, batch: int, threads: int) -> float:
     trainer = Trainer(size, system, batch)
     trainer.backward(2)  # pages of the libraries come in; two, as batch norms need
     trainer.optimizer.zero_grad()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    for _ in range(2):  # in the second step the optimiser has its state from the start
-        trainer()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
-
-
-def in_fresh_process(function: Callable, *arguments):
-    """The function's answer from a process that has the libraries loaded and has done nothing yet.
-
-    Forked from a server: a process started anew would inherit this one's peak memory in ru_maxrss.
-    """
-    # For the server's children: freed blocks go back to the system at once, so that the peak is that of live tensors.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mrl_redimnet.training", "mrl_redimnet.adapters.bank"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    before = resident()
+    return (peak_resident(lambda: [trainer() for _ in range(2)]) - before) / 2**20  # the second has momentum at once
 
 
 def in_turns(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:

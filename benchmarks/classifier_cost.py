@@ -3,24 +3,22 @@
     OMP_NUM_THREADS=1 python benchmarks/classifier_cost.py --out docs/results/classifier_cost [--steps 10]
 
 The classifier alone: forward over all Matryoshka prefixes, backward to rows and embeddings, SGD with momentum; random
-embeddings and labels. Each case runs in a process of its own. OUT.md and OUT.json are rewritten after each.
+embeddings and labels. Memory is that of a process of its own for each case. OUT.md and OUT.json are rewritten after
+each.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
-import resource
 import shlex
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from forward_vs_reference import machine
+from memory import in_fresh_process, peak_resident, resident
+from timing import machine
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier
@@ -58,8 +56,10 @@ def main():
     """Measures case by case; prints and writes what is known after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps per case")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per case [10]")
+    parser.add_argument("--quick", action="store_true", help="one step of the smallest case: to see that it runs")
     arguments = parser.parse_args()
+    steps = 1 if arguments.quick else arguments.steps
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
@@ -67,36 +67,45 @@ def main():
         "torch": torch.__version__,
         "batch": BATCH,
         "dims": DIMS,
-        "steps": arguments.steps,
+        "steps": steps,
         "cases": [],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        record["cases"].append(asdict(in_fresh_process(case, arguments.steps)))
+    for case in CASES[:1] if arguments.quick else CASES:
+        record["cases"].append(asdict(measure(case, steps)))
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(report(record))
     print(report(record))
 
 
 def measure(case: Case, steps: int) -> Cost:
-    """The cost of one case, in a process that does nothing else."""
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """The cost of one case: times here, memory in a process that does nothing else."""
+    seconds = train(case, steps)
+    return Cost(
+        case.speakers,
+        case.sample,
+        step_s=statistics.median(whole for whole, _ in seconds),
+        rows_s=statistics.median(moving for _, moving in seconds),
+        memory_mib=in_fresh_process(memory_of, case, preload=["mrl_redimnet.partial"]),
+        matrix_mib=case.speakers * DIMS[-1] * 4 / 2**20,
+    )
+
+
+def memory_of(case: Case) -> float:
+    """MiB that a classifier in training adds to its process, at its peak."""
+    before = resident()
+    return (peak_resident(lambda: train(case, steps=1)) - before) / 2**20
+
+
+def train(case: Case, steps: int) -> list[tuple[float, float]]:
+    """What `timed_step` says of `steps` steps after the warm-up."""
     torch.manual_seed(0)
     config = MRLReDimNetConfig(embedding_size=DIMS[-1], matryoshka_dims=DIMS, num_speakers=case.speakers)
     classifier = MatryoshkaMarginClassifier(config)
     rows = None if case.sample is None else SampledRows(classifier, case.sample, seed=0)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9)
     seconds = [timed_step(classifier, rows, optimizer, step) for step in range(WARM_UP_STEPS + steps)]
-    seconds = seconds[WARM_UP_STEPS:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Cost(
-        case.speakers,
-        case.sample,
-        step_s=statistics.median(whole for whole, _ in seconds),
-        rows_s=statistics.median(moving for _, moving in seconds),
-        memory_mib=(peak - before) / 2**20,
-        matrix_mib=case.speakers * DIMS[-1] * 4 / 2**20,
-    )
+    return seconds[WARM_UP_STEPS:]
 
 
 def timed_step(classifier, rows: SampledRows | None, optimizer, step: int) -> tuple[float, float]:
@@ -115,19 +124,6 @@ def timed_step(classifier, rows: SampledRows | None, optimizer, step: int) -> tu
         rows.end(optimizer)
     end = time.perf_counter()
     return end - start, (end - start) - (stepped - begun)
-
-
-def in_fresh_process(case: Case, steps: int) -> Cost:
-    """`measure` in a process that has the libraries loaded and has done nothing yet.
-
-    Forked from a server: a process started anew would inherit this one's peak memory in ru_maxrss.
-    """
-    # For the server's children: freed blocks go back to the system at once, so that the peak is that of live tensors.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mrl_redimnet.partial"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, case, steps).result()
 
 
 def report(record: dict) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from forward_vs_reference import machine
+from timing import machine
 
 from mrl_redimnet import metrics
 from mrl_redimnet.folders import replace_file

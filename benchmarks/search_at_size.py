@@ -21,9 +21,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from forward_vs_reference import machine, quartiles
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from timing import machine, quartiles
 
 from mrl_redimnet.corpus import audio_source, load_corpus
 from mrl_redimnet.evaluation import embed_files
