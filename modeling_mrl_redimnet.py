@@ -473,7 +473,7 @@ class Pointwise(nn.Linear):
     """A linear layer over the last axis of x [B, frames, ..., C], which on CPUs runs as a 1x1 convolution.
 
     The arithmetic is the same, the library is not: torch gives float32 products to BLAS and convolutions to oneDNN,
-    which is about twice as fast on the processors measured (docs/results/embedding_speed.md).
+    which was up to twice as fast where it was tried (AVX-512).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
