@@ -477,8 +477,9 @@ class Pointwise(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if plain or x.numel() <= ONEDNN_FLOOR or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR:
+            return super().forward(x)
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         if not torch.is_grad_enabled():
             return _convolve_rows(x, self.weight, self.bias)

@@ -71,7 +71,7 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
-def tests_of(corpus: Path, **more: str) -> dict:
+def as_tests(corpus: Path, **more: str) -> dict:
     """The trial list of a corpus as the test of a run."""
     test = {"trials": "test/trials.txt", "folder": "test/wav", **more}
     return {"synthetic": {key: str(corpus / path) for key, path in test.items()}}
@@ -79,7 +79,7 @@ def tests_of(corpus: Path, **more: str) -> dict:
 
 def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[str]:
     """A run of a second: 4 crops of half a second a step, for a model of 19,000 parameters."""
-    tests = json.dumps(tests_of(corpus))
+    tests = json.dumps(as_tests(corpus))
     small = dict(model_options=TINY, train=corpus / "train", noise=corpus / "test/wav", tests=tests)
     small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, log_every=1)
     small |= dict(rotate_at=[])  # of sixteen utterances there is no one principal basis
@@ -117,7 +117,7 @@ def results_of(output: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(corpus) -> Path:
-    output, tests = corpus.parent / "whole", json.dumps(tests_of(corpus, groups="groups.csv"))
+    output, tests = corpus.parent / "whole", json.dumps(as_tests(corpus, groups="groups.csv"))
     finish(start(corpus, command_line(corpus, output, augmentations=NOISE, tests=tests, **EVERYTHING)))
     return output
 
