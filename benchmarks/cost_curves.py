@@ -5,7 +5,7 @@
 Weights are random and audio is noise: neither matters for cost. Each point is measured in a process of its own, whose
 memory nothing else has touched: after a first call on 0.1 s, how much the process's peak grows in one call,
 then the time of calls in a row. Lengths reach an hour in windows as the model makes them by itself
-(`window_seconds`), and ten minutes in one piece, where attention shows. OUT.json is written after each point, and a
+(`window_seconds`), and four minutes in one piece, where attention shows. OUT.json is written after each point, and a
 second call goes on from there; OUT.md and OUT.png at the end. --quick: nano and few points, to see that it runs. Run
 it while nothing else runs.
 """
@@ -38,7 +38,7 @@ from mrl_redimnet.export import export_onnx
 from mrl_redimnet.folders import replace_file
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 900.0, 1800.0, 3600.0)  # seconds
-LONGEST_PIECE = 600.0  # without windows: attention's memory grows with the square
+LONGEST_PIECE = 240.0  # without windows: attention's memory grows with the square
 BATCHES, BATCH_SECONDS = (1, 2, 4, 8, 16, 32, 64), 3.0
 TIMING_SECONDS, MOST_CALLS = 3.0, 50  # of each point
 ONCE_SECONDS = 10.0
