@@ -450,6 +450,8 @@ def lean(function: Callable, x: torch.Tensor, recipe: Callable[[], torch.Tensor]
     if not (torch.is_grad_enabled() and _recomputing.get()) or torch.compiler.is_compiling():
         return function(x)
     storage = x.untyped_storage().data_ptr()
+    device = x.device.type
+    autocast = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
 
     def pack(kept):
         if kept.untyped_storage().data_ptr() != storage:
@@ -459,7 +461,7 @@ def lean(function: Callable, x: torch.Tensor, recipe: Callable[[], torch.Tensor]
     def unpack(kept):
         if isinstance(kept, torch.Tensor):
             return kept
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, **autocast):  # the backward pass may come when autocast is over
             return recipe().as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

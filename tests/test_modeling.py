@@ -370,8 +370,10 @@ def test_autocast_is_close_to_float32(variant, dtype):
         assert relative_error(embed(model, **batch), exact) < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
-def test_training_step_under_autocast():
-    model = tiny_model(kind=MRLReDimNetForXVector).train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_step_under_autocast(variant):
+    """As training loops do it, the backward pass outside."""
+    model = tiny_model(tiny_config(variant), kind=MRLReDimNetForXVector).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**padded(waves(8_000, 6_000)), labels=torch.tensor([0, 1])).loss
     loss.backward()
@@ -641,14 +643,17 @@ def test_a_pointwise_layer_is_a_linear_layer(shape):
 
 @pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "convnext_relu_att", "resnet_fc", "fwse_att"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_the_backward_pass_computes_anew_is_what_it_would_have_kept(variant, masked, monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_the_backward_pass_computes_anew_is_what_it_would_have_kept(variant, masked, autocast, monkeypatch):
     model = tiny_model(tiny_config(variant)).train()
     batch = padded(waves(6_000, 8_000, 5_000)) if masked else {"input_values": torch.stack(waves(8_000, 8_000))}
     gradients = []
     for lean in (True, False):
         twin = copy.deepcopy(model)
         monkeypatch.setattr(modeling, "_recomputing", contextvars.ContextVar("recomputing", default=lean))
-        twin(**batch).embeddings.square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            answer = twin(**batch).embeddings
+        answer.square().sum().backward()
         gradients.append({name: p.grad for name, p in twin.named_parameters()})
     torch.testing.assert_close(*gradients)
 
