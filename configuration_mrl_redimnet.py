@@ -1,13 +1,18 @@
-"""Configuration of ReDimNet-MRL: a ReDimNet encoder (arXiv 2407.18223) with a Matryoshka head (arXiv 2205.13147).
+"""Configuration of ReDimNet-MRL: a ReDimNet (arXiv 2407.18223) or ReDimNet2 (arXiv 2603.11841) encoder with a
+Matryoshka head (arXiv 2205.13147).
 
 This file travels beside the weights to the Hub: it imports transformers and the standard library only.
 """
 
 import difflib
+import itertools
+import math
+import operator
 from dataclasses import field, fields
 
 from transformers import PretrainedConfig
 
+NETWORKS = ("redimnet", "redimnet2")
 FRONT_ENDS = ("mel", "tf_mel")
 FEATURE_NORMS = ("mean", "mean_variance", "batch", "none")
 BLOCKS_1D = ("att", "conv+att", "conv", "fc")
@@ -20,13 +25,35 @@ WINDOW_LENGTH = 400
 SAMPLING_RATE = 16_000
 
 
+STAGE_FIELDS = ("frequency_stride", "blocks", "expansion", "reduction")
+
+
 def _stages(*rows: tuple) -> list[dict]:
-    """Rows (frequency stride, blocks, expansion, reduction) as readable records."""
-    return [dict(zip(("frequency_stride", "blocks", "expansion", "reduction"), row, strict=True)) for row in rows]
+    """Rows (frequency stride or (frequency stride, time stride), blocks, expansion, reduction) as readable records."""
+    records = []
+    for stride, *row in rows:
+        record = dict(zip(STAGE_FIELDS, (stride, *row), strict=True))
+        if isinstance(stride, tuple):
+            record["frequency_stride"], record["time_stride"] = stride
+        records.append(record)
+    return records
+
+
+# What the published ReDimNet2 files have in common, next to their TensorFlow-style front end.
+_REDIMNET2 = dict(
+    network="redimnet2",
+    front_end="tf_mel",
+    normalize_signal=True,
+    num_mel_bins=72,
+    block_1d="conv+att",
+    block_2d="basic_resnet",
+    group_divisor=1,
+    grouped_strides=True,
+)
 
 
 # The published families, as shapes to train from scratch. A conversion never looks here: the architecture of a
-# checkpoint is in the checkpoint. `nano` is ours: it trains in minutes on two CPU cores.
+# checkpoint is in the checkpoint. The nano ones are ours: they train in minutes on two CPU cores.
 SIZES: dict[str, dict] = {
     "nano": dict(
         num_mel_bins=64,
@@ -92,6 +119,42 @@ SIZES: dict[str, dict] = {
         group_divisor=32,
         stages=_stages((1, 4, 4, 32), (2, 6, 2, 32), (1, 6, 2, 24), (3, 8, 1, 24), (1, 8, 1, 16), (2, 8, 1, 16)),
     ),
+    "redimnet2-nano": dict(  # of nano's multiply-adds, and behind its front end
+        _REDIMNET2,
+        front_end="mel",
+        normalize_signal=False,
+        num_mel_bins=64,
+        base_channels=8,
+        map_norm_groups=8,
+        stages=_stages(((2, 1), 2, 2, 8), ((1, 2), 2, 2, 8), ((2, 1), 3, 1, 8), ((1, 2), 2, 1, 8)),
+    ),
+    "redimnet2-b3": dict(
+        _REDIMNET2,
+        base_channels=24,
+        map_norm_groups=24,
+        stages=_stages(
+            ((1, 1), 2, 4, 24),
+            ((2, 1), 3, 3, 24),
+            ((1, 2), 4, 2, 24),
+            ((2, 1), 5, 1, 24),
+            ((1, 2), 4, 1, 24),
+            ((2, 1), 3, 1, 24),
+        ),
+    ),
+    "redimnet2-b6": dict(
+        _REDIMNET2,
+        base_channels=64,
+        aggregation_channels=224,
+        aggregation_per_bin=True,
+        stages=_stages(
+            ((1, 1), 3, 3, 64),
+            ((2, 1), 4, 2, 64),
+            ((1, 2), 5, 2, 48),
+            ((2, 1), 5, 1, 48),
+            ((1, 2), 4, 0.75, 32),
+            ((2, 1), 3, 0.5, 24),
+        ),
+    ),
 }
 
 
@@ -114,10 +177,18 @@ class MRLReDimNetConfig(PretrainedConfig):
         spec_augment, spec_augment_repeats, freq_mask_width, time_mask_width, freq_mask_start: masks in training;
             widths are drawn from [low, high).
     Trunk:
+        network: "redimnet", or "redimnet2", which strides over time, too.
         base_channels: 2-D channels after the stem; base_channels * num_mel_bins is the 1-D width at every depth.
         stages: records {frequency_stride, blocks, expansion, reduction}; reduction None leaves out the 1-D block.
+            "redimnet2" may add time_stride (from this stage on, each frame of a map stands for so many times more) and,
+            for "convnext_like" blocks, kernels: sizes over (bins, frames) of their convolutions side by side, [[3, 3]].
         block_1d, block_2d: kinds of blocks; group_divisor: channels per group of 3x3 convolutions, None = one group.
-        aggregation_channels: width after the last mixing (a 1x1 layer and a norm), None = no such layer.
+        aggregation_channels: width after the last mixing (a 1x1 layer, in "redimnet" and a norm), None = no such layer.
+        Of "redimnet2" alone:
+        grouped_strides: striding convolutions have as many groups as their channels allow (greatest common divisor).
+        dual_maps: a stage with a 1-D block adds two maps, from before and from after that block.
+        map_norm_groups: group norm of every map over time and so many groups of channels, None = no such norm.
+        aggregation_per_bin: the 1x1 layer of aggregation_channels is over each bin's channels, not over all.
         map_dropout: dropout on each stage's feature map in training; aggregation_dropout: on what the pooling sees.
     Pooling and head:
         pooling: "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (deviation) or "TSTP" (both).
@@ -155,12 +226,17 @@ class MRLReDimNetConfig(PretrainedConfig):
     time_mask_width: list[int] = field(default_factory=lambda: [0, 8])
     freq_mask_start: int = 0
 
+    network: str = "redimnet"
     base_channels: int = 16
     stages: list[dict] = field(default_factory=lambda: [dict(stage) for stage in SIZES["b2"]["stages"]])
     block_1d: str = "conv+att"
     block_2d: str = "convnext_like"
     group_divisor: int | None = 4
+    grouped_strides: bool = False
+    dual_maps: bool = False
+    map_norm_groups: int | None = None
     aggregation_channels: int | None = None
+    aggregation_per_bin: bool = False
     map_dropout: float = 0.0
     aggregation_dropout: float = 0.0
 
@@ -196,7 +272,8 @@ class MRLReDimNetConfig(PretrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "MRLReDimNetConfig":
-        """A ready-made size by name ("nano", "b0" ... "b6"), single fields replaced by `overrides`."""
+        """A ready-made size by name ("nano", "b0" ... "b6", "redimnet2-nano", "redimnet2-b3", "redimnet2-b6"), single
+        fields replaced by `overrides`."""
         if size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}.")
         return cls(**{**SIZES[size], **overrides})
@@ -209,7 +286,10 @@ class MRLReDimNetConfig(PretrainedConfig):
     @property
     def pooling_input(self) -> int:
         """Channels the pooling sees."""
-        return self.trunk_width if self.aggregation_channels is None else self.aggregation_channels
+        if self.aggregation_channels is None:
+            return self.trunk_width
+        *_, bins = self.stage_shapes()[-1]
+        return self.aggregation_channels * (bins if self.aggregation_per_bin else 1)
 
     @property
     def pooled_size(self) -> int:
@@ -218,10 +298,14 @@ class MRLReDimNetConfig(PretrainedConfig):
 
     @property
     def min_samples(self) -> int:
-        """Shortest waveform in samples: two frames, and more than half an FFT window to reflect."""
+        """Shortest waveform in samples: two frames (and one of the last stage, which may span more), and more than half
+        an FFT window to reflect."""
+        frames = max(2, self.time_strides()[-1])
         if self.front_end == "tf_mel":
-            return max(FFT_SIZE // 2 + 1, WINDOW_LENGTH + self.hop_length - 2 * (self.hop_length // 2))
-        return max(FFT_SIZE // 2 + 1, self.hop_length)
+            least = WINDOW_LENGTH + (frames - 1) * self.hop_length - 2 * (self.hop_length // 2)
+        else:
+            least = (frames - 1) * self.hop_length
+        return max(FFT_SIZE // 2 + 1, least)
 
     def stage_shapes(self) -> list[tuple[int, int, int, int]]:
         """Per stage (channels in, bins in, channels out, bins out)."""
@@ -231,6 +315,24 @@ class MRLReDimNetConfig(PretrainedConfig):
             shapes.append((channels, bins, channels * stride, bins // stride))
             channels, bins = channels * stride, bins // stride
         return shapes
+
+    def time_strides(self) -> list[int]:
+        """Per stage the frames that one frame of its maps stands for."""
+        strides = itertools.accumulate((stage.get("time_stride", 1) for stage in self.stages), operator.mul)
+        return list(strides)
+
+    def stride_groups(self, index: int) -> int:
+        """Groups of a stage's striding convolution."""
+        channels_in, _, channels, _ = self.stage_shapes()[index]
+        width = int(channels * self.stages[index]["expansion"])
+        return math.gcd(channels_in, width) if self.grouped_strides else 1
+
+    def map_strides(self, index: int | None = None) -> list[int]:
+        """Time strides of the maps that stage `index` mixes, the stem's and those of the stages before it; of all."""
+        strides = [1]
+        for stage, stride in zip(self.stages[:index], self.time_strides()[:index], strict=True):
+            strides += [stride] * (2 if self.dual_maps and stage["reduction"] is not None else 1)
+        return strides
 
     def _refuse_misspelt(self, kwargs: dict):
         """PretrainedConfig takes any keyword; one that nearly is a field of ours is a slip, not an extra."""
@@ -242,6 +344,7 @@ class MRLReDimNetConfig(PretrainedConfig):
 
     def _check_choices(self):
         for name, allowed in (
+            ("network", NETWORKS),
             ("front_end", FRONT_ENDS),
             ("feature_norm", FEATURE_NORMS),
             ("block_1d", BLOCKS_1D),
@@ -253,6 +356,9 @@ class MRLReDimNetConfig(PretrainedConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         if self.front_end == "tf_mel" and self.feature_norm != "mean":
             raise ValueError(f"feature_norm: front_end 'tf_mel' has only 'mean', got {self.feature_norm!r}.")
+        for name in ("grouped_strides", "dual_maps", "map_norm_groups", "aggregation_per_bin"):
+            if self.network == "redimnet" and getattr(self, name):
+                raise ValueError(f"{name}: network 'redimnet' has none, got {getattr(self, name)!r}.")
         if self.loss != "aam" and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing: loss {self.loss!r} has none, got {self.label_smoothing!r}, expected 0.")
 
@@ -270,7 +376,7 @@ class MRLReDimNetConfig(PretrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}.")
-        for name in ("group_divisor", "aggregation_channels"):
+        for name in ("group_divisor", "aggregation_channels", "map_norm_groups"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1, or None.")
@@ -300,23 +406,39 @@ class MRLReDimNetConfig(PretrainedConfig):
         for name in ("scale", "window_seconds", "front_end_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number above 0.")
-        if self.window_seconds * SAMPLING_RATE < 2 * self.min_samples:
-            raise ValueError(f"window_seconds: {self.window_seconds} s is too short to cut utterances into.")
 
     def _checked_stage(self, index: int, stage: dict) -> dict:
         where, stage = f"stages[{index}]", dict(stage)
-        expected = {"frequency_stride", "blocks", "expansion", "reduction"}
-        if set(stage) != expected:
-            raise ValueError(f"{where}: got the entries {sorted(stage)}, expected {sorted(expected)}.")
-        for name in ("frequency_stride", "blocks"):
-            if not isinstance(stage[name], int) or stage[name] < 1:
-                raise ValueError(f"{where}.{name}: got {stage[name]!r}, expected a whole number of at least 1.")
+        if set(stage) - {"time_stride", "kernels"} != set(STAGE_FIELDS):
+            raise ValueError(f"{where}: got the entries {sorted(stage)}, expected {sorted(STAGE_FIELDS)}.")
+        for name in ("frequency_stride", "time_stride", "blocks"):
+            value = stage.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{where}.{name}: got {value!r}, expected a whole number of at least 1.")
+        if "kernels" in stage:
+            stage["kernels"] = self._checked_kernels(f"{where}.kernels", stage["kernels"])
+        for name, usual in (("time_stride", 1), ("kernels", [[3, 3]])):
+            if stage.get(name, usual) == usual:
+                stage.pop(name, None)  # left out, as in configurations from before there was a choice
+            elif self.network == "redimnet":
+                raise ValueError(f"{where}.{name}: network 'redimnet' has none, got {stage[name]}.")
         if not isinstance(stage["expansion"], (int, float)) or not stage["expansion"] > 0:
             raise ValueError(f"{where}.expansion: got {stage['expansion']!r}, expected a number above 0.")
         reduction = stage["reduction"]
         if reduction is not None and not (isinstance(reduction, int) and 1 <= reduction <= self.trunk_width):
             raise ValueError(f"{where}.reduction: got {reduction!r}, expected 1 to {self.trunk_width}, or None.")
         return stage
+
+    def _checked_kernels(self, where: str, kernels) -> list[list[int]]:
+        try:
+            kernels = [[bins, frames] for bins, frames in kernels]
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: got {kernels!r}, expected pairs of sizes over (bins, frames).") from None
+        if not kernels or any(type(size) is not int or size < 1 for kernel in kernels for size in kernel):
+            raise ValueError(f"{where}: got {kernels}, expected whole numbers of at least 1 for (bins, frames).")
+        if not self.block_2d.startswith("convnext") and kernels != [[3, 3]]:
+            raise ValueError(f"{where}: block_2d {self.block_2d!r} has [[3, 3]] alone, got {kernels}.")
+        return kernels
 
     def _check_shapes(self):
         if not self.stages:
@@ -326,7 +448,8 @@ class MRLReDimNetConfig(PretrainedConfig):
             if bins_in % stride:
                 raise ValueError(f"stages[{i}].frequency_stride: {bins_in} bins cannot be divided by {stride}.")
             width = int(channels * stage["expansion"])
-            for width_out in [width] + ([channels] if stage["expansion"] != 1 else []):
+            squeezed = stage["expansion"] != 1 and self.network == "redimnet"  # by a grouped convolution
+            for width_out in [width] + ([channels] if squeezed else []):
                 groups = conv_groups(width_out, self.group_divisor)
                 if width < 1 or groups < 1 or width % groups or width_out % groups:
                     raise ValueError(
@@ -340,6 +463,13 @@ class MRLReDimNetConfig(PretrainedConfig):
                         f"stages[{i}].reduction: hidden width {self.trunk_width} // {stage['reduction']} = {hidden} "
                         f"cannot be divided among {ATTENTION_HEADS} attention heads."
                     )
+
+        if self.map_norm_groups is not None and self.trunk_width % self.map_norm_groups:
+            raise ValueError(f"map_norm_groups: {self.map_norm_groups} does not divide {self.trunk_width} channels.")
+        if self.aggregation_per_bin and self.aggregation_channels is None:
+            raise ValueError("aggregation_per_bin: there are no aggregation_channels.")
+        if self.window_seconds * SAMPLING_RATE < 2 * self.min_samples:
+            raise ValueError(f"window_seconds: {self.window_seconds} s is too short to cut utterances into.")
 
     def _check_matryoshka(self):
         dims = list(self.matryoshka_dims)

@@ -1,4 +1,4 @@
-"""ReDimNet speaker encoder (Yakovlev et al. 2024, arXiv 2407.18223) with a Matryoshka head (arXiv 2205.13147).
+"""ReDimNet and ReDimNet2 speaker encoders (arXiv 2407.18223, 2603.11841) with a Matryoshka head (arXiv 2205.13147).
 
     waveform [B, T] -> MelFrontEnd [B, frames, bins] -> ReDimNetTrunk [B, frames, channels]
                     -> statistics pooling [B, P] -> MatryoshkaProjection [B, D]
@@ -7,6 +7,7 @@ One memory layout serves the whole trunk: [batch, frames, bins, channels], conti
 bins * channels] of a feature map is then the same memory as its 2-D view, a frequency stride is a reshape before a
 linear layer, and every norm and 1x1 layer works on the last axis. 3x3 convolutions see it as channels-last images
 with frames as height; convolutions over time alone as channels-last images of height one with frames as width.
+ReDimNet2's deeper feature maps have fewer frames, and stay so: what mixes maps repeats their frames in passing.
 
 An utterance answers the same alone and padded in a batch: whatever looks across frames is told where each one ends.
 
@@ -16,9 +17,11 @@ This file travels beside the weights to the Hub: torch and transformers are all 
 import contextlib
 import contextvars
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,6 +113,18 @@ def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | No
     squares = zero_padding((x - mean).square(), mask).sum(1, keepdim=True)
     frames = x.shape[1] if mask is None else mask.sum(1, keepdim=True)
     return squares / (frames - 1)
+
+
+def whole_frames(features: torch.Tensor, mask: torch.Tensor | None, stride: int):
+    """features [B, frames, bins] and mask cut to what frames of `stride` features fill: the batch's number of frames,
+    and each utterance's own."""
+    if stride == 1:
+        return features, mask
+    if mask is not None:  # so many frames are whole where the last of them is valid
+        mask = mask[:, stride - 1 :: stride].repeat_interleave(stride, dim=1)
+    # A slice would depend on the number of frames for its layout in memory, which exported graphs could not.
+    kept = torch.arange(features.shape[1] // stride * stride, device=features.device)
+    return features.index_select(1, kept), mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -479,13 +494,18 @@ class Pointwise(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR:
-            return super().forward(x)
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        if not torch.is_grad_enabled():
-            return _convolve_rows(x, self.weight, self.bias)
-        return _PointwiseByConvolution.apply(x, self.weight, self.bias)
+        return pointwise(x, self.weight, self.bias)
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What `Pointwise` does."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR:
+        return F.linear(x, weight, bias)
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _convolve_rows(x, weight, bias)
+    return _PointwiseByConvolution.apply(x, weight, bias)
 
 
 class _PointwiseByConvolution(torch.autograd.Function):
@@ -539,21 +559,36 @@ def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> to
     return conv(image)[:, :, 0].transpose(1, 2)
 
 
-def convolve_then_normalise(convolve: Callable, conv: nn.Conv2d, norm: ChannelBatchNorm, x, mask):
+def convolve_each_then_normalise(convolve: Callable, convs: list[nn.Module], norm: ChannelBatchNorm, x, mask):
+    """`convolve_then_normalise` of several convolutions of x, their channels side by side."""
+    if len(convs) == 1:
+        return convolve_then_normalise(convolve, convs[0], norm, x, mask)
+    y = torch.cat([convolve(conv, x, mask) for conv in convs], dim=-1)
+    return y, norm.normaliser(y, mask)
+
+
+def along_channels(layer: Callable, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """layer(x) of a layer that looks at no other frame."""
+    return layer(x)
+
+
+def convolve_then_normalise(convolve: Callable, conv: nn.Module, norm: ChannelBatchNorm, x, mask):
     """convolve(conv, x, mask) -> y, and what makes y the normalised one: `norm`'s normaliser of y; or nothing more,
     where `norm` does not learn and is folded into the kernel, which saves a pass over memory.
 
-    Anything but a plain convolution (an adapter's) has more to it than a kernel, and is called as it is.
+    Anything but a plain convolution or 1x1 layer (an adapter's) has more to it than a kernel, and is called as it is.
     """
-    if norm.learns or not isinstance(conv, nn.Conv2d):
+    if norm.learns or not isinstance(conv, (nn.Conv2d, Pointwise)):
         y = convolve(conv, x, mask)
         return y, norm.normaliser(y, mask)
     scale, shift = norm.scale_and_shift()
-    kernel = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
+    kernel = (conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))).to(conv.weight.dtype)
     bias = (shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)).to(conv.weight.dtype)
 
-    def folded(image):
-        return F.conv2d(image, kernel, bias, padding=conv.padding, groups=conv.groups)
+    def folded(x):
+        if isinstance(conv, Pointwise):
+            return pointwise(x, kernel, bias)
+        return F.conv2d(x, kernel, bias, padding=conv.padding, groups=conv.groups)
 
     return convolve(folded, x, mask), lambda y: y
 
@@ -570,11 +605,30 @@ def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x + y if y.requires_grad else y.add_(x)
 
 
-def image_conv(channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True) -> nn.Conv2d:
-    """A 3x3 convolution for `conv_image`, grouped over its output channels."""
-    return nn.Conv2d(
-        channels_in, channels_out, 3, padding="same", groups=conv_groups(channels_out, group_divisor), bias=bias
-    )
+class GroupedConv(nn.Conv2d):
+    """A convolution in groups; with 1x1 kernels it runs as a full one with zeros, as grouped ones are slow in torch."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """image [B, channels, height, width], channels last in memory."""
+        if self.kernel_size != (1, 1):
+            return super().forward(image)
+        blocks = self.weight.view(self.groups, -1, self.in_channels // self.groups)
+        places = torch.eye(self.groups, dtype=blocks.dtype, device=blocks.device)
+        full = torch.einsum("goi,gh->gohi", blocks, places).reshape(self.out_channels, self.in_channels)
+        return pointwise(image.permute(0, 2, 3, 1), full, self.bias).permute(0, 3, 1, 2)
+
+
+def rectified(y: torch.Tensor) -> torch.Tensor:
+    """relu(y) for a y that nothing else needs: in its memory, unless a backward pass will come."""
+    return F.relu(y) if y.requires_grad else y.relu_()
+
+
+def image_conv(
+    channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True, kernel: tuple[int, int] = (3, 3)
+) -> nn.Conv2d:
+    """A convolution of a kernel over (bins, frames) for `conv_image`, grouped over its output channels."""
+    groups = conv_groups(channels_out, group_divisor)
+    return nn.Conv2d(channels_in, channels_out, (kernel[1], kernel[0]), padding="same", groups=groups, bias=bias)
 
 
 def depthwise_time_conv(channels: int, kernel: int) -> nn.Conv2d:
@@ -583,17 +637,22 @@ def depthwise_time_conv(channels: int, kernel: int) -> nn.Conv2d:
 
 
 class ConvNeXtBlock2d(nn.Module):
-    """x + pointwise(act(norm(conv3x3(x)))), x [B, frames, bins, C] ("convnext_like", "convnext_like_relu")."""
+    """x + pointwise(act(norm(conv3x3(x)))), x [B, frames, bins, C] ("convnext_like", "convnext_like_relu").
 
-    def __init__(self, config, channels: int, bins: int):
+    kernels over (bins, frames): others than 3x3, or convolutions of several of them side by side.
+    """
+
+    def __init__(self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),)):
         super().__init__()
-        self.conv = image_conv(channels, channels, config.group_divisor)
-        self.norm = ChannelBatchNorm(channels)
+        self.conv, *others = (image_conv(channels, channels, config.group_divisor, kernel=k) for k in kernels)
+        self.other_convs = nn.ModuleList(others)
+        self.norm = ChannelBatchNorm(channels * len(kernels))
         self.act = nn.ReLU() if config.block_2d == "convnext_like_relu" else nn.GELU()
-        self.pointwise = Pointwise(channels, channels)
+        self.pointwise = Pointwise(channels * len(kernels), channels)
 
     def forward(self, x, mask):
-        y, normalise = convolve_then_normalise(conv_image, self.conv, self.norm, x, mask)
+        convs = [self.conv, *self.other_convs]
+        y, normalise = convolve_each_then_normalise(conv_image, convs, self.norm, x, mask)
         return residual(x, activated_pointwise(self.pointwise, self.act, y, normalise))
 
 
@@ -631,13 +690,15 @@ class ResNetBlock2d(nn.Module):
 
     def forward(self, x, mask):
         y = conv_image(self.conv1, x, mask)
-        y = F.relu(lean(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
+        y = rectified(lean(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
         normalise = self.norm1.normaliser(y, mask)
-        y = lean(lambda normal: conv_image(self.conv2, normal, mask), normalise(y), lambda y=y: normalise(y))
-        y = self.norm2(self.pointwise2(y), mask)
+        recipe = functools.partial(normalise, y)
+        y = lean(lambda normal: conv_image(self.conv2, normal, mask), recipe(), recipe)
+        y, normalise = convolve_then_normalise(along_channels, self.pointwise2, self.norm2, y, mask)
+        y = normalise(y)
         if self.bin_gate is not None:
             y = self.bin_gate(y, mask)
-        return F.relu(residual(x, y))
+        return rectified(residual(x, y))
 
 
 BLOCKS_2D = {
@@ -649,7 +710,7 @@ BLOCKS_2D = {
 
 
 class Squeeze2d(nn.Module):
-    """Back from an expanded stage's channels to the width of the 1-D view, x [B, frames, bins, C]."""
+    """Back from an expanded stage's channels to the width of the 1-D view, x [B, frames, bins, C] ("redimnet")."""
 
     def __init__(self, config, channels_in: int, channels_out: int):
         super().__init__()
@@ -662,6 +723,22 @@ class Squeeze2d(nn.Module):
         return activated_pointwise(self.pointwise, F.gelu, y, normalise)
 
 
+class LinearSqueeze2d(nn.Module):
+    """The same without context or curve ("redimnet2")."""
+
+    def __init__(self, config, channels_in: int, channels_out: int):
+        super().__init__()
+        self.pointwise = Pointwise(channels_in, channels_out)
+        self.norm = ChannelBatchNorm(channels_out, eps=NORM_EPS)
+
+    def forward(self, x, mask):
+        y, normalise = convolve_then_normalise(along_channels, self.pointwise, self.norm, x, mask)
+        return normalise(y)
+
+
+SQUEEZES = {"redimnet": Squeeze2d, "redimnet2": LinearSqueeze2d}
+
+
 class ConvNeXtBlock1d(nn.Module):
     """x + pointwise(gelu(norm(depthwise convolutions of x, side by side))), x [B, frames, C]."""
 
@@ -672,11 +749,7 @@ class ConvNeXtBlock1d(nn.Module):
         self.pointwise = Pointwise(channels * len(kernels), channels)
 
     def forward(self, x, mask):
-        if len(self.convs) == 1:
-            y, normalise = convolve_then_normalise(conv_time, self.convs[0], self.norm, x, mask)
-        else:
-            y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
-            normalise = self.norm.normaliser(y, mask)
+        y, normalise = convolve_each_then_normalise(conv_time, self.convs, self.norm, x, mask)
         return residual(x, activated_pointwise(self.pointwise, F.gelu, y, normalise))
 
 
@@ -758,23 +831,90 @@ class TimeContext(nn.Module):
         return residual(x, self.expand(y))
 
 
+class FeatureMap(NamedTuple):
+    """One of the trunk's maps: values * scale + shift, each of its frames as often as its stride says.
+
+    values [B, frames / stride, width]; scale, shift [B, 1, width] of its norm, None of a map without one.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def whole(self) -> torch.Tensor:
+        """The normalised values."""
+        if self.scale is None:
+            return self.values
+        return torch.addcmul(self.shift, self.values, self.scale).to(self.values.dtype)
+
+
+class MapNorm(nn.GroupNorm):
+    """Group norm of a feature map, over frames and within groups of neighbouring channels.
+
+    Repeated frames have the statistics of single ones, and what mixes maps multiplies them by weights anyway: the norm
+    is one reading pass over the shortest form of a map.
+    """
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> FeatureMap:
+        """x [B, frames, width] -> the map that it is, normalised."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = masked_mean(values, mask)
+        centre = functools.partial(torch.sub, values, mean)
+        variance = masked_mean(lean(torch.square, centre(), centre), mask)
+        mean, variance = (part.unflatten(-1, (self.num_groups, -1)) for part in (mean, variance))
+        middle = mean.mean(-1, keepdim=True)
+        slope = ((variance + (mean - middle).square()).mean(-1, keepdim=True) + self.eps).rsqrt()
+        scale = self.weight * slope.expand_as(mean).flatten(2)
+        return FeatureMap(x, scale, self.bias - middle.expand_as(mean).flatten(2) * scale)
+
+
+class PlainMap(nn.Module):
+    """In the place of `MapNorm` where maps have none."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> FeatureMap:
+        return FeatureMap(x)
+
+
+def map_norm(config) -> nn.Module:
+    """What makes x [B, frames, width] a map: its own norm, if maps have norms."""
+    groups = config.map_norm_groups
+    return PlainMap() if groups is None else MapNorm(groups, config.trunk_width)
+
+
 class MapMix(nn.Module):
-    """Softmax-weighted sum of earlier feature maps [B, frames, width], a weight per map and channel."""
+    """Softmax-weighted sum of earlier feature maps, a weight per map and channel: [B, frames, width].
 
-    def __init__(self, num_maps: int, width: int):
+    strides: frames that a frame of each map stands for, each a multiple of the one before.
+    """
+
+    def __init__(self, strides: list[int], width: int):
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(num_maps, width))
+        self.logits = nn.Parameter(torch.zeros(len(strides), width))
+        # How many frames of each map one of the next covers.
+        self.repeats = [later // earlier for earlier, later in itertools.pairwise(strides)] + [1]
 
-    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
-        weights = self.logits.softmax(0).to(maps[0].dtype)
-        mixed = maps[0] * weights[0]
-        for feature_map, weight in zip(maps[1:], weights[1:], strict=True):
-            mixed.addcmul_(feature_map, weight)  # in place: nothing needs the partial sums again
-        return mixed
+    def forward(self, maps: list[FeatureMap]) -> torch.Tensor:
+        weights = self.logits.softmax(0)
+        shifts = [weight * part.shift for part, weight in zip(maps, weights, strict=True) if part.shift is not None]
+        mixed, split = None, ()
+        # From the fewest frames to the most, so that coarse sums are repeated, not coarse maps one by one.
+        for part, weight, repeat in reversed(list(zip(maps, weights, self.repeats, strict=True))):
+            split = (*split, repeat) if repeat > 1 else split
+            x = part.values.unflatten(1, (-1, *split)) if split else part.values
+            if part.scale is not None:
+                weight = (weight * part.scale).unflatten(1, [1] * (1 + len(split)))
+            weight = weight.to(x.dtype)
+            if mixed is None:
+                mixed = x * weight if not shifts else torch.addcmul(sum(shifts).to(x.dtype), x, weight)
+            elif repeat > 1:
+                mixed = torch.addcmul(mixed.unsqueeze(-2), x, weight)
+            else:
+                mixed.addcmul_(x, weight)  # in place: nothing needs the partial sums again
+        return mixed.flatten(1, -2)
 
 
 class Stage(nn.Module):
-    """Mixes all earlier maps, strides over frequency, 2-D blocks, then the 1-D block: the next map [B, frames, width].
+    """Mixes all earlier maps, strides over frequency and time, 2-D blocks, then the 1-D block: the next map, or two.
 
     The answer is not added to the input: later mixing does that.
     """
@@ -784,26 +924,49 @@ class Stage(nn.Module):
         stage = config.stages[index]
         channels_in, _, channels, self.bins = config.stage_shapes()[index]
         width = int(channels * stage["expansion"])
-        self.mix = MapMix(index + 1, config.trunk_width) if index > 0 else None  # one map needs no weights
-        # A (stride x 1) convolution with stride (stride, 1) is a linear layer on neighbouring bins side by side.
-        self.stride = Pointwise(stage["frequency_stride"] * channels_in, width)
-        block = BLOCKS_2D[config.block_2d]
-        self.blocks = nn.ModuleList(block(config, width, self.bins) for _ in range(stage["blocks"]))
-        self.squeeze = Squeeze2d(config, width, channels) if stage["expansion"] != 1 else None
+        self.time_stride = config.time_strides()[index]
+        strides = config.map_strides(index)
+        self.mix = MapMix(strides, config.trunk_width) if index > 0 else None  # one map needs no weights
+        kernel = (self.time_stride, stage["frequency_stride"])
+        groups = config.stride_groups(index)
+        self.grouped = groups > 1
+        if self.grouped:
+            self.stride = GroupedConv(channels_in, width, kernel, stride=kernel, groups=groups)
+        else:  # a convolution that strides by its kernel is a linear layer on neighbouring places side by side
+            self.stride = Pointwise(math.prod(kernel) * channels_in, width)
+        block = functools.partial(BLOCKS_2D[config.block_2d], config, width, self.bins)
+        if "kernels" in stage:
+            block = functools.partial(block, kernels=stage["kernels"])
+        self.blocks = nn.ModuleList(block() for _ in range(stage["blocks"]))
+        squeeze = SQUEEZES[config.network]
+        self.squeeze = squeeze(config, width, channels) if stage["expansion"] != 1 else None
         self.context = TimeContext(config, stage["reduction"]) if stage["reduction"] is not None else None
+        self.keeps_both = config.dual_maps and self.context is not None
         self.dropout = nn.Dropout(config.map_dropout)
+        self.norms = nn.ModuleList(map_norm(config) for _ in range(1 + self.keeps_both))
 
-    def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        x = maps[0] if self.mix is None else self.mix(maps)
-        x = self.stride(x.unflatten(-1, (self.bins, -1)))  # [B, frames, bins, width]
+    def forward(self, maps: list[FeatureMap], mask: torch.Tensor | None) -> list[FeatureMap]:
+        """mask: of the stem's map, cut as by `whole_frames`."""
+        mask = None if mask is None else mask[:, :: self.time_stride]
+        x = self._strided(maps[0].whole() if self.mix is None else self.mix(maps))
         for block in self.blocks:
             x = block(x, mask)
         if self.squeeze is not None:
             x = self.squeeze(x, mask)
         x = x.flatten(2)
+        made = [x] if self.context is None or self.keeps_both else []
         if self.context is not None:
-            x = self.context(x, mask)
-        return self.dropout(x)
+            made.append(self.context(x, mask))
+        return [norm(self.dropout(x), mask) for x, norm in zip(made, self.norms, strict=True)]
+
+    def _strided(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, frames, width] -> [B, frames / time stride, bins, 2-D width]."""
+        if self.grouped:
+            return conv_image(self.stride, x.unflatten(-1, (-1, self.stride.in_channels)), None)
+        x = x.unflatten(-1, (self.bins, -1))
+        if self.time_stride > 1:
+            x = x.unflatten(1, (-1, self.time_stride)).transpose(2, 3).flatten(3)
+        return self.stride(x)
 
 
 class Stem(nn.Module):
@@ -813,36 +976,44 @@ class Stem(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, config.base_channels, 3, padding="same")
         self.norm = nn.LayerNorm(config.base_channels, eps=NORM_EPS)
+        self.map_norm = map_norm(config)
 
-    def forward(self, features, mask):
+    def forward(self, features, mask) -> FeatureMap:
         x = features.to(self.conv.weight.dtype)[..., None]
-        return self.norm(conv_image(self.conv, x, mask)).flatten(2)
+        return self.map_norm(self.norm(conv_image(self.conv, x, mask)).flatten(2), mask)
 
 
 class ReDimNetTrunk(nn.Module):
-    """Features [B, frames, bins] to frame-level speaker features [B, frames, channels]."""
+    """Features [B, frames, bins] to frame-level speaker features [B, frames, channels].
+
+    Takes as many frames as `whole_frames` leaves for config.time_strides().
+    """
 
     def __init__(self, config):
         super().__init__()
         self.gradient_checkpointing = False
         self.stem = Stem(config)
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.stages)))
-        self.mix = MapMix(len(config.stages) + 1, config.trunk_width)
+        self.mix = MapMix(config.map_strides(), config.trunk_width)
+        self.bins = config.stage_shapes()[-1][-1] if config.aggregation_per_bin else 1
         wide = config.aggregation_channels
-        self.aggregate = None if wide is None else Pointwise(config.trunk_width, wide)
-        self.aggregate_norm = None if wide is None else ChannelBatchNorm(wide)
+        normed = wide is not None and config.network == "redimnet"
+        self.aggregate = None if wide is None else Pointwise(config.trunk_width // self.bins, wide)
+        self.aggregate_norm = ChannelBatchNorm(wide) if normed else None
         self.dropout = nn.Dropout(config.aggregation_dropout)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         maps = [self.stem(features, mask)]
         for stage in self.stages:
             if self.gradient_checkpointing and self.training:
-                maps.append(self._gradient_checkpointing_func(stage.__call__, list(maps), mask))
+                maps += self._gradient_checkpointing_func(stage.__call__, list(maps), mask)
             else:
-                maps.append(stage(maps, mask))
+                maps += stage(maps, mask)
         x = self.mix(maps)
         if self.aggregate is not None:
-            x = self.aggregate_norm(self.aggregate(x), mask)
+            x = self.aggregate(x.unflatten(-1, (self.bins, -1))).flatten(2)
+        if self.aggregate_norm is not None:
+            x = self.aggregate_norm(x, mask)
         return self.dropout(x)
 
 
@@ -1279,7 +1450,7 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             if isinstance(module, nn.BatchNorm1d):
@@ -1390,6 +1561,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         """input_values [B, T], lengths [B] in samples or None -> pooled statistics [B, P] float32."""
         features = self.front_end(input_values, lengths)
         mask = frame_mask(lengths, features.shape[1], self.front_end)
+        features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
         return self.pooling(self.trunk(features, mask), mask)
 
     def _embed(self, input_values, lengths, truncate_dim):

@@ -12,7 +12,7 @@ _FFN = r"ffn_in|ffn_out"
 _POINTWISE = r"context\.reduce|context\.expand|context\.layers\.\d+\.(pointwise|widen|narrow)|trunk\.aggregate"
 _PROJECTION = r"projection\.segments\.\d+"
 _LINEAR = rf"{_ATTENTION}|{_FFN}|{_POINTWISE}|{_PROJECTION}"
-_CONV = r"stem\.conv|blocks\.\d+\.(conv|conv1|conv2)|squeeze\.conv"
+_CONV = r"stem\.conv|blocks\.\d+\.(conv|conv1|conv2|other_convs\.\d+)|squeeze\.conv"
 _MAPS = r"stages\.\d+\.stride|blocks\.\d+\.(pointwise|pointwise1|pointwise2|bin_gate\.\w+)|squeeze\.pointwise"
 _POOLING = r"pooling\.(attention_in|context_in|attention_out)"
 

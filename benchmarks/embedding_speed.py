@@ -3,12 +3,13 @@
     python benchmarks/embedding_speed.py REFERENCE_CHECKOUT --out docs/results/embedding_speed [--models b2 b0 b6]
         [--loads "1 x 3 s" ...] [--backends eager ...] [--threads 2] [--quick]
 
-REFERENCE_CHECKOUT: a checkout of IDRnD/redimnet (dd9f519 was used), which is not part of this project. It and ours get
-the same random weights. Of each load every backend first tries its ways to cut it into calls, once each; the fastest
-is checked against the reference's embeddings; then the backends take turns. A ratio is the median over rounds of the
-reference's time by the backend's in the same round. OUT.json is written after each case, and a second call goes on
-from there; OUT.md and OUT.png at the end. On a GPU the same script compares what runs there. --quick: nano, short
-loads and few rounds, to see that it runs. Run it while nothing else runs.
+REFERENCE_CHECKOUT: a checkout of IDRnD/redimnet (dd9f519 was used) or, of models of ReDimNet2, of PalabraAI/redimnet2
+(ffe8f27 was used), which are not part of this project. It and ours get the same random weights. Of each load every
+backend first tries its ways to cut it into calls, once each; the fastest is checked against the reference's embeddings;
+then the backends take turns. A ratio is the median over rounds of the reference's time by the backend's in the same
+round. OUT.json is written after each case, and a second call goes on from there; OUT.md and OUT.png at the end. On a
+GPU the same script compares what runs there. --quick: nano, short loads and few rounds, to see that it runs. Run it
+while nothing else runs.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from reference import build_pair
+from reference import build_pair, network_of, refuse_no_checkout
 from roofline import Ceilings, measure_ceilings, measure_parts
 from timing import machine, quartiles, speedup, take_turns
 from torch import nn
@@ -404,8 +405,9 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    if not (arguments.reference / "redimnet" / "model.py").is_file():
-        parser.error(f"{arguments.reference} is no checkout of the reference implementation (redimnet/model.py)")
+    models = arguments.models or (["nano"] if arguments.quick else ["b2", "b0", "b6"])
+    for network in map(network_of, models):
+        refuse_no_checkout(arguments.reference, network)
     sys.path.insert(0, str(arguments.reference))
     known = {name for some in BACKENDS.values() for name in some}
     if unknown := sorted({*(arguments.backends or ())} - known):
@@ -417,7 +419,7 @@ def main():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compilers' workers may still write
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # compiling is timed: nothing is there already
         record = resumed(arguments, device)
-        for model in arguments.models or (["nano"] if arguments.quick else ["b2", "b0", "b6"]):
+        for model in models:
             measure_model(model, arguments, device, Path(folder), record)
     finish(record, arguments.out)
 

@@ -1,15 +1,17 @@
 """A training step beside the reference implementation's: time and memory, and what adapters and checkpointing save.
 
-    python benchmarks/training_step.py REFERENCE_CHECKOUT --out docs/results/training_step [--quick]
+    python benchmarks/training_step.py REFERENCE_CHECKOUT --out docs/results/training_step [--sizes b0 b2] [--quick]
 
-REFERENCE_CHECKOUT: a checkout of IDRnD/redimnet (dd9f519 was used), which is not part of this project. It has no loss
-of its own, so both sides train by AAM over 5,994 speakers, written plainly for the reference. A step: forward,
-backward, SGD with momentum, of 32 crops of 2 s. Weights are random and audio is noise: neither matters for time or
-size. Before anything is timed, loss and gradients of both are compared. What is timed takes turns; memory is that of a
-process for each. OUT.md and OUT.json are rewritten after each size. Run it while nothing else runs.
+REFERENCE_CHECKOUT: a checkout of IDRnD/redimnet (dd9f519 was used) or, of sizes of ReDimNet2, of PalabraAI/redimnet2
+(ffe8f27 was used), which are not part of this project. They have no loss of their own, so both sides train by AAM over
+5,994 speakers, written plainly for the reference. A step: forward, backward, SGD with momentum, of 32 crops of 2 s.
+Weights are random and audio is noise: neither matters for time or size. Before anything is timed, loss and gradients of
+both are compared. What is timed takes turns; memory is that of a process for each. OUT.md and OUT.json are rewritten
+after each size. Run it while nothing else runs.
 """
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from adapter_costs import NO_DATA, paragraph, table_row
 from memory import in_fresh_process, peak_allocated, peak_resident, resident
-from reference import build_pair
+from reference import WRAPPERS, build_pair, network_of, reference_arguments, refuse_no_checkout
 from timing import machine, quartiles, speedup, take_turns
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -56,8 +58,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=75.0, help="of rounds per size, at least 4 rounds [75]")
     parser.add_argument("--quick", action="store_true", help="two rounds of 4 crops: to see that it runs")
     arguments = parser.parse_args()
-    if not (arguments.reference / "redimnet" / "model.py").is_file():
-        parser.error(f"{arguments.reference} is no checkout of the reference implementation (redimnet/model.py)")
+    for network in map(network_of, arguments.sizes):
+        refuse_no_checkout(arguments.reference, network)
     sys.path.insert(0, str(arguments.reference))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
@@ -212,7 +214,7 @@ def compare(size: str) -> dict[str, float]:
         for loss in losses:
             loss.backward()
         errors[f"loss, {name}"] = abs(float((losses[1] - losses[0]) / losses[0]))
-        errors[f"gradients, {name}"] = gradient_error(reference, ours)
+        errors[f"gradients, {name}"] = gradient_error(size, reference, ours)
     exact = max(errors["loss, same_features"], errors["gradients, same_features"])
     if not (exact <= TOLERANCE and errors["loss, float32"] <= ROUNDING_TOLERANCE):
         raise RuntimeError(f"{size}: the two do not agree: {errors}.")
@@ -234,12 +236,12 @@ def share_features(reference: nn.Module, ours: MRLReDimNetModel):
     ours.front_end.register_forward_hook(lambda *_: last["features"].transpose(1, 2))
 
 
-def gradient_error(reference: ReferenceSpeakers, ours: OurSpeakers) -> float:
+def gradient_error(size: str, reference: ReferenceSpeakers, ours: OurSpeakers) -> float:
     """Of all gradients together, relative. A checkpoint's conversion arranges tensors anew, and so their gradients."""
     state = reference.encoder.state_dict()
     state |= {name: parameter.grad for name, parameter in reference.encoder.named_parameters()}
     encoder = ours.model.redimnet
-    converted = convert_state_dict(state, encoder, encoder.config.embedding_size)
+    converted = convert_state_dict(state, encoder, reference_arguments(size))
     pairs = [(parameter.grad, converted[name]) for name, parameter in encoder.named_parameters()]
     pairs.append((ours.model.classifier.weight.grad, reference.classifier.weight.grad))
     difference = sum(float((one - other).double().square().sum()) for one, other in pairs)
@@ -250,8 +252,7 @@ def memory_of(size: str, system: str, crops: int, threads: int, reference: str) 
     """MiB that training adds to a process with libraries loaded, at its peak, and of it live tensors of a step."""
     sys.path.insert(0, reference)
     torch.set_num_threads(threads)
-    import redimnet.model  # noqa: F401  of the libraries
-
+    importlib.import_module(WRAPPERS[network_of(size)][0])  # of the libraries
     before = resident()
     step = Step(size, system, crops)
     return {

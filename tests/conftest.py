@@ -13,8 +13,14 @@ torch.set_num_threads(1)
 
 
 def stages(*rows: tuple) -> list[dict]:
-    """Rows (frequency stride, blocks, expansion, reduction) as a configuration's records."""
-    return [dict(zip(("frequency_stride", "blocks", "expansion", "reduction"), row, strict=True)) for row in rows]
+    """Rows (frequency stride, blocks, expansion, reduction) as a configuration's records; a stride may be a pair of
+    (frequency stride, time stride)."""
+    records = []
+    for stride, *row in rows:
+        frequency, time = stride if isinstance(stride, tuple) else (stride, 1)
+        names = ("frequency_stride", "blocks", "expansion", "reduction")
+        records.append(dict(zip(names, (frequency, *row), strict=True)) | ({"time_stride": time} if time > 1 else {}))
+    return records
 
 
 # 1-D blocks are 24 wide: below 20 `conv_time` takes another path than in any network of use.
@@ -29,6 +35,15 @@ TINY = dict(
     num_speakers=5,
 )
 EXPANDED = stages((1, 1, 2, None), (2, 1, 2, 4))
+
+# Maps of 1, 2, 2 and 4 frames a frame, expansions up and down.
+REDIMNET2 = dict(
+    network="redimnet2",
+    block_2d="basic_resnet",
+    group_divisor=1,
+    grouped_strides=True,
+    stages=stages((1, 1, 2, 4), ((2, 2), 1, 1, None), ((2, 1), 1, 0.5, 4), ((1, 2), 1, 0.75, 4)),
+)
 
 # What to change in TINY to have every kind of block, pooling, norm and front end in one model at least.
 VARIANTS: dict[str, dict] = {
@@ -49,6 +64,21 @@ VARIANTS: dict[str, dict] = {
     "hop_240": dict(block_1d="fc", hop_length=240),
     "tf_mel": dict(front_end="tf_mel"),
     "tf_mel_normalized": dict(block_1d="fc", front_end="tf_mel", normalize_signal=True, hop_length=120),
+    "redimnet2": dict(REDIMNET2, front_end="tf_mel", normalize_signal=True),
+    "redimnet2_normed": dict(REDIMNET2, map_norm_groups=4, aggregation_channels=5, aggregation_per_bin=True),
+    "redimnet2_dual": dict(REDIMNET2, map_norm_groups=8, dual_maps=True, block_1d="conv"),
+    "redimnet2_ungrouped": dict(REDIMNET2, grouped_strides=False, dual_maps=True, block_2d="basic_resnet_fwse"),
+    "redimnet2_convnext": dict(
+        REDIMNET2,
+        block_1d="att",
+        block_2d="convnext_like",
+        map_norm_groups=1,
+        aggregation_channels=40,
+        stages=[
+            dict(stages(((2, 2), 1, 2, None))[0], kernels=[[3, 5], [7, 1]]),
+            *stages(((1, 3), 1, 1, 4)),
+        ],
+    ),
 }
 
 
@@ -66,7 +96,7 @@ def tiny_model(config: MRLReDimNetConfig | None = None, seed: int = 0, kind: typ
         torch.manual_seed(seed)
         model = kind(config or tiny_config())
         for module in model.modules():
-            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.LayerNorm)):
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.LayerNorm, torch.nn.GroupNorm)):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(std=0.2)
             if isinstance(module, torch.nn.BatchNorm1d):
@@ -102,6 +132,15 @@ def padded(utterances: list[torch.Tensor], extra: int = 0, garbage: float = 0.0)
 def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """|ours - expected| / |expected|."""
     return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def reference_order(ours: torch.Tensor, config: MRLReDimNetConfig, model_config: dict) -> torch.Tensor:
+    """Pooled statistics, or what is pooled, with channels as the reference has them: outside of bins where it pools 2-D
+    maps. ours [..., statistics * channels]."""
+    if not model_config.get("return_2d_output"):
+        return ours
+    *_, bins = config.stage_shapes()[-1]
+    return ours.unflatten(-1, (-1, bins, config.pooling_input // bins)).transpose(-1, -2).flatten(-3)
 
 
 @pytest.fixture

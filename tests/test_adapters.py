@@ -34,6 +34,35 @@ def test_placement_reaches_the_layers_it_names(placement):
     assert len(adapted.base_model.targeted_module_names) == TARGETS[placement]
 
 
+# Four stages, the first of them and the last two with a 1-D block; all expand, but for one.
+TARGETS2 = {
+    "attention": 12,
+    "attention+ffn": 18,
+    "pointwise": 3 * 6 + 1,  # with the layer behind the last mixing
+    "projection": 3,
+    "linear": 18 + 19 + 3,
+    "conv": 18 + 19 + 3 + 1,
+    "all": 41 + 8 + 3 + 3,  # 2 pointwise layers a block, 3 squeezes, the pooling's 3; the strides are grouped
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_placement_reaches_the_same_layers_in_redimnet2(placement):
+    model = tiny_model(tiny_config("redimnet2_normed"))
+    adapted = get_peft_model(model, lora_config(placement, r=2, model=model))
+    assert len(adapted.base_model.targeted_module_names) == TARGETS2[placement]
+
+
+def test_ungrouped_strides_over_time_are_adapted():
+    model = tiny_model(tiny_config("redimnet2_ungrouped"))
+    adapted = get_peft_model(model, lora_config("all", r=2, model=model, init_lora_weights=False)).eval()
+    names = adapted.base_model.targeted_module_names
+    assert [name for name in names if name.endswith("stride")] == [f"trunk.stages.{i}.stride" for i in range(4)]
+    batch = torch.stack(waves(8000))
+    answer = adapted(input_values=batch).embeddings
+    torch.testing.assert_close(adapted.merge_and_unload()(batch).embeddings, answer, rtol=1e-4, atol=1e-5)
+
+
 def test_ungrouped_convolutions_are_adapted_and_merged():
     model = tiny_model(tiny_config("resnet_ungrouped"))
     adapted = get_peft_model(model, lora_config("conv", r=2, model=model, init_lora_weights=False)).eval()

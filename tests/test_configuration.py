@@ -1,10 +1,18 @@
 import pytest
 import torch
-from conftest import TINY, VARIANTS, stages, tiny_config
+from conftest import REDIMNET2, TINY, VARIANTS, stages, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
+
+CONVNEXT2 = {**REDIMNET2, "block_2d": "convnext_like"}
+
+
+def kernels(sizes: list) -> list[dict]:
+    return [{**TINY["stages"][0], "kernels": sizes}]
+
 
 PUBLISHED_PARAMETERS = {
     "b0": 1_004_250,
@@ -14,6 +22,8 @@ PUBLISHED_PARAMETERS = {
     "b4": 6_441_520,
     "b5": 7_659_760,
     "b6": 15_015_472,
+    "redimnet2-b3": 4_205_768 - 24 * 72,
+    "redimnet2-b6": 12_394_784 - 64 * 72,
 }
 
 
@@ -50,6 +60,16 @@ PUBLISHED_PARAMETERS = {
         (dict(label_smoothing=-0.1), "label_smoothing: got -0.1"),
         (dict(margin=1.5), "margin: got 1.5, expected 0 <= margin < 1.5"),
         (dict(scale=0), "scale: got 0, expected a number above 0"),
+        (dict(network="redimnet3"), "network: got 'redimnet3', expected one of redimnet, redimnet2"),
+        (dict(grouped_strides=True), "grouped_strides: network 'redimnet' has none, got True"),
+        (dict(dual_maps=True), "dual_maps: network 'redimnet' has none"),
+        (dict(map_norm_groups=4), "map_norm_groups: network 'redimnet' has none, got 4"),
+        (dict(aggregation_per_bin=True, aggregation_channels=4), "aggregation_per_bin: network 'redimnet' has none"),
+        (dict(REDIMNET2, map_norm_groups=True), "map_norm_groups: got True, expected a whole number of at least 1"),
+        (dict(REDIMNET2, map_norm_groups=0), "map_norm_groups: got 0"),
+        (dict(REDIMNET2, map_norm_groups=5), "map_norm_groups: 5 does not divide 96 channels"),
+        (dict(REDIMNET2, aggregation_per_bin=True), "aggregation_per_bin: there are no aggregation_channels"),
+        (dict(REDIMNET2, window_seconds=0.05), "window_seconds: 0.05 s is too short"),
         (dict(window_seconds=float("nan")), "window_seconds: got nan"),
         (dict(window_seconds=0.01), "window_seconds: 0.01 s is too short"),
         (dict(front_end_eps=0), "front_end_eps: got 0"),
@@ -66,6 +86,21 @@ def test_a_wrong_value_is_named(changes, message):
         (dict(stages=[]), "stages: empty"),
         (dict(stages=[dict(blocks=1)]), r"stages\[0\]: got the entries \['blocks'\], expected"),
         (dict(stages=stages((0, 1, 1, None))), r"stages\[0\].frequency_stride: got 0"),
+        (dict(stages=stages(((1, 2), 1, 1, None))), r"stages\[0\].time_stride: network 'redimnet' has none, got 2"),
+        (dict(REDIMNET2, stages=[dict(TINY["stages"][0], time_stride=0)]), r"stages\[0\].time_stride: got 0"),
+        (dict(REDIMNET2, stages=[dict(TINY["stages"][0], time_stride=True)]), r"stages\[0\].time_stride: got True"),
+        (
+            dict(REDIMNET2, stages=[dict(TINY["stages"][0], time=1)]),
+            r"stages\[0\]: got the entries \['blocks'.*'time'\]",
+        ),
+        (dict(stages=kernels([[5, 5]])), r"stages\[0\].kernels: network 'redimnet' has none, got \[\[5, 5\]\]"),
+        (dict(CONVNEXT2, stages=kernels([3, 3])), r"stages\[0\].kernels: got \[3, 3\], expected pairs of sizes"),
+        (dict(CONVNEXT2, stages=kernels([[3, 0]])), r"stages\[0\].kernels: got \[\[3, 0\]\], expected whole numbers"),
+        (dict(CONVNEXT2, stages=kernels([])), r"stages\[0\].kernels: got \[\], expected whole numbers"),
+        (
+            dict(REDIMNET2, stages=kernels([[5, 5]])),
+            r"stages\[0\].kernels: block_2d 'basic_resnet' has \[\[3, 3\]\] alone",
+        ),
         (dict(stages=stages((1, 1.5, 1, None))), r"stages\[0\].blocks: got 1.5"),
         (dict(stages=stages((1, 1, 0, None))), r"stages\[0\].expansion: got 0"),
         (dict(stages=stages((1, 1, 1, 97))), r"stages\[0\].reduction: got 97, expected 1 to 96, or None"),
@@ -155,14 +190,37 @@ def test_derived_sizes():
     assert tiny_config(aggregation_channels=40).pooled_size == 80
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "hop_240", "tf_mel", "tf_mel_normalized"])
-def test_min_samples_is_the_shortest_that_gives_two_frames(variant):
+def test_derived_sizes_of_redimnet2():
+    config = tiny_config("redimnet2_normed")
+    assert config.time_strides() == [1, 2, 2, 4]
+    assert config.map_strides() == [1, 1, 2, 2, 4]
+    assert config.map_strides(0) == [1] and config.map_strides(2) == [1, 1, 2]
+    assert tiny_config("redimnet2_dual").map_strides() == [1, 1, 1, 2, 2, 2, 4, 4]  # one stage has no 1-D block
+    assert config.stage_shapes() == [(4, 24, 4, 24), (4, 24, 8, 12), (8, 12, 16, 6), (16, 6, 16, 6)]
+    assert [config.stride_groups(i) for i in range(4)] == [4, 4, 8, 4]
+    assert tiny_config("redimnet2_ungrouped").stride_groups(3) == 1
+    assert (config.pooling_input, config.pooled_size) == (30, 60)  # 5 channels of each of 6 bins
+
+
+def test_the_usual_stride_and_kernels_are_left_out():
+    """As in configurations from before there was a choice, which are therefore equal to new ones."""
+    spelt_out = [{**stage, "time_stride": 1, "kernels": [(3, 3)]} for stage in TINY["stages"]]
+    assert tiny_config(stages=spelt_out).stages == TINY["stages"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "frames"),
+    [("convnext_convatt", 2), ("hop_240", 2), ("tf_mel", 2), ("tf_mel_normalized", 2)]
+    + [("redimnet2", 4), ("redimnet2_dual", 4), ("redimnet2_convnext", 6)],
+)
+def test_min_samples_is_the_shortest_that_gives_two_frames_or_one_of_the_last_stage(variant, frames):
     """One frame less has no deviation, and the reflection needs more than half an FFT window."""
     config = tiny_config(variant)
-    front_end = MRLReDimNetModel(config).front_end
-    assert front_end.num_frames(config.min_samples) >= 2
-    assert front_end(torch.randn(1, config.min_samples)).isfinite().all()
-    if front_end.num_frames(config.min_samples - 1) >= 2:
+    model = MRLReDimNetModel(config).eval()
+    front_end = model.front_end
+    assert front_end.num_frames(config.min_samples) >= frames
+    assert model(torch.randn(1, config.min_samples)).embeddings.isfinite().all()
+    if front_end.num_frames(config.min_samples - 1) >= frames:
         with pytest.raises(RuntimeError):
             front_end(torch.randn(1, config.min_samples - 1))
 
@@ -179,11 +237,23 @@ def test_size_with_replaced_fields():
 
 @pytest.mark.parametrize(("size", "expected"), PUBLISHED_PARAMETERS.items())
 def test_sizes_have_the_published_families_parameters(size, expected):
-    """Counted as the published files are; their one scalar weight over a single map is not one of ours."""
+    """Counted as the published files are; their weights over a single map are not ours."""
     config = MRLReDimNetConfig.from_size(size, embedding_size=192, matryoshka_dims=[64, 128, 192])
     with torch.device("meta"):
         model = MRLReDimNetModel(config)
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_the_nano_networks_cost_alike():
+    """Multiply-adds of two seconds, within a hundredth."""
+    costs = []
+    for size in ("nano", "redimnet2-nano"):
+        model = MRLReDimNetModel(MRLReDimNetConfig.from_size(size)).eval()
+        with FlopCounterMode(display=False) as counted, torch.inference_mode():
+            model(torch.zeros(1, 32_000))
+        costs.append(counted.get_total_flops() / 2)
+    assert costs[0] == pytest.approx(156e6, rel=0.02)
+    assert costs[1] == pytest.approx(costs[0], rel=0.01)
 
 
 def test_is_a_transformers_configuration():

@@ -1,17 +1,23 @@
-"""Conversion against recorded answers of the reference (benchmarks/record_reference.py), and its strictness."""
+"""Conversion against recorded answers of the references (benchmarks/record_reference.py), and its strictness."""
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import padded, reference_order, relative_error
 from reference_weights import flattened, reference_tensor, reference_waveform, spread
 
 from mrl_redimnet.convert import ConversionError, convert_checkpoint, convert_config
 
-RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
+DATA = Path(__file__).parent / "data"
+RECORDINGS = {
+    prefix + name: recording
+    for prefix, file in (("", "reference_answers.json"), ("redimnet2_", "reference2_answers.json"))
+    for name, recording in json.loads((DATA / file).read_text())["recordings"].items()
+}
 
 
 def reference_checkpoint(name: str) -> dict:
@@ -45,13 +51,27 @@ def assert_matches(summary: dict, ours: torch.Tensor):
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_answers_as_the_reference_does(name):
-    model = convert_checkpoint(reference_checkpoint(name))
+    checkpoint = reference_checkpoint(name)
+    model = convert_checkpoint(checkpoint)
     for length, answer in RECORDINGS[name]["answers"].items():
         wave = reference_waveform(int(length))
         with torch.inference_mode():
             assert_matches(answer["features"], model.front_end(wave).transpose(1, 2))
-            assert_matches(answer["pooled"], model.pooled(wave))
+            pooled = reference_order(model.pooled(wave), model.config, checkpoint["model_config"])
+            assert_matches(answer["pooled"], pooled)
             assert relative_error(model(wave).embeddings, torch.tensor(answer["embedding"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_answers_so_for_padded_utterances_too(name):
+    """Utterances of both recorded lengths in one batch, which the references cannot answer."""
+    model = convert_checkpoint(reference_checkpoint(name))
+    answers = {int(length): answer["embedding"] for length, answer in RECORDINGS[name]["answers"].items()}
+    utterances = [row for length in answers for row in reference_waveform(length)]
+    with torch.inference_mode():
+        together = model(**padded(utterances, extra=500, garbage=1.0)).embeddings
+    for ours, expected in zip(together, (row for rows in answers.values() for row in rows), strict=True):
+        assert relative_error(ours, torch.tensor(expected)) < 2e-5
 
 
 def test_recordings_cover_every_kind():
@@ -63,8 +83,16 @@ def test_recordings_cover_every_kind():
         "pooling_func": {"ASTP", "TAP", "TSDP", "TSTP"},
         "feat_type": {"pt", "pt_mel", "tf", "tf_mel"},
         "spec_norm": {"mvn", "bn", "none"},
+        "return_2d_output": {True, False},
+        "compress_tconvs": {True, False},
+        "dual_agg": {True},
+        "agg_gnorm": {True, 3},
     }.items():
         assert values <= {recording.get(key) for recording in seen}, key
+    both = [
+        (r["model_config"].get("return_2d_output"), r["model_config"].get("out_channels")) for r in RECORDINGS.values()
+    ]
+    assert {(True, None), (True, 7), (False, None), (False, 40)} <= set(both)
 
 
 def test_file_and_dict_give_the_same_model(checkpoint, tmp_path):
@@ -86,6 +114,24 @@ def test_missing_keys_take_the_reference_defaults():
     assert (config.pooling_context, config.embedding_norm, config.aggregation_channels) == (False, False, None)
     assert [stage["reduction"] for stage in config.stages] == [12, 12, 12, 8, 8, 4]
     assert (config.feature_norm, config.normalize_signal, config.preemphasis) == ("mean", False, True)
+
+
+def test_missing_keys_take_the_defaults_of_their_network():
+    """A key of ReDimNet2 alone, or pairs of strides, say that it is one."""
+    for model_config in ({"compress_tconvs": True}, {"stages_setup": [[[1, 2], 1, 1, [[3, 3]], 24]]}):
+        config = convert_config({"causal": "none", **model_config})
+        assert (config.network, config.base_channels, config.group_divisor) == ("redimnet2", 24, 1)
+        assert (config.block_1d, config.block_2d, config.pooling_context) == ("conv+att", "basic_resnet", True)
+        assert (config.grouped_strides, config.dual_maps, config.map_norm_groups) == (True, False, None)
+    assert convert_config({"compress_tconvs": True}).time_strides() == [1, 1, 2, 2, 4, 4]
+    assert convert_config({}).network == "redimnet"
+
+
+def test_norms_of_maps_in_a_number_of_groups():
+    """True means base_channels of them; a number is theirs."""
+    base = {"causal": "none", "C": 16}
+    groups = [convert_config({**base, "agg_gnorm": norm}).map_norm_groups for norm in (True, 4, 1, False, None)]
+    assert groups == [16, 4, 1, None, None]
 
 
 def test_fixed_constants_may_be_spelt_out(checkpoint):
@@ -209,6 +255,62 @@ def test_unknown_front_ends_are_named(checkpoint, changes, message):
 def test_tensorflow_front_end_has_no_spec_norm():
     with pytest.raises(ConversionError, match="spec_params.spec_norm"):
         convert_checkpoint(with_spec(reference_checkpoint("tf"), spec_norm="mvn"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(surprise=1), "model_config.surprise: unknown key"),
+        (dict(causal="full"), "model_config.causal: 'full' is not supported"),
+        (dict(causal="only_1d"), "model_config.causal: 'only_1d'"),
+        (dict(causal=True), "model_config.causal: True"),
+        (dict(spec_in_channels=2), "model_config.spec_in_channels: 2"),
+        (dict(fm_weigthing_type="N"), "model_config.fm_weigthing_type: 'N'"),
+        (dict(use_freq_pos_enc=True), "model_config.use_freq_pos_enc: True"),
+        (dict(pad_right_samples=160), "model_config.pad_right_samples: 160"),
+        (dict(before_pool_offset=2), "model_config.before_pool_offset: 2"),
+        (dict(is_subnet=True), "model_config.is_subnet: True"),
+        (dict(offset_fm_weights=3), "model_config.offset_fm_weights: 3"),
+        (dict(feat_type="tf_spec"), "model_config.feat_type: 'tf_spec'"),
+        (dict(feat_type="pt_stft"), "model_config.feat_type: 'pt_stft'"),
+        *(
+            (dict(block_1d_type=kind), f"block_1d: got '{kind}'")
+            for kind in ("v2_att", "tf-att", "rope-att", "att-causal")
+        ),
+        *((dict(block_2d_type=kind), f"block_2d: got '{kind}'") for kind in ("sdwm_resnet", "convnext_like_ws")),
+        (dict(tf_optimized_arch=False), "model_config.tf_optimized_arch: unknown key"),
+        (dict(agg_gnorm=0), "map_norm_groups: got 0"),
+        (dict(agg_gnorm=7), "map_norm_groups: 7 does not divide 96 channels"),
+        (dict(stages_setup=[[[1, 1, 1], 1, 1, [[3, 3]], None]]), r"stages_setup\[0\].*not \(\(bins' stride"),
+        (dict(stages_setup=[[[1, 1], 1, 1, [[3, 3]], None], [2, 1, 1, [[3, 3]], None]]), r"stages_setup\[1\]: \[2, 1,"),
+        (dict(stages_setup=[[[1, 0], 1, 1, [[3, 3]], None]]), r"stages\[0\].time_stride: got 0"),
+        (
+            dict(block_2d_type="convnext_like", stages_setup=[[[1, 1], 1, 1, [[3, 3, 3]], None]]),
+            r"stages\[0\].kernels: got \[\[3, 3, 3\]\], expected pairs",
+        ),
+    ],
+)
+def test_unknown_architectures_of_redimnet2_are_named(changes, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(with_config(reference_checkpoint("redimnet2_end_1d"), **changes))
+
+
+def test_strides_of_one_axis_among_pairs_are_named(checkpoint):
+    rows = [[1, 1, 1, [[3, 3]], None], [[2, 2], 1, 1, [[3, 3]], None]]
+    with pytest.raises(ConversionError, match=r"stages_setup\[0\].* is not \(\(bins' stride"):
+        convert_checkpoint(with_config(checkpoint, stages_setup=rows))
+
+
+def test_every_tensor_of_redimnet2_is_used_and_needed():
+    checkpoint = reference_checkpoint("redimnet2_convatt_dual_normed")
+    tensors = checkpoint["state_dict"]
+    for key in tensors:
+        rest = {k: v for k, v in tensors.items() if k != key}
+        with pytest.raises(ConversionError, match=f"1 problems.*\n  missing: {re.escape(key)}"):
+            convert_checkpoint({**checkpoint, "state_dict": rest})
+    with pytest.raises(ConversionError, match=r"left over: backbone.stage0_up_2d.2.weight \(96,\)"):
+        extra = {**tensors, "backbone.stage0_up_2d.2.weight": torch.zeros(96)}
+        convert_checkpoint({**checkpoint, "state_dict": extra})
 
 
 def test_all_configuration_problems_are_listed_at_once(checkpoint):

@@ -227,6 +227,57 @@ def test_numbers_too_large_for_a_precision_leave_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------- ReDimNet2
+
+
+@pytest.fixture(scope="module")
+def strided():
+    """A ReDimNet2 whose last map has a fourth of the frames, with all that one can have."""
+    changes = dict(VARIANTS["redimnet2_normed"], dual_maps=True)
+    changes["stages"] = stages(((2, 2), 1, 0.5, 4), ((1, 2), 1, 1, None))
+    return tiny_model(tiny_config(**changes))
+
+
+@pytest.fixture(scope="module")
+def strided_file(strided, tmp_path_factory) -> Path:
+    return export_onnx(strided, tmp_path_factory.mktemp("onnx") / "strided.onnx", adapter_inputs="linear")
+
+
+@pytest.mark.parametrize("samples", [480, 8_159, 8_160, 8_480, 50_001])  # a whole last frame, and up to three to spare
+def test_strides_over_time_at_any_length_and_padding(strided, strided_file, samples):
+    batch = padded(waves(samples, 480), garbage=1.0)
+    assert relative_error(answers(strided_file, batch), expected(strided, batch)) < 1e-4
+
+
+def test_adapters_are_put_on_a_network_with_strides_over_time(strided, strided_file, tmp_path):
+    source = adapter_of(strided, tmp_path / "adapter", 2, seed=0)
+    packed = export_onnx_adapter(strided, tmp_path / "a.onnx_adapter", adapter=source)
+    batch = padded(waves(9000, 5000))
+    with torch.inference_mode():
+        wanted = PeftModel.from_pretrained(tiny_model(strided.config), source).eval()(**batch).embeddings
+    assert relative_error(wanted, expected(strided, batch)) > 0.05
+    assert relative_error(answers(strided_file, batch, packed), wanted) < 1e-5
+
+
+def test_a_network_with_strides_over_time_in_int8_and_without_mask(strided, tmp_path):
+    file = export_onnx(strided, tmp_path / "int8.onnx", precision="int8", mask=False)
+    batch = {"input_values": torch.stack(waves(8_160, 8_160))}
+    assert 1e-6 < relative_error(answers(file, batch), expected(strided, batch)) < 0.1
+
+
+def test_a_torch_program_of_a_network_with_strides_over_time_says_from_what_length_on(strided, tmp_path):
+    file = export_torch(strided, tmp_path / "strided.pt2", facts={"min_samples": str(strided.config.min_samples)})
+    extra = {"mrl_redimnet.json": ""}
+    program = torch.export.load(file, extra_files=extra).module()
+    least = int(json.loads(extra["mrl_redimnet.json"])["min_samples"])
+    assert least == strided.config.min_samples + 4 * 160
+    for samples in (least, 8_159, 8_160, 8_480):
+        batch = padded(waves(samples, strided.config.min_samples), garbage=1.0)
+        assert relative_error(program(**batch), expected(strided, batch)) < 1e-5
+    with pytest.raises(AssertionError, match=f"input_values.* >= {least}"):
+        program(**padded(waves(least - 1, least - 1)))
+
+
 # ---------------------------------------------------------------- adapters
 
 

@@ -118,6 +118,13 @@ def test_base_card():
     assert {"speaker-verification", "matryoshka", "mrl_redimnet"} <= set(card.data.tags)
 
 
+def test_base_card_says_which_network():
+    of_2 = base_card(tiny_model(tiny_config("redimnet2")))
+    assert "A [ReDimNet2](https://arxiv.org/abs/2603.11841) speaker encoder" in of_2.text
+    assert "redimnet2" in of_2.data.tags and "redimnet" not in of_2.data.tags
+    assert "A [ReDimNet](https://arxiv.org/abs/2407.18223) speaker encoder" in base_card(tiny_model()).text
+
+
 def test_adapter_card():
     card = verification_card(evaluation=VERIFICATION)
     for stated in ("# tel", "[some-org/some-base](https://huggingface.co/some-org/some-base)", BASE.fingerprint):

@@ -68,10 +68,11 @@ def run(command: list, folder: Path, hub: LocalHub, input: str | None = None) ->
     return done.stdout
 
 
-def test_train_push_pull_swap_merge_unload(corpus, tmp_path):
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_normed"])
+def test_train_push_pull_swap_merge_unload(variant, corpus, tmp_path):
     """Trained here, pushed, pulled on a machine with an empty cache, swapped, merged, unloaded; answers as trained."""
     torch.manual_seed(0)
-    base = tiny_model(tiny_config(num_speakers=4), kind=MRLReDimNetForXVector)
+    base = tiny_model(tiny_config(variant, num_speakers=4), kind=MRLReDimNetForXVector)
     save_model(base, tmp_path / "base")
     train = ["--train", corpus / "train", "--model", tmp_path / "base", "--tracker=none", "--crop_seconds=0.5"]
     train += ["--batch_size=4", "--workers=0", "--resamples=10", "--dev_speakers=2", "--learning_rate=0.02"]

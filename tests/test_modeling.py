@@ -16,10 +16,15 @@ import modeling_mrl_redimnet as modeling
 from modeling_mrl_redimnet import (
     BatchNorm,
     ChannelBatchNorm,
+    FeatureMap,
+    GroupedConv,
+    MapMix,
+    MapNorm,
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
     MRLReDimNetModel,
     Pointwise,
+    whole_frames,
 )
 
 MODELS = (MRLReDimNetModel, MRLReDimNetForXVector, MRLReDimNetForSequenceClassification)
@@ -69,7 +74,7 @@ def test_shortest_utterance_in_a_batch(variant):
     assert_padding_changes_nothing(model, waves(model.config.min_samples, 8_000), garbage=1.0, extra=100, limit=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "tf_mel_normalized", "norm_mean_variance"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tf_mel_normalized", "norm_mean_variance", "redimnet2_dual"])
 def test_padding_may_be_nan(variant):
     """An uninitialised buffer's tail must not reach the answer."""
     assert_padding_changes_nothing(tiny_model(tiny_config(variant)), waves(5_000, 8_000), garbage=float("nan"))
@@ -129,7 +134,7 @@ def test_training_statistics_are_those_of_the_audio():
 # Prefixes
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm", "redimnet2_normed"])
 @pytest.mark.parametrize("dim", [8, 16, 32])
 def test_truncated_embedding_is_a_prefix_of_the_full_one(variant, dim):
     model, batch = tiny_model(tiny_config(variant)), padded(waves(8_000, 12_000))
@@ -194,8 +199,9 @@ def test_arguments_that_callers_pass_as_none_are_fine(model):
 # Long audio
 
 
-def test_long_audio_is_the_mean_of_equal_windows():
-    model, whole = tiny_model(tiny_config(window_seconds=0.5)), tiny_model()
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
+def test_long_audio_is_the_mean_of_equal_windows(variant):
+    model, whole = tiny_model(tiny_config(variant, window_seconds=0.5)), tiny_model(tiny_config(variant))
     (utterance,) = waves(20_000)  # three windows of at most 8000 samples
     windows = [utterance[None, start:end] for start, end in ((0, 6_666), (6_666, 13_333), (13_333, 20_000))]
     expected = torch.stack([embed(whole, window) for window in windows]).mean(0)
@@ -209,9 +215,10 @@ def test_audio_of_one_window_is_not_cut():
     )
 
 
-def test_padding_of_long_audio():
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
+def test_padding_of_long_audio(variant):
     """Windows are those of each utterance alone: one window, just two, and more."""
-    model = tiny_model(tiny_config(window_seconds=0.5))
+    model = tiny_model(tiny_config(variant, window_seconds=0.5))
     assert_padding_changes_nothing(model, waves(4_800, 8_000, 8_001, 21_000), extra=123, garbage=1.0)
 
 
@@ -224,7 +231,7 @@ def test_prefix_of_long_audio():
 # Training
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "fwse_att"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "fwse_att", "redimnet2_dual"])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"preserve_rng_state": True}])
 def test_gradient_checkpointing_changes_nothing(variant, options):
     """Least of all the running statistics, which a second forward pass would update twice."""
@@ -311,7 +318,7 @@ def test_projection_dropout_hides_pooled_numbers_in_training_only():
 # Saving and precision
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "norm_batch", "tf_mel"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "norm_batch", "tf_mel", "redimnet2_dual"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_save_and_load(kind, variant, tmp_path):
     """Every tensor bit for bit, the front end's constants included, which are not in the file.
@@ -342,8 +349,10 @@ def test_head_on_a_saved_encoder_starts_fresh(model, tmp_path):
     assert loaded.classifier.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
 
 
-def test_loading_in_bfloat16(model, tmp_path):
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_normed"])
+def test_loading_in_bfloat16(variant, tmp_path):
     """Weights in bfloat16, but a front end in float32: log-mel features need its digits."""
+    model = tiny_model(tiny_config(variant))
     model.save_pretrained(tmp_path)
     half = MRLReDimNetModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.trunk.stem.conv.weight.dtype == torch.bfloat16
@@ -361,7 +370,7 @@ def test_front_end_of_a_model_cast_as_a_whole(model):
     assert relative_error(cast, features) < 0.05
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "fwse_att", "norm_batch", "tf_mel"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "fwse_att", "norm_batch", "tf_mel", "redimnet2_normed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_close_to_float32(variant, dtype):
     model, batch = tiny_model(tiny_config(variant)), padded(waves(8_000, 16_000))
@@ -381,10 +390,12 @@ def test_training_step_under_autocast(variant):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual", "redimnet2_ungrouped"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_trunk_compiles_as_one_graph(model, masked):
-    features = torch.randn(2, 51, 24)
-    mask = (torch.arange(51) < torch.tensor([[51], [30]]))[..., None] if masked else None
+def test_trunk_compiles_as_one_graph(variant, masked):
+    model = tiny_model(tiny_config(variant))
+    features = torch.randn(2, 52, 24)
+    mask = (torch.arange(52) < torch.tensor([[52], [32]]))[..., None] if masked else None
     compiled = torch.compile(model.trunk, fullgraph=True, backend="eager")
     with torch.inference_mode():
         assert_equal(compiled(features, mask), model.trunk(features, mask))
@@ -440,7 +451,7 @@ def test_regression():
 # ----------------------------------------------------------------------------------------------------------------------
 # Frozen batch norms
 
-NORMED = ["convnext_convatt", "fwse_att", "aggregation", "tstp_embedding_norm", "norm_batch"]
+NORMED = ["convnext_convatt", "fwse_att", "aggregation", "tstp_embedding_norm", "norm_batch", "redimnet2_dual"]
 
 
 def norms_of(model) -> dict[str, nn.BatchNorm1d]:
@@ -562,15 +573,92 @@ def test_a_norm_that_trains_refuses_a_single_value():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Feature maps of fewer frames
+
+
+@pytest.mark.parametrize("strides", [[1], [1, 1], [1, 2], [1, 1, 2, 2, 6], [1, 4]])
+@pytest.mark.parametrize("normed", [False, True])
+def test_mixed_maps_are_those_of_repeated_frames(strides, normed):
+    """Normalised and repeated one by one, weighted by a softmax over maps, added up."""
+    torch.manual_seed(0)
+    mix = MapMix(strides, 10)
+    mix.logits.data.normal_()
+    maps = [FeatureMap(torch.randn(2, 12 // stride, 10)) for stride in strides]
+    if normed:
+        maps = [FeatureMap(x, torch.randn(2, 1, 10), torch.randn(2, 1, 10)) for x, *_ in maps]
+    whole = [part.whole().repeat_interleave(stride, dim=1) for part, stride in zip(maps, strides, strict=True)]
+    expected = sum(x * weight for x, weight in zip(whole, mix.logits.softmax(0), strict=True))
+    torch.testing.assert_close(mix(maps), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_a_maps_norm_is_torchs_group_norm_of_its_valid_frames(groups):
+    torch.manual_seed(0)
+    norm = MapNorm(groups, 12)
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    x = 3.0 + torch.randn(2, 9, 12)
+    mask = (torch.arange(9) < torch.tensor([[9], [4]]))[..., None]
+    expected = F.group_norm(x.transpose(1, 2), groups, norm.weight, norm.bias).transpose(1, 2)
+    torch.testing.assert_close(norm(x, None).whole(), expected, rtol=1e-4, atol=1e-5)
+    ours = norm(x, mask).whole()
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[1, :4], norm(x[1:, :4], None).whole()[0], rtol=1e-4, atol=1e-5)
+
+
+def test_frames_are_cut_to_whole_strides_for_each_utterance():
+    features = torch.arange(11.0).reshape(1, 11, 1).expand(3, 11, 5)
+    mask = (torch.arange(11) < torch.tensor([[11], [8], [3]]))[..., None]
+    cut, valid = whole_frames(features, mask, 4)
+    assert_equal(cut, features[:, :8])
+    assert valid[..., 0].sum(1).tolist() == [8, 8, 0] and valid[:2].all()
+    assert whole_frames(features, None, 4)[1] is None
+    assert whole_frames(features, mask, 1) == (features, mask)
+
+
+@pytest.mark.parametrize("samples", [8_000, 8_159, 8_160, 8_480])  # 51, 51, 52 and 54 frames: four fill one of the last
+def test_frames_past_a_whole_stride_are_seen_by_the_front_end_alone(samples):
+    """Alone and in a batch an utterance is cut by its own length."""
+    model = tiny_model(tiny_config("redimnet2_dual", feature_norm="none"))
+    (wave,) = waves(samples)
+    features = model.front_end(wave[None])
+    frames = model.front_end.num_frames(samples)
+    whole = model.trunk(features[:, : frames // 4 * 4])
+    assert_equal(model.pooled(wave[None]), model.pooling(whole, None))
+    assert_padding_changes_nothing(model, [wave, *waves(12_345)], garbage=1.0)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3)])
+def test_a_grouped_convolution_is_torchs(kernel):
+    torch.manual_seed(0)
+    ours = GroupedConv(8, 12, kernel, stride=kernel, groups=4)
+    theirs = nn.Conv2d(8, 12, kernel, stride=kernel, groups=4)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(2, 8, 6, 9)
+    torch.testing.assert_close(ours(image), theirs(image))
+    for layer in (ours, theirs):
+        layer(image).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Adapters
 
 LINEAR = r".*\.(q_proj|v_proj|ffn_in|ffn_out|reduce|expand|pointwise|stride|attention_in)|projection\.segments\.\d"
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "fwse_att"])
-def test_lora(variant):
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("convnext_convatt", dict(stages=EXPANDED)),
+        ("fwse_att", dict(stages=EXPANDED)),
+        ("redimnet2_ungrouped", {}),
+    ],
+)
+def test_lora(variant, changes):
     """A LoRA adapter changes the answer, and merged into the weights it gives the same one."""
-    model, batch = tiny_model(tiny_config(variant, stages=EXPANDED)), padded(waves(8_000, 6_000))
+    model, batch = tiny_model(tiny_config(variant, **changes)), padded(waves(8_000, 6_000))
     base = embed(model, **batch)
     torch.manual_seed(0)
     adapter = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=LINEAR, r=4, init_lora_weights=False)
@@ -641,7 +729,10 @@ def test_a_pointwise_layer_is_a_linear_layer(shape):
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "convnext_relu_att", "resnet_fc", "fwse_att"])
+LEAN = ["convnext_convatt", "convnext_conv", "convnext_relu_att", "resnet_fc", "fwse_att", "redimnet2_dual"]
+
+
+@pytest.mark.parametrize("variant", LEAN)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_the_backward_pass_computes_anew_is_what_it_would_have_kept(variant, masked, autocast, monkeypatch):
@@ -687,7 +778,9 @@ def test_an_adapter_on_a_convolution_is_not_lost_where_norms_are_folded_in():
     torch.testing.assert_close(changed, merged, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "convnext_conv", "convnext_relu_att"])
+@pytest.mark.parametrize(
+    "variant", ["convnext_convatt", "convnext_conv", "convnext_relu_att", "resnet_fc", "redimnet2"]
+)
 def test_norms_folded_into_convolutions_change_nothing(variant, monkeypatch):
     model, batch = tiny_model(tiny_config(variant)), padded(waves(6_000, 4_000))
     folded = embed(model, **batch)

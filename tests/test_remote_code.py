@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 
-KINDS = {"encoder": MRLReDimNetModel, "xvector": MRLReDimNetForXVector, "classes": MRLReDimNetForSequenceClassification}
+KINDS = {
+    "encoder": MRLReDimNetModel,
+    "xvector": MRLReDimNetForXVector,
+    "classes": MRLReDimNetForSequenceClassification,
+    "redimnet2": MRLReDimNetModel,
+}
 
 # Runs in another process, because in this one the classes are importable. There, what a user of the Hub may not have
 # looks as if it were not installed.
@@ -48,7 +53,7 @@ assert config.min_samples == extractor.min_samples == 257
 batch = extractor([wave.numpy() for wave in load_file(f"{folder}/waves.safetensors").values()], sampling_rate=16_000)
 answers = {}
 for kind, auto in (("encoder", AutoModel), ("xvector", AutoModelForAudioXVector),
-                   ("classes", AutoModelForAudioClassification)):
+                   ("classes", AutoModelForAudioClassification), ("redimnet2", AutoModel)):
     for loader in {auto, AutoModel}:
         model = loader.from_pretrained(f"{folder}/{kind}", trust_remote_code=True).eval()
         assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -65,7 +70,8 @@ def folder(tmp_path_factory):
     """Every kind of model and the feature extractor, saved, and two waveforms."""
     folder = tmp_path_factory.mktemp("saved")
     for name, kind in KINDS.items():
-        tiny_model(tiny_config(num_labels=3), kind=kind).save_pretrained(folder / name)
+        variant = "redimnet2_dual" if name == "redimnet2" else "convnext_convatt"
+        tiny_model(tiny_config(variant, num_labels=3), kind=kind).save_pretrained(folder / name)
     MRLReDimNetFeatureExtractor().save_pretrained(folder / "encoder")
     save_file(dict(zip("ab", waves(4_800, 8_000), strict=True)), folder / "waves.safetensors")
     return folder
@@ -103,13 +109,13 @@ def test_loads_where_nothing_is_installed(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = load_file(out)
-    assert len(answers) == 5
+    assert len(answers) == 6
     batch = MRLReDimNetFeatureExtractor()(waves(4_800, 8_000), sampling_rate=16_000)
     for name, kind in KINDS.items():
         with torch.inference_mode():
             ours = kind.from_pretrained(folder / name)(**batch)
             encoder = MRLReDimNetModel.from_pretrained(folder / name)(**batch)
         torch.testing.assert_close(answers[f"{name}.AutoModel.embeddings"], encoder.embeddings, rtol=0, atol=0)
-        if name != "encoder":
+        if kind is not MRLReDimNetModel:
             (logits,) = (v for key, v in answers.items() if key.startswith(name) and key.endswith("logits"))
             torch.testing.assert_close(logits, ours.logits, rtol=0, atol=0)

@@ -95,7 +95,7 @@ def test_it_needs_embeddings_with_a_direction(value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm", "tap"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm", "tap", "redimnet2_normed"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_full_width_answers_as_before(variant, seed, kind):
     model = tiny_model(tiny_config(variant), seed, kind)
@@ -111,7 +111,7 @@ def test_full_width_answers_as_before(variant, seed, kind):
         assert torch.allclose(before.logits, after.logits, atol=3e-4)
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm"])
+@pytest.mark.parametrize("variant", ["convnext_convatt", "tstp_embedding_norm", "redimnet2_normed"])
 def test_every_prefix_is_a_principal_subspace(variant):
     model = tiny_model(tiny_config(variant))
     before = embeddings_of(model)

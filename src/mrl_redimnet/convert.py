@@ -1,11 +1,12 @@
-"""Published ReDimNet checkpoints to MRL-ReDimNet models, strictly and whole.
+"""Published ReDimNet and ReDimNet2 checkpoints to MRL-ReDimNet models, strictly and whole.
 
 A published file holds `model_config`, which alone decides the architecture, and `state_dict`. Every entry of the
 latter is used or is on the short list of things that are recomputed; every tensor of ours is filled. Anything else
 ends the conversion with the list of what is wrong.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,32 +22,71 @@ class ConversionError(ValueError):
 
 FRONT_ENDS = {"pt": "mel", "pt_mel": "mel", "tf": "tf_mel", "tf_mel": "tf_mel"}
 FEATURE_NORMS = {"mn": "mean", "mvn": "mean_variance", "bn": "batch"}
-# Keys of the wrapper that do not change what the network answers.
-IGNORED_CONFIG = {"num_classes", "class_dropout", "head_activation", "return_all_outputs", "tf_optimized_arch"}
-# The reference wrapper's defaults (IDRnD/redimnet, dd9f519), for keys a file leaves out.
-REFERENCE_DEFAULTS = {
+# Keys of the wrappers that do not change what the network answers.
+IGNORED_CONFIG = {"num_classes", "class_dropout", "head_activation", "return_all_outputs"}
+# The reference wrappers' defaults, for keys a file leaves out: what both have, what each has.
+SHARED_DEFAULTS = {
     "F": 72,
-    "C": 16,
-    "block_1d_type": "att",
-    "block_2d_type": "convnext_like",
-    "stages_setup": [
-        [1, 2, 1, None, 12],
-        [2, 2, 1, None, 12],
-        [1, 3, 1, None, 12],
-        [2, 4, 1, None, 8],
-        [1, 4, 1, None, 8],
-        [2, 4, 1, None, 4],
-    ],
-    "group_divisor": 4,
     "out_channels": None,
     "embed_dim": 192,
     "feat_agg_dropout": 0.0,
     "hop_length": 160,
     "pooling_func": "ASTP",
     "feat_type": "pt",
-    "global_context_att": False,
     "emb_bn": False,
     "spec_params": {"do_spec_aug": False, "freq_mask_width": [0, 6], "time_mask_width": [0, 8]},
+}
+REFERENCE_DEFAULTS = {
+    "redimnet": {  # IDRnD/redimnet, dd9f519
+        **SHARED_DEFAULTS,
+        "C": 16,
+        "block_1d_type": "att",
+        "block_2d_type": "convnext_like",
+        "stages_setup": [
+            [1, 2, 1, None, 12],
+            [2, 2, 1, None, 12],
+            [1, 3, 1, None, 12],
+            [2, 4, 1, None, 8],
+            [1, 4, 1, None, 8],
+            [2, 4, 1, None, 4],
+        ],
+        "group_divisor": 4,
+        "global_context_att": False,
+    },
+    "redimnet2": {  # PalabraAI/redimnet2, ffe8f27
+        **SHARED_DEFAULTS,
+        "C": 24,
+        "block_1d_type": "conv+att",
+        "block_2d_type": "basic_resnet",
+        "stages_setup": [
+            [[1, 1], 2, 4, [[3, 3]], 24],
+            [[2, 1], 3, 3, [[3, 3]], 24],
+            [[1, 2], 4, 2, [[3, 3]], 24],
+            [[2, 1], 5, 1, [[3, 3]], 24],
+            [[1, 2], 4, 1, [[3, 3]], 24],
+            [[2, 1], 3, 1, [[3, 3]], 24],
+        ],
+        "group_divisor": 1,
+        "global_context_att": True,
+        "return_2d_output": False,
+        "compress_tconvs": True,
+        "dual_agg": False,
+        "agg_gnorm": False,
+    },
+}
+# Options of the reference that no published file uses: the values that leave them out.
+UNUSED_OPTIONS = {
+    "redimnet": {"tf_optimized_arch": (False, None)},
+    "redimnet2": {
+        "causal": (False, None, "none"),
+        "spec_in_channels": (1,),
+        "fm_weigthing_type": ("NC",),
+        "use_freq_pos_enc": (False,),
+        "pad_right_samples": (None, 0),
+        "before_pool_offset": (None, 0),
+        "is_subnet": (False,),
+        "offset_fm_weights": (0,),
+    },
 }
 SPEC_PARAMS = {  # reference name -> (our field, reference default)
     "norm_signal": ("normalize_signal", False),
@@ -69,22 +109,34 @@ def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None
     Raises ConversionError listing unknown configuration keys and left-over, missing or misshapen tensors.
     """
     checkpoint = _read(checkpoint)
-    config = convert_config(checkpoint["model_config"], embedding_size)
-    model = MRLReDimNetModel(config)
-    embed_dim = checkpoint["model_config"].get("embed_dim", REFERENCE_DEFAULTS["embed_dim"])
-    model.load_state_dict(convert_state_dict(checkpoint["state_dict"], model, embed_dim))
+    model_config = checkpoint["model_config"]
+    model = MRLReDimNetModel(convert_config(model_config, embedding_size))
+    model.load_state_dict(convert_state_dict(checkpoint["state_dict"], model, model_config))
     return model.eval()
+
+
+def which_network(model_config: dict) -> str:
+    """ "redimnet2" where a stage strides over two axes or, without stages, a key is of that network alone."""
+    if "stages_setup" in model_config:
+        pairs = any(isinstance(row[0], (list, tuple)) for row in model_config["stages_setup"])
+        return "redimnet2" if pairs else "redimnet"
+    first, second = ({*REFERENCE_DEFAULTS[name], *UNUSED_OPTIONS[name]} for name in ("redimnet", "redimnet2"))
+    return "redimnet2" if (second - first) & set(model_config) else "redimnet"
 
 
 def convert_config(model_config: dict, embedding_size: int | None = None) -> MRLReDimNetConfig:
     """The reference wrapper's keyword arguments as a configuration; unknown keys and values are refused by name."""
-    known = {**REFERENCE_DEFAULTS, **{k: v for k, v in model_config.items() if k not in IGNORED_CONFIG}}
-    problems = [f"model_config.{key}: unknown key" for key in sorted(set(known) - set(REFERENCE_DEFAULTS))]
-    if model_config.get("tf_optimized_arch"):
-        problems.append("model_config.tf_optimized_arch: True is not supported (nor does the reference build it)")
+    network = which_network(model_config)
+    unused = UNUSED_OPTIONS[network]
+    defaults = REFERENCE_DEFAULTS[network]
+    known = {**defaults, **{k: v for k, v in model_config.items() if k not in IGNORED_CONFIG | set(unused)}}
+    problems = [f"model_config.{key}: unknown key" for key in sorted(set(known) - set(defaults))]
+    for key, without in unused.items():
+        if model_config.get(key, without[0]) not in without:
+            problems.append(f"model_config.{key}: {model_config[key]!r} is not supported (no published file has it)")
     if known["feat_type"] not in FRONT_ENDS:
         problems.append(f"model_config.feat_type: {known['feat_type']!r} is none of {', '.join(FRONT_ENDS)}")
-    stages, stage_problems = _convert_stages(known["stages_setup"])
+    stages, stage_problems = _convert_stages(known, network)
     front_end, spec_problems = _convert_spec_params(known["spec_params"], FRONT_ENDS.get(known["feat_type"], "mel"))
     problems += stage_problems + spec_problems
     if problems:
@@ -97,6 +149,7 @@ def convert_config(model_config: dict, embedding_size: int | None = None) -> MRL
         )
     try:
         return MRLReDimNetConfig(
+            network=network,
             num_mel_bins=known["F"],
             base_channels=known["C"],
             block_1d=known["block_1d_type"],
@@ -112,9 +165,20 @@ def convert_config(model_config: dict, embedding_size: int | None = None) -> MRL
             embedding_size=size,
             matryoshka_dims=default_dims(size),
             **front_end,
+            **(_redimnet2_fields(known) if network == "redimnet2" else {}),
         )
     except ValueError as error:
         raise ConversionError(f"This checkpoint's model_config cannot be converted: {error}") from error
+
+
+def _redimnet2_fields(known: dict) -> dict:
+    norm = known["agg_gnorm"]
+    return {
+        "grouped_strides": bool(known["compress_tconvs"]),
+        "dual_maps": bool(known["dual_agg"]),
+        "map_norm_groups": (known["C"] if norm else None) if isinstance(norm, bool) else norm,
+        "aggregation_per_bin": bool(known["return_2d_output"]) and known["out_channels"] is not None,
+    }
 
 
 def default_dims(size: int) -> list[int]:
@@ -122,17 +186,29 @@ def default_dims(size: int) -> list[int]:
     return [*range(64, size, 64), size]
 
 
-def _convert_stages(stages_setup) -> tuple[list[dict], list[str]]:
+def _convert_stages(known: dict, network: str) -> tuple[list[dict], list[str]]:
     stages, problems = [], []
-    for i, row in enumerate(stages_setup):
-        if len(row) != 5 or not isinstance(row[0], int):
+    # ReDimNet builds 3x3 kernels whatever its stages say, and so are the residual blocks of both.
+    uses_kernels = network == "redimnet2" and str(known["block_2d_type"]).startswith("convnext")
+    wanted = "stride" if network == "redimnet" else "(bins' stride, frames' stride)"
+    for i, row in enumerate(known["stages_setup"]):
+        strides = row[0] if network == "redimnet2" and isinstance(row[0], (list, tuple)) else row[:1]
+        if len(row) != 5 or len(strides) != (2 if network == "redimnet2" else 1) or not _whole(strides):
             problems.append(
-                f"model_config.stages_setup[{i}]: {row!r} is not (stride, blocks, expansion, kernels, reduction)"
+                f"model_config.stages_setup[{i}]: {row!r} is not ({wanted}, blocks, expansion, kernels, reduction)"
             )
             continue
-        stride, blocks, expansion, _, reduction = row  # the reference builds 3x3 kernels whatever it says here
-        stages.append(dict(frequency_stride=stride, blocks=blocks, expansion=expansion, reduction=reduction))
+        _, blocks, expansion, kernels, reduction = row
+        stages.append(dict(frequency_stride=strides[0], blocks=blocks, expansion=expansion, reduction=reduction))
+        if len(strides) == 2:
+            stages[-1]["time_stride"] = strides[1]
+        if uses_kernels:
+            stages[-1]["kernels"] = kernels
     return stages, problems
+
+
+def _whole(numbers) -> bool:
+    return all(isinstance(number, int) for number in numbers)
 
 
 def _convert_spec_params(spec_params: dict, front_end: str) -> tuple[dict, list[str]]:
@@ -180,6 +256,11 @@ def _linear(key: str, ours: str) -> Rule:
     return Rule(key, lambda t: {ours: t.flatten(1)})
 
 
+def _stride(key: str, ours: str) -> Rule:
+    """A kernel over (bins, frames) that strides by its size to a matrix: bins side by side, frames outside them."""
+    return Rule(key, lambda t: {ours: t.permute(0, 3, 2, 1).flatten(1)})
+
+
 def _time(key: str, ours: str) -> Rule:
     """A kernel over frames [out, in, k] to an image kernel of height one [out, in, 1, k]."""
     return Rule(key, lambda t: {ours: t.unsqueeze(2)})
@@ -196,9 +277,11 @@ def _batch_norm(key: str, ours: str) -> Iterator[Rule]:
         yield _same(f"{key}.{name}", f"{ours}.{name}")
 
 
-def _block_2d(config, key: str, ours: str) -> Iterator[Rule]:
+def _block_2d(config, kernels: int, key: str, ours: str) -> Iterator[Rule]:
     if config.block_2d.startswith("convnext"):
         yield from _both(_image, f"{key}.dwconvs.0", f"{ours}.conv")
+        for i in range(1, kernels):
+            yield from _both(_image, f"{key}.dwconvs.{i}", f"{ours}.other_convs.{i - 1}")
         yield from _batch_norm(f"{key}.norm", f"{ours}.norm")
         yield from _both(_linear, f"{key}.pwconv1", f"{ours}.pointwise")
         return
@@ -250,24 +333,41 @@ def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
 
 def _stage(config, index: int) -> Iterator[Rule]:
     key, ours, stage = f"backbone.stage{index}", f"trunk.stages.{index}", config.stages[index]
+    dual = config.dual_maps and stage["reduction"] is not None
+    position = yield from _stage_2d(config, index, f"{key}_pre" if dual else key, ours)
+    # Then follow the reshape to 1-D, the 1-D block, the upsampling and the norm; of a dual stage, apart.
+    if stage["reduction"] is not None:
+        position += 1
+        yield from _block_1d(config, f"{key}_1d" if dual else f"{key}.{position}", f"{ours}.context")
+    if config.map_norm_groups is not None:
+        norms = [f"{key}_up_2d.1", f"{key}_up_1d.1"] if dual else [f"{key}.{position + 2}"]
+        for i, norm in enumerate(norms):
+            yield from _both(_same, norm, f"{ours}.norms.{i}")
+
+
+def _stage_2d(config, index: int, key: str, ours: str) -> Generator[Rule, None, int]:
+    """Rules up to the reshape to 1-D, whose position is returned."""
+    stage = config.stages[index]
     if index == 0:
         yield Rule(f"{key}.0.w", lambda t: {})  # a softmax over one map: it weighs nothing
     else:
         yield Rule(f"{key}.0.w", lambda t: {f"{ours}.mix.logits": t[0, :, :, 0]})
-    # [out, c, s, 1] -> [out, s * c]: the bins of a stride lie side by side, channels innermost.
-    yield Rule(f"{key}.2.weight", lambda t: {f"{ours}.stride.weight": t[..., 0].transpose(1, 2).flatten(1)})
-    yield _same(f"{key}.2.bias", f"{ours}.stride.bias")
+    yield from _both(_image if config.stride_groups(index) > 1 else _stride, f"{key}.2", f"{ours}.stride")
     position = 3
     for block in range(stage["blocks"]):
-        yield from _block_2d(config, f"{key}.{position}.conv_block", f"{ours}.blocks.{block}")
+        kernels = len(stage.get("kernels", [[3, 3]]))
+        yield from _block_2d(config, kernels, f"{key}.{position}.conv_block", f"{ours}.blocks.{block}")
         position += 1
     if stage["expansion"] != 1:
-        yield from _both(_image, f"{key}.{position}.0", f"{ours}.squeeze.conv")
-        yield from _batch_norm(f"{key}.{position}.1", f"{ours}.squeeze.norm")
-        yield from _both(_linear, f"{key}.{position}.3", f"{ours}.squeeze.pointwise")
+        squeeze = f"{ours}.squeeze"
+        if config.network == "redimnet":
+            yield from _both(_image, f"{key}.{position}.0", f"{squeeze}.conv")
+            yield from _both(_linear, f"{key}.{position}.3", f"{squeeze}.pointwise")
+        else:
+            yield from _both(_linear, f"{key}.{position}.0", f"{squeeze}.pointwise")
+        yield from _batch_norm(f"{key}.{position}.1", f"{squeeze}.norm")
         position += 1
-    if stage["reduction"] is not None:
-        yield from _block_1d(config, f"{key}.{position + 1}", f"{ours}.context")  # behind the reshape to 1-D
+    return position
 
 
 def _pooling(config) -> Iterator[Rule]:
@@ -318,17 +418,23 @@ def _head(config, embed_dim: int) -> Iterator[Rule]:
         yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
 
 
-def _rules(config, embed_dim: int) -> Iterator[Rule]:
+def _rules(config, model_config: dict) -> Iterator[Rule]:
+    embed_dim = model_config.get("embed_dim", SHARED_DEFAULTS["embed_dim"])
     if config.feature_norm == "batch":
         yield from _batch_norm("spec.spec_norm", "front_end.norm")
     yield from _both(_image, "backbone.stem.0", "trunk.stem.conv")
     yield from _both(_same, "backbone.stem.1", "trunk.stem.norm")
+    if config.map_norm_groups is not None:
+        yield from _both(_same, "backbone.stem_gnorm", "trunk.stem.map_norm")
     for index in range(len(config.stages)):
         yield from _stage(config, index)
     yield Rule("backbone.fin_wght1d.w", lambda t: {"trunk.mix.logits": t[0, :, :, 0]})
     if config.aggregation_channels is not None:
-        yield from _both(_linear, "backbone.mfa.0", "trunk.aggregate")
-        yield from _batch_norm("backbone.mfa.1", "trunk.aggregate_norm")
+        if config.network == "redimnet":
+            yield from _both(_linear, "backbone.mfa.0", "trunk.aggregate")
+            yield from _batch_norm("backbone.mfa.1", "trunk.aggregate_norm")
+        else:
+            yield from _both(_linear, "backbone.head", "trunk.aggregate")
     yield from _pooling(config)
     yield from _head(config, embed_dim)
 
@@ -339,16 +445,16 @@ def _is_recomputed(key: str) -> bool:
 
 
 def convert_state_dict(
-    state_dict: dict[str, torch.Tensor], model: MRLReDimNetModel, embed_dim: int
+    state_dict: dict[str, torch.Tensor], model: MRLReDimNetModel, model_config: dict
 ) -> dict[str, torch.Tensor]:
     """Reference tensors as the model's; ConversionError lists every one left over, missing or misshapen.
 
-    embed_dim: rows of the checkpoint's head; the model's may have more.
+    model_config: the checkpoint's; the model's head may have more rows.
     """
     left = {key: value for key, value in state_dict.items() if not _is_recomputed(key)}
     expected = model.state_dict()
     converted, problems = {}, []
-    for rule in _rules(model.config, embed_dim):
+    for rule in _rules(model.config, model_config):
         if rule.key not in left:
             problems.append(f"missing: {rule.key}")
             continue
@@ -372,7 +478,27 @@ def convert_state_dict(
         raise ConversionError(
             f"The checkpoint does not fit its own model_config ({len(problems)} problems):\n  " + "\n  ".join(problems)
         )
-    return converted
+    return {name: _bins_outermost(name, value, model.config, model_config) for name, value in converted.items()}
+
+
+# Where the pooling's channels are an axis of our tensors, once or for several statistics in a row.
+POOLED_AXES = (
+    (r"pooling\.(attention|context)_in\.weight|projection\.segments\.\d+\.weight", 1),
+    (r"pooling\.attention_out\..*|projection\.norm\.(weight|bias|running_.*)", 0),
+)
+
+
+def _bins_outermost(name: str, value: torch.Tensor, config, model_config: dict) -> torch.Tensor:
+    """The reference pools 2-D maps with channels outermost; ours are what they are in memory, bins outermost."""
+    axis = next((axis for names, axis in POOLED_AXES if re.fullmatch(names, name)), None)
+    if axis is None or not model_config.get("return_2d_output"):
+        return value
+    *_, bins = config.stage_shapes()[-1]
+    return (
+        value.unflatten(axis, (-1, config.pooling_input // bins, bins))
+        .transpose(axis + 1, axis + 2)
+        .flatten(axis, axis + 2)
+    )
 
 
 def _read(checkpoint: str | Path | dict) -> dict:

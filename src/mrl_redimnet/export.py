@@ -186,12 +186,15 @@ class _Window(nn.Module):
 
 
 class _Exported(nn.Module):
-    """input_values [B, T], attention_mask [B, T] -> embeddings [B, D] float32, with `factors` as the LoRA's."""
+    """input_values [B, T], attention_mask [B, T] -> embeddings [B, D] float32, with `factors` as the LoRA's.
 
-    def __init__(self, encoder: MRLReDimNetModel):
+    min_samples: the shortest T [the model's].
+    """
+
+    def __init__(self, encoder: MRLReDimNetModel, min_samples: int | None = None):
         super().__init__()
         self.window = _Window(encoder)
-        self.min_samples = encoder.config.min_samples
+        self.min_samples = encoder.config.min_samples if min_samples is None else min_samples
 
     def forward(self, input_values, attention_mask=None, factors=None):
         torch._check(input_values.shape[1] >= self.min_samples)
@@ -442,15 +445,19 @@ def export_torch(
     """Writes `model`'s encoder as a torch.export program (.pt2), which torch.export.load reads without this package.
 
     Called as program.module()(input_values=..., attention_mask=...), shapes, `mask` and `facts` as of `export_onnx`;
-    the facts are JSON in the extra file mrl_redimnet.json.
+    the facts are JSON in the extra file mrl_redimnet.json. A program takes two frames of a network's last stage at
+    least, of a ReDimNet2 a few hundredths of a second more than the model: a shape of one is another graph to torch.
     """
     encoder = _encoder(model)
+    stride, config = encoder.config.time_strides()[-1], encoder.config
+    least = config.min_samples + (stride * config.hop_length if stride > 1 else 0)
+    facts = {**(facts or {}), "min_samples": str(least)}
     arguments, shapes = _example(encoder, mask, {})
     with _quiet():
-        program = torch.export.export(_Exported(encoder), (), arguments, dynamic_shapes=shapes)
+        program = torch.export.export(_Exported(encoder, least), (), arguments, dynamic_shapes=shapes)
         for graph in program.graph_module.modules():  # one in another, where gradients are switched off
             for node in graph.graph.nodes:
                 node.meta.pop("stack_trace", None)  # with this machine's paths
-        extra = {FACTS_FILE: json.dumps(facts or {})}
+        extra = {FACTS_FILE: json.dumps(facts)}
         replace_file(Path(path), lambda file: torch.export.save(program, file, extra_files=extra))
     return Path(path)
