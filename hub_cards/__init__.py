@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # importing it would import PEFT, which a base's card does wi
 
 UNKNOWN_TRAINING = "How these weights were trained is not recorded here."
 PLACEHOLDER = "PATH_OR_HUB_ID"
+NETWORKS = {  # by config.network
+    "redimnet": ("ReDimNet", "https://arxiv.org/abs/2407.18223"),
+    "redimnet2": ("ReDimNet2", "https://arxiv.org/abs/2603.11841"),
+}
 SPEAKER_TAGS = ("speaker-verification", "speaker-embedding")
 
 
@@ -43,13 +47,16 @@ def base_card(
         datasets,
         library_name="transformers",
         pipeline_tag="feature-extraction",
-        tags=[*SPEAKER_TAGS, "redimnet", "matryoshka", config.model_type],
+        tags=[*SPEAKER_TAGS, config.network, "matryoshka", config.model_type],
     )
+    network, paper = NETWORKS[config.network]
     return _render(
         "base_model.md",
         data,
         name=name,
         repository=repository,
+        network=network,
+        paper=paper,
         dims=config.matryoshka_dims,
         parameters=f"{getattr(model, model.base_model_prefix, model).num_parameters():,}",
         hop_ms=f"{config.hop_length / 16:g}",
