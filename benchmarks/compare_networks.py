@@ -87,7 +87,7 @@ def refuse_other_differences(parser: argparse.ArgumentParser, recipes: dict[str,
 
 def facts(run: Path, size: str, model: torch.nn.Module) -> dict:
     """Size, multiply-adds of two seconds, and what the training logged."""
-    encoder = getattr(model, "redimnet", model)
+    encoder, results = getattr(model, "redimnet", model), json.loads((run / "results.json").read_text())
     with torch.inference_mode(), FlopCounterMode(display=False) as counted:
         encoder(torch.zeros(1, 2 * SAMPLING_RATE))
     logged = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -102,7 +102,8 @@ def facts(run: Path, size: str, model: torch.nn.Module) -> dict:
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "multiply_adds": counted.get_total_flops() // 2,
         "crops_per_s": float(np.median(rates)),
-        "best_step": json.loads((run / "results.json").read_text())["best_step"],
+        "best_step": results["best_step"],
+        "saved": results["saved"],
         "development_eer": development,
     }
 
@@ -117,13 +118,13 @@ def report(record: dict, found: dict, first: str) -> str:
         f"of {recipe['crop_seconds']:g} s, one run each. EER in per cent, 95 % intervals by a bootstrap over speakers "
         f"({record['resamples']} resamples), paired for differences; bold: beyond noise.",
         "",
-        "| | parameters | multiply-adds of 2 s | crops/s of a training step, median | best step |",
-        "|---|---|---|---|---|",
+        "| | parameters | multiply-adds of 2 s | crops/s that the training logged, median | best step | saved |",
+        "|---|---|---|---|---|---|",
     ]
     for each in networks.values():
         lines.append(
             f"| {each['size']} | {each['parameters'] / 1e6:.2f} M | {each['multiply_adds'] / 1e9:.3f} G | "
-            f"{each['crops_per_s']:.0f} | {each['best_step']} |"
+            f"{each['crops_per_s']:.0f} | {each['best_step']} | {each['saved']} |"
         )
     for name, drawn in found.items():
         dims = list(drawn[first])

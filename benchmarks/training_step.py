@@ -289,8 +289,8 @@ def report(record: dict) -> str:
         paragraph(
             f"{record['machine']}, threads: {record['threads']}, torch {record['torch']}, float32, eager. A step: "
             f"forward, AAM over {SPEAKERS:,} speakers, backward, SGD with momentum, of {record['crops']} crops of "
-            f"{CROP_SECONDS:g} s at a hop of 15 ms. Random weights and noise. Ratios of time: median [quartiles] over "
-            "rounds of all taking turns."
+            f"{CROP_SECONDS:g} s at the published hop. Random weights and noise. Ratios of time: median [quartiles] "
+            "over rounds of all taking turns."
         ),
         "",
         paragraph(
