@@ -643,6 +643,12 @@ def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, 
     assert not fresh and kept(rows_of(before, old), rows_of(model, task.classes)) == {names[3]}
 
 
+def test_a_misspelt_size_is_not_looked_for_on_the_hub(speech, recipe):
+    settings = recipe(model="redimnet2-nan")
+    with pytest.raises(FileNotFoundError, match="redimnet2-nan is not a folder: .* or one of nano, .*redimnet2-nano"):
+        make_task(settings, speech).build_model(settings)
+
+
 def test_a_start_of_another_shape_is_refused(speech, recipe, start):
     settings = recipe(model=str(start), model_options={"pooling_bottleneck": 8})
     with pytest.raises(ValueError, match=r"model lacks or misshapes \d tensors: redimnet.pooling.attention_in"):

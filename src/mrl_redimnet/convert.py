@@ -509,9 +509,9 @@ def _read(checkpoint: str | Path | dict) -> dict:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever the unpickler meets
-            reason = f"{type(error).__name__} {error}".strip()
             raise ConversionError(
-                f"{path} cannot be read as a PyTorch checkpoint of weights only: {reason}."
+                f"{path} cannot be read as a PyTorch checkpoint of weights only ({type(error).__name__}): it is "
+                "damaged, not whole, no checkpoint, or holds code."
             ) from error
     if not isinstance(checkpoint, dict) or not {"model_config", "state_dict"} <= set(checkpoint):
         found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__

@@ -2,14 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
-def refuse_missing(source: str | Path):
-    """Raises FileNotFoundError where `source` reads like a folder, not like a Hub id, and there is none."""
-    if (isinstance(source, Path) or source.startswith(("/", ".", "~"))) and not Path(source).is_dir():
-        raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id.")
+def refuse_missing(source: str | Path, names: Iterable[str] = ()):
+    """Raises FileNotFoundError where `source` reads like a folder, not like a Hub id OWNER/NAME, and there is none.
+
+    names: what could have been given as well, for the message.
+    """
+    may_be_hub_id = isinstance(source, str) and "/" in source and not source.startswith(("/", ".", "~"))
+    if not may_be_hub_id and not Path(source).is_dir():
+        or_name = f", or one of {', '.join(names)}" if names else ""
+        raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id (OWNER/NAME){or_name}.")
 
 
 def refuse_existing(folder: Path):

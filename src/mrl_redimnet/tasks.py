@@ -239,7 +239,7 @@ def start_model(kind: type, recipe: Recipe, head: set[str], **config):
     """A model of `kind` from a size or a saved one, and whether its head is new; no tensors but the `head`'s may be."""
     if recipe.model in SIZES:
         return kind(MRLReDimNetConfig.from_size(recipe.model, **config, **recipe.model_options)), True
-    refuse_missing(recipe.model)
+    refuse_missing(recipe.model, SIZES)
     model, info = kind.from_pretrained(
         recipe.model, ignore_mismatched_sizes=True, output_loading_info=True, **config, **recipe.model_options
     )
