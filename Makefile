@@ -1,14 +1,20 @@
 # make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
 #            a page of results in runs/demo-report.
 # make test: lint and tests.
-# Both set up .venv first, when it is missing or pyproject.toml is newer.
+# make test-newest, make test-oldest: the same with the newest and the oldest packages that pyproject.toml allows, in
+#            .venv-newest and .venv-oldest.
+# make lock: writes requirements.lock anew, the exact packages that .venv is made of.
+# The first two set up .venv, when it is missing or older than requirements.lock or pyproject.toml. PYTHON=python3.13
+# chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one that is put into .tools.
 PYTHON ?= python3
+UV ?= .tools/bin/uv
+UV_VERSION := 0.13.9
 BIN := .venv/bin
 TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --steps 60 --evaluate_every 30 --tests '{}'
 
-.PHONY: demo test
+.PHONY: demo test test-newest test-oldest lock
 
 demo: .venv/ready
 	rm -rf runs/demo runs/demo-telephony runs/demo-noisy
@@ -26,8 +32,26 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-.venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
-	touch $@
+.venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))
+	@echo "Setting up .venv: about 3 GB to download, 6.5 GB on disk, most of it torch with its CUDA libraries."
+	$(UV) venv --quiet --clear --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --python .venv requirements.lock
+	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-newest test-oldest: test-%: .tools/bin/uv
+	$(UV) venv --quiet --clear --python $(PYTHON) .venv-$*
+	$(UV) pip install --quiet --python .venv-$* --resolution $(RESOLUTION_$*) --editable '.[dev]'
+	.venv-$*/bin/python -m pytest
+
+RESOLUTION_newest := highest
+RESOLUTION_oldest := lowest-direct
+
+lock: .tools/bin/uv
+	$(UV) pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 --extra dev \
+		--generate-hashes --no-annotate --custom-compile-command 'make lock' --output-file requirements.lock
+
+.tools/bin/uv: Makefile
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@

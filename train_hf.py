@@ -22,11 +22,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Dataset
 from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,6 +40,7 @@ from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split
 from mrl_redimnet.curves import Record
 from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.evaluation import as_records, embed_files, format_table
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import recover_folder
 from mrl_redimnet.groups import format_groups
 from mrl_redimnet.history import History
@@ -68,6 +67,10 @@ from mrl_redimnet.training import (
     prefix_weights_at,
     save_checkpoint,
 )
+
+with extra("train"):
+    import psutil
+    from datasets import Dataset
 
 ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: what is approximate there is learnt around
 PROBE_BATCHES = 8  # what data-driven ranks and initialisations look at

@@ -28,8 +28,9 @@ from mrl_redimnet.robustness import (
     markdown_table,
     save_reports,
 )
-from mrl_redimnet.robustness_commands import add_grid_arguments, grid_of
+from mrl_redimnet.robustness_commands import grid_of
 from mrl_redimnet.trials import Trials, speaker_of
+from mrl_redimnet_cli.trials import add_grid
 
 TITLES = {"test": "The test side alone perturbed", "both": "Enrolment and test perturbed"}
 
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", default="both lists", help="the name of a trial list, without trials_ [both lists]")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--limit-utterances-per-speaker", type=int, metavar="N", help="only the first N of each")
-    add_grid_arguments(parser)
+    add_grid(parser)
     return parser.parse_args()
 
 

@@ -5,17 +5,18 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from mrl_redimnet.evaluation import SHARES, VerificationRow
+from mrl_redimnet.extras import extra
 from mrl_redimnet.groups import group_cells, group_notes
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
 from mrl_redimnet.robustness import ALL, SIDES, NumberRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NO_RESULTS = "No results are recorded for these weights."
 PICTURE = "eer.png"
@@ -163,6 +164,11 @@ def _dataset_ids(names: Iterable[str]) -> list[str]:
 
 def eer_plot(evaluation: Evaluation, file: Path) -> bool:
     """Draws EER over dimensions, a panel per trial list, with 95 % intervals; returns whether there was anything."""
+    with extra("evaluation"):  # a card without results needs no picture
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
     lists = evaluation.lists_of(VerificationRow)
     if not lists:
         return False
@@ -190,7 +196,7 @@ def eer_plot(evaluation: Evaluation, file: Path) -> bool:
     return True
 
 
-def _draw(panel: Axes, systems: dict[str, list[VerificationRow]], styles: dict[str, dict]):
+def _draw(panel: "Axes", systems: dict[str, list[VerificationRow]], styles: dict[str, dict]):
     for system, rows in systems.items():
         rows = sorted(rows, key=column)
         panel.plot([row.dim for row in rows], [100 * row.eer for row in rows], markersize=4, **styles[system])

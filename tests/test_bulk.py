@@ -231,7 +231,7 @@ def entries(speech: Path, file: Path, count: int) -> list[str]:
 
 def start(arguments: list, launcher=(), **environment) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "mrl_redimnet.cli", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", "mrl_redimnet_cli", *map(str, arguments)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,9 +16,9 @@ from transformers import AutoFeatureExtractor, AutoModel
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
-from mrl_redimnet.cli import main
 from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.saving import load_model, save_adapter, save_model
+from mrl_redimnet_cli import main
 
 RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
 WAVE = reference_waveform(16_000)

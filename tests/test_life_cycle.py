@@ -82,7 +82,7 @@ def test_train_push_pull_swap_merge_unload(variant, corpus, tmp_path):
     with LocalHub({"secret": "anna"}, lfs=True) as hub:
         run([train_hf.__file__, *train, "--domain=telephony", "--output", tmp_path / "telephony"], here, hub)
         run([train_hf.__file__, *train, *gender, "--output", tmp_path / "gender"], here, hub)
-        command = ["-m", "mrl_redimnet.cli"]
+        command = ["-m", "mrl_redimnet_cli"]
         assert "pushed" in run([*command, "push", tmp_path / "base", BASE], here, hub)
         for domain in ("telephony", "gender"):
             folder = tmp_path / domain / "best"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
+import mrl_redimnet_cli as cli
 import train_hf  # noqa: F401  the commands below name it
-from mrl_redimnet import cli
 from mrl_redimnet.hub_cards import base_card
 from mrl_redimnet.recipe import parse_command_line
 from mrl_redimnet.saving import save_model
@@ -34,7 +34,7 @@ def commands(program: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", commands("mrl-redimnet"), ids=" ".join)
 def test_readme_commands_parse(arguments):
-    assert cli._parser().parse_args(arguments).run
+    assert cli.make_parser().parse_args(arguments).run
 
 
 @pytest.mark.parametrize("arguments", commands("accelerate launch"), ids=" ".join)

@@ -1,6 +1,5 @@
 """Robustness: each perturbation does what it says, the measure against plain loops, one audio for all systems."""
 
-import argparse
 import hashlib
 import itertools
 import math
@@ -34,11 +33,11 @@ from mrl_redimnet.robustness import (
     robustness,
     save_reports,
 )
-from mrl_redimnet.robustness_commands import add_robustness_command
 from mrl_redimnet.rooms import reverberation_time
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import synthesise
 from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials, write_trials
+from mrl_redimnet_cli import main
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 CLEAN = Condition("clean", "clean", 0, "", lambda audio, rng: audio)
@@ -477,10 +476,7 @@ def test_heat_map_shows_the_rows_at_their_place(tmp_path, report, monkeypatch):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    add_robustness_command(parser.add_subparsers())
-    parsed = parser.parse_args(["robustness", *map(str, arguments)])
-    parsed.run(parsed)
+    return main(["robustness", *map(str, arguments)])
 
 
 def test_command(tmp_path, corpus, trials, noises, capsys):
@@ -488,14 +484,15 @@ def test_command(tmp_path, corpus, trials, noises, capsys):
     write_trials(trials, tmp_path / "trials.txt")
     given = ["--trials", tmp_path / "trials.txt", "--folder", corpus, "--dims", "8", "--resamples", "5"]
     given += ["--noise", noises, "--noise-types", "hum", "--perturbations", "noise", "clipping", "--quick-grid"]
-    run(tmp_path / "model", *given, "--out", tmp_path / "new" / "out")
+    assert run(tmp_path / "model", *given, "--out", tmp_path / "new" / "out") == 0
     printed = capsys.readouterr().out
     (report,), _ = load_reports(tmp_path / "new" / "out" / "robustness.json")
     assert [row.condition for row in report.points if row.side == "test"] == ["noise/hum 0 dB", "clipping 0.1 of peak"]
     assert format_numbers(report) in printed and report.system == "model"
     assert f"test side alone perturbed, 8 dimensions: {100 * report.number('test', 8).change:+.0f} % EER [" in printed
     assert (tmp_path / "new" / "out" / "robustness.png").is_file()
-    with pytest.raises(NotADirectoryError, match="trials.txt is not a folder"):
-        run(tmp_path / "model", *given, "--out", tmp_path / "trials.txt")
-    with pytest.raises(ValueError, match="unknown hail"):
+    assert run(tmp_path / "model", *given, "--out", tmp_path / "trials.txt") == 2
+    assert "trials.txt is not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "model", *given[:6], "--perturbations", "hail")
+    assert "invalid choice: 'hail'" in capsys.readouterr().err

@@ -27,11 +27,11 @@ from transformers import AutoModel, AutoModelForAudioXVector
 import train_hf
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.audio import AudioError
-from mrl_redimnet.cli import main as cli_main
 from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.curves import Record
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet_cli import main as cli_main
 
 SCRIPT = Path(train_hf.__file__)
 TINY = (

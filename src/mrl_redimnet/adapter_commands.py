@@ -1,10 +1,9 @@
 """`mrl-redimnet push` and `mrl-redimnet adapters ...`: models and adapters to and from the Hub, mixed and merged."""
 
-import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from mrl_redimnet.adapters.bank import AdapterBank
-from mrl_redimnet.adapters.combining import METHODS
 from mrl_redimnet.adapters.detector import DomainDetector
 from mrl_redimnet.adapters.hub import adapter_info, list_adapters, pull, push_adapter, push_base
 from mrl_redimnet.audio import read_audio
@@ -12,67 +11,18 @@ from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.saving import save_model, write_adapter_card
 
 
-def add_adapter_commands(commands):
-    """Adds the subcommands to `commands` of an argument parser."""
-    push = commands.add_parser("push", help="a saved model to a Hub repository")
-    _push_arguments(push, "a saved model")
-    push.set_defaults(run=_push, send=push_base)
-
-    adapters = commands.add_parser("adapters", help="push, pull, list, look at, mix and merge adapters")
-    actions = adapters.add_subparsers(dest="action", required=True)
-
-    push = actions.add_parser("push", help="an adapter's folder to a Hub repository")
-    _push_arguments(push, "a saved adapter")
-    push.add_argument("--base", help="Hub id of its base [what the folder says]")
-    push.set_defaults(run=_push, send=push_adapter)
-
-    fetch = actions.add_parser("pull", help="an adapter from the Hub into the cache; prints the folder")
-    fetch.add_argument("repository", help="Hub id")
-    fetch.add_argument("--revision", help="branch, tag or commit")
-    fetch.set_defaults(run=_pull)
-
-    listing = actions.add_parser("list", help="the adapters of a base on the Hub")
-    listing.add_argument("base", help="Hub id of the base")
-    listing.add_argument("--author", help="only this user's or organisation's")
-    listing.set_defaults(run=_list)
-
-    info = actions.add_parser("info", help="what an adapter is: base, domain, rank, size")
-    info.add_argument("adapter", help="path or Hub id")
-    info.add_argument("--revision", help="branch, tag or commit")
-    info.set_defaults(run=_info)
-
-    detect = actions.add_parser("detect", help="the domain that each file sounds like")
-    detect.add_argument("detector", type=Path, help="folder of a saved detector")
-    detect.add_argument("files", nargs="+", type=Path, metavar="AUDIO")
-    detect.set_defaults(run=_detect)
-
-    mix = actions.add_parser("mix", help="several adapters into a new one")
-    mix.add_argument("base", help="path or Hub id")
-    mix.add_argument("weights", nargs="+", metavar="ADAPTER=WEIGHT", help="path or Hub id, and its weight")
-    mix.add_argument("--out", type=Path, required=True, help="a new folder")
-    mix.add_argument("--method", choices=METHODS, default="svd")
-    mix.add_argument("--rank", type=int, help="of the mix, for the svd methods [the largest of each layer]")
-    mix.add_argument("--density", type=float, help="share of the numbers that ties, dare and magnitude_prune keep")
-    mix.set_defaults(run=_mix)
-
-    merge = actions.add_parser("merge", help="an adapter into its base: a plain model")
-    merge.add_argument("base", help="path or Hub id")
-    merge.add_argument("adapter", help="path or Hub id")
-    merge.add_argument("out", type=Path, help="a new folder")
-    merge.set_defaults(run=_merge)
+def push_model(arguments):
+    """`mrl-redimnet push`."""
+    _push(push_base, arguments)
 
 
-def _push_arguments(parser: argparse.ArgumentParser, what: str):
-    parser.add_argument("folder", type=Path, help=what)
-    parser.add_argument("repository", help="Hub id; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="if it is made")
-    parser.add_argument("--revision", help="a branch, made if it is not there [main]")
-    parser.add_argument("--tag", help="a name for the pushed state, such as v1")
+def push_adapter_folder(arguments):
+    """`mrl-redimnet adapters push`."""
+    _push(push_adapter, arguments, base=arguments.base)
 
 
-def _push(arguments):
-    options = {"base": arguments.base} if "base" in arguments else {}
-    pushed = arguments.send(
+def _push(send: Callable, arguments, **options):
+    pushed = send(
         arguments.folder,
         arguments.repository,
         private=arguments.private,
@@ -86,11 +36,13 @@ def _push(arguments):
         print(f"Not for the Hub, left out: {', '.join(pushed.left_out)}.")
 
 
-def _pull(arguments):
+def pull_adapter(arguments):
+    """`mrl-redimnet adapters pull`."""
     print(pull(arguments.repository, revision=arguments.revision))
 
 
-def _list(arguments):
+def show_adapters(arguments):
+    """`mrl-redimnet adapters list`."""
     rows = list_adapters(arguments.base, author=arguments.author)
     if not rows:
         print(f"No adapter on the Hub names {arguments.base} as its base.")
@@ -99,7 +51,8 @@ def _list(arguments):
         print(f"{row.repository:<50} {row.domain or '-':<16} {when}  {'private' if row.private else 'public'}")
 
 
-def _info(arguments):
+def show_info(arguments):
+    """`mrl-redimnet adapters info`."""
     info = adapter_info(arguments.adapter, revision=arguments.revision)
     facts = info.facts
     lines = {
@@ -116,7 +69,8 @@ def _info(arguments):
         print(f"{name:<9}{value or 'not said'}")
 
 
-def _detect(arguments):
+def detect(arguments):
+    """`mrl-redimnet adapters detect`."""
     detector = DomainDetector.load(arguments.detector)
     for file in arguments.files:
         found = detector.detect(read_audio(file))
@@ -124,7 +78,8 @@ def _detect(arguments):
         print(f"{file}: {found.domain or 'the base'} ({odds})")
 
 
-def _mix(arguments):
+def mix(arguments):
+    """`mrl-redimnet adapters mix`."""
     refuse_existing(arguments.out)
     weights = {}
     for pair in arguments.weights:
@@ -148,7 +103,8 @@ def _mix(arguments):
     print(f"{arguments.out}: {arguments.method} of {', '.join(arguments.weights)}.")
 
 
-def _merge(arguments):
+def merge(arguments):
+    """`mrl-redimnet adapters merge`."""
     refuse_existing(arguments.out)
     bank = AdapterBank.load(arguments.base, {"adapter": arguments.adapter})
     base, adapter = (

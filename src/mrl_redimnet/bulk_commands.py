@@ -10,51 +10,18 @@ import datasets
 import numpy as np
 import torch
 
-from mrl_redimnet.bulk import PART_SIZE, STORAGES, Extraction, Process, Report, embed_corpus, read_embeddings
+from mrl_redimnet.bulk import Extraction, Process, Report, embed_corpus, read_embeddings
 from mrl_redimnet.bulk_inputs import Inputs
-from mrl_redimnet.evaluation import BATCH_SECONDS, LISTED
+from mrl_redimnet.evaluation import LISTED
 from mrl_redimnet.folders import replace_file
-from mrl_redimnet.systems import System, check_output, model_arguments
+from mrl_redimnet.systems import System, check_output
 
 # By these accelerate learns of other processes.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def add_embed_command(commands):
-    """Adds `embed` to the subparsers of the command line."""
-    parser = commands.add_parser(
-        "embed",
-        help="embeddings of a corpus into a folder of parquet files, stopped and taken up at will",
-        epilog="Several processes: `accelerate launch -m mrl_redimnet.cli embed ...`, or RANK and WORLD_SIZE set by "
-        "any scheduler. Exit status: 0 all embedded; 1 some utterances have problems (listed, the rest is embedded), "
-        "but 0 where there are several processes, as a launcher would stop the others; 2 an error.",
-    )
-    model_arguments(parser)
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="audio files, folders of them at any depth, manifests (.csv or .tsv with path and id, .txt or .lst of "
-        "paths), tar archives, parquet files, Hub data sets; also in stores (s3://...)",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="a new one, or one to go on with; or FILE.npz, whole"
-    )
-    parser.add_argument("--dim", type=int, help="how many numbers of each embedding [all]")
-    parser.add_argument("--storage", choices=list(STORAGES), default="float32", help="[float32]")
-    parser.add_argument("--retry", action="store_true", help="try again what had problems")
-    parser.add_argument("--folder", help="what the paths of manifests are relative to [the manifest's folder]")
-    parser.add_argument("--split", help="of data sets [train]")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help="of tables: audio=..., path=...")
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode, for each that embeds [1]")
-    parser.add_argument(
-        "--batch-seconds", type=float, default=BATCH_SECONDS, help=f"padded audio of a batch [{BATCH_SECONDS:g}]"
-    )
-    parser.add_argument("--part-size", type=int, default=PART_SIZE, help=f"utterances of a file, at most [{PART_SIZE}]")
-    parser.set_defaults(run=_embed)
-
-
-def _embed(arguments) -> int:
+def embed(arguments) -> int:
+    """`mrl-redimnet embed`."""
     process = Process.launched()
     how = Extraction(
         dim=arguments.dim,
@@ -68,7 +35,7 @@ def _embed(arguments) -> int:
     if single_file and process.count > 1:
         raise ValueError(f"{arguments.out}: one file is written by one process, for {process.count} give a folder.")
     check_output(arguments.out if single_file else None)
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # of reading; the embedding has its own
     inputs = Inputs.find(arguments.inputs, arguments.folder, arguments.split, _columns(arguments.columns))
     system = _load_alone(arguments, process)
     write = _to_file if single_file else _to_folder

@@ -14,12 +14,11 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
-from scipy.special import expit, logit
 from torch import nn
 
 from mrl_redimnet.adapters.facts import fingerprint
 from mrl_redimnet.adapters.stored import local_folder
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 
 THRESHOLDS_FILE = "thresholds.json"
@@ -333,6 +332,10 @@ def weights_of(base: nn.Module, adapter: str | Path | None = None) -> str:
 
 def _logistic(columns: NDArray, targets: NDArray, prior: float) -> tuple[float, list[float]]:
     """Offset and slopes [F] of columns [T, F] that minimise the prior-weighted logistic loss."""
+    with extra("evaluation"):  # fitting alone needs scipy, to use a threshold does not
+        from scipy.optimize import minimize
+        from scipy.special import expit, logit
+
     mean, scale = columns.mean(0), columns.std(0)
     constant = np.ptp(columns, axis=0) == 0  # durations all alike: their mean may round, their slope is to be 0
     mean[constant], scale[constant] = columns[0, constant], 1.0

@@ -10,10 +10,13 @@ import av
 import numpy as np
 import soundfile as sf
 import torch
-from scipy.signal import butter, sosfiltfilt
 from torchaudio.functional import resample
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
+from mrl_redimnet.extras import extra
+
+with extra("evaluation"):
+    from scipy.signal import butter, sosfiltfilt
 
 TELEPHONE_RATE = 8_000
 PACKET = 160  # samples of 20 ms at 8 kHz, the frame of every codec there and the usual payload of G.711 over RTP

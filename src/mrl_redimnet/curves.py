@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
+
+with extra("evaluation"):
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 HISTORY = "history.jsonl"
 PICTURE = "curves.png"

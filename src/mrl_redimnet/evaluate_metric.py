@@ -6,13 +6,16 @@ A module is a subclass of `TrialMetric` that names its measures; see `metrics/ee
 import inspect
 from collections.abc import Callable
 
-import datasets
-import evaluate
 import numpy as np
 import pyarrow as pa
-from datasets.features.features import cast_to_python_objects
 
+from mrl_redimnet.extras import extra
 from mrl_redimnet.metrics import bootstrap_together, quantile_interval
+
+with extra("evaluation"):
+    import datasets
+    import evaluate
+    from datasets.features.features import cast_to_python_objects
 
 SPEAKERS = ("enrol_speakers", "test_speakers")
 # Configurations, and what type of speaker columns they take.

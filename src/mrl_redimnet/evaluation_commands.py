@@ -4,7 +4,6 @@ Whatever the number of trial lists and dimensions, each utterance is embedded on
 the same file.
 """
 
-import argparse
 import shlex
 import sys
 import warnings
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold, Thresholds
-from mrl_redimnet.domains import DOMAINS, make_domain
+from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import check_present
 from mrl_redimnet.folders import replace_file
 from mrl_redimnet.groups import read_groups_for
@@ -33,31 +32,12 @@ from mrl_redimnet.page import (
     write_page,
 )
 from mrl_redimnet.scoring import Scorer
-from mrl_redimnet.systems import Material, System, check_output, model_arguments, scoring_arguments, thresholds_argument
-from mrl_redimnet.trials import FORMATS, Trials, read_trials
-
-
-def add_evaluation_commands(commands):
-    """Adds the subcommands to `commands` of an argument parser."""
-    _add_evaluate(commands)
-    _add_calibrate(commands)
-
-
-def _list_arguments(parser: argparse.ArgumentParser):
-    """Adds what `read_lists` takes, and the domain."""
-    parser.add_argument(
-        "--trials", type=Path, nargs="+", required=True, help="lists such as `1|0 path path`, see --format"
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="what the paths are relative to")
-    parser.add_argument("--format", choices=["auto", *FORMATS], default="auto", help="of the lists [by their lines]")
-    parser.add_argument("--enrolments", type=Path, metavar="FILE", help="`name path ...`: utterances of each enrolment")
-    parser.add_argument("--suffix", help="replaces that of every path, such as .flac")
-    parser.add_argument("--domain", choices=sorted(DOMAINS), default="clean", help="what to make the audio sound like")
-    parser.add_argument("--noise", type=Path, metavar="AUDIO_DIR", help="noise of the domain noisy")
+from mrl_redimnet.systems import Material, System, check_output
+from mrl_redimnet.trials import Trials, read_trials
 
 
 def read_lists(arguments) -> dict[str, Trials]:
-    """The trial lists of `_list_arguments` by their names; FileNotFoundError where utterances are not there."""
+    """The trial lists of --trials by their names; FileNotFoundError where utterances are not there."""
     lists = {
         name: read_trials(file, arguments.format, arguments.enrolments, arguments.suffix)
         for name, file in zip(list_names(arguments.trials), arguments.trials, strict=True)
@@ -84,28 +64,8 @@ def _domain(arguments) -> Callable | None:
 # ---------------------------------------------------------------- evaluate
 
 
-def _add_evaluate(commands):
-    parser = commands.add_parser(
-        "evaluate", help="error rates of trial lists at every dimension: a table, JSON, a page of pictures"
-    )
-    model_arguments(parser)
-    _list_arguments(parser)
-    scoring_arguments(parser)
-    thresholds_argument(parser)
-    parser.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
-    parser.add_argument(
-        "--priors", type=float, nargs="+", default=[0.01, 0.05], help="of a target, for the costs [0.01 0.05]"
-    )
-    parser.add_argument("--resamples", type=int, default=1000, help="of the intervals, 0 for none [1000]")
-    parser.add_argument("--groups", type=Path, metavar="CSV", help="columns speaker (or path) and --group-column")
-    parser.add_argument("--group-column", default="gender", help="tell error rates of its values apart [gender]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--page", type=Path, metavar="FOLDER", help="write index.html with tables and pictures")
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="write all scores, .tsv or .npz")
-    parser.set_defaults(run=_evaluate)
-
-
-def _evaluate(arguments):
+def evaluate(arguments):
+    """`mrl-redimnet evaluate`."""
     _check_evaluation(arguments)
     lists, domain = read_lists(arguments), _domain(arguments)
     group_of = arguments.groups and read_groups_for(lists.values(), arguments.groups, arguments.group_column)
@@ -225,23 +185,8 @@ def _write_scores(file: Path, suffix: str, lists: dict[str, ScoredList]):
 # ---------------------------------------------------------------- calibrate
 
 
-def _add_calibrate(commands):
-    parser = commands.add_parser("calibrate", help="a threshold per dimension, saved beside the model")
-    model_arguments(parser)
-    _list_arguments(parser)
-    scoring_arguments(parser)
-    parser.add_argument("--dims", type=int, nargs="+", help="prefixes to calibrate [the model's own]")
-    parser.add_argument(
-        "--false-accept", type=float, default=0.01, metavar="RATE", help="share of impostors to accept [0.01]"
-    )
-    parser.add_argument("--durations", action="store_true", help="let the calibration depend on both sides' seconds")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"where {THRESHOLDS_FILE} is written [the model's folder]"
-    )
-    parser.set_defaults(run=_calibrate)
-
-
-def _calibrate(arguments):
+def calibrate(arguments):
+    """`mrl-redimnet calibrate`."""
     out = arguments.out or Path(arguments.model)
     if not out.is_dir():
         raise FileNotFoundError(f"{out} is not a folder: give --out, a folder for {THRESHOLDS_FILE}.")

@@ -31,6 +31,7 @@ from mrl_redimnet.adapters.facts import fingerprint
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import local_folder, read_adapter, scaling
 from mrl_redimnet.calibration import Thresholds
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 
 if TYPE_CHECKING:
@@ -338,12 +339,10 @@ def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, 
 
 
 def _require_onnx():
-    try:
+    with extra("export"):
         import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'mrl-redimnet[export]'.") from error
     return onnx
 
 

@@ -1,13 +1,9 @@
 """`mrl-redimnet export`: models and adapters as files for other runtimes."""
 
-from pathlib import Path
-
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from mrl_redimnet.export import (
-    ADAPTER_PLACEMENTS,
-    PRECISIONS,
     deviation,
     export_facts,
     export_onnx,
@@ -15,30 +11,11 @@ from mrl_redimnet.export import (
     export_torch,
 )
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.systems import System, check_output, model_arguments, thresholds_argument
+from mrl_redimnet.systems import System, check_output
 
 
-def add_export_command(commands):
-    """Adds the subcommand to `commands` of an argument parser."""
-    parser = commands.add_parser("export", help="a model as an ONNX or torch.export file, an adapter for such a file")
-    model_arguments(parser)
-    parser.add_argument("--to", choices=list(TARGETS), default="onnx", help="[onnx]")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of an ONNX file [float32]")
-    parser.add_argument(
-        "--no-mask", dest="mask", action="store_false", help="no attention_mask: faster, for audio without padding"
-    )
-    parser.add_argument(
-        "--adapter-inputs",
-        choices=ADAPTER_PLACEMENTS,
-        help="let onnxruntime put adapters (--to onnx-adapter) of these layers on the ONNX file, call by call",
-    )
-    thresholds_argument(parser)
-    parser.set_defaults(run=_export)
-
-
-def _export(arguments):
+def export(arguments):
+    """`mrl-redimnet export`."""
     suffix, write = TARGETS[arguments.to]
     check_output(arguments.out, (suffix,))
     if arguments.out.exists() and not arguments.overwrite:

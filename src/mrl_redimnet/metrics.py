@@ -20,8 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import isotonic_regression
-from scipy.special import rel_entr
+
+from mrl_redimnet.extras import extra
+
+with extra("evaluation"):
+    from scipy.optimize import isotonic_regression
+    from scipy.special import rel_entr
 
 # A valid trial list loses one side in at most about three of four resamples (one target speaker, one impostor pair),
 # so 100 failures in a row (0.75**100 < 1e-12) do not happen by chance.

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.stats import norm
 
 from mrl_redimnet.calibration import THRESHOLDS_FILE
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_folder
 from mrl_redimnet.groups import eer_threshold, group_cells, group_notes, row_from
 from mrl_redimnet.measures import ScoredList, measures
 from mrl_redimnet.metrics import error_curve
+
+with extra("evaluation"):
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from scipy.stats import norm
 
 PAGE, REPORT = "index.html", "evaluation.json"
 _MARK = '<meta name="generator" content="mrl-redimnet evaluate">'

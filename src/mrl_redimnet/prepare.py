@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +32,11 @@ from mrl_redimnet.corpus import (
     speakers_of,
     split_usable,
 )
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import refuse_existing
+
+with extra("data"):
+    import datasets
 
 ROWS_PER_GROUP = 100  # what a reader holds at a time: some ten megabytes of encoded speech
 _TEXT = datasets.Value("string")
@@ -360,24 +363,8 @@ def read_listing(path: str | os.PathLike) -> tuple[set[str], int]:
     return found, trials
 
 
-def add_prepare_command(commands):
-    """Adds `mrl-redimnet prepare` to the subparsers of the command line."""
-    command = commands.add_parser("prepare", help="a corpus to sharded parquet files, checked to be complete")
-    command.add_argument("root", help="folder of the corpus")
-    command.add_argument("out", type=Path, help="a new folder; a stopped run is taken up")
-    command.add_argument(
-        "--layout", default=DEFAULT_LAYOUT, help=f"a corpus's name or a path layout [{DEFAULT_LAYOUT}]"
-    )
-    command.add_argument("--shard-mb", type=float, default=256, help="size of a parquet file in megabytes [256]")
-    command.add_argument("--seed", type=int, default=0, help="of the shuffle [0]")
-    command.add_argument("--num-proc", type=int, help="headers read, and shards written, at a time [1]")
-    command.add_argument("--expect", choices=sorted(EXPECTED), help="compare with the published counts")
-    command.add_argument("--list", type=Path, metavar="FILE", help="utterances or trials whose paths must all be there")
-    command.add_argument("--allow-incomplete", action="store_true", help="report what is missing, and go on")
-    command.set_defaults(run=_run)
-
-
-def _run(arguments):
+def run(arguments):
+    """`mrl-redimnet prepare`."""
     index = prepare(
         arguments.root,
         arguments.out,

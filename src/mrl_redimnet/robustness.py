@@ -43,6 +43,7 @@ from mrl_redimnet.codecs import through_codec
 from mrl_redimnet.corpus import AUDIO_SUFFIXES
 from mrl_redimnet.domains import simulate
 from mrl_redimnet.evaluation import check_present, embed_files, reader
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.rooms import draw_room, reverberate, simulated_response
@@ -594,7 +595,8 @@ def _heat_title(reports: Sequence[RobustnessReport], columns: Sequence[tuple[Rob
 
 def _draw(factors, texts, labels, kinds, titles, title: str, file: str | Path):
     """factors [conditions + 1, columns] as colours, with texts of the same shape; the last row is the number."""
-    from matplotlib.figure import Figure  # a second of import that measuring does without
+    with extra("evaluation"):
+        from matplotlib.figure import Figure  # a second of import that measuring does without
 
     down, across = factors.shape
     figure = Figure(figsize=(2.6 + 1.05 * across, 1.6 + 0.26 * down), layout="constrained")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.signal import fftconvolve
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
 from mrl_redimnet.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.extras import extra
+
+with extra("evaluation"):
+    from scipy.signal import fftconvolve
 
 # Simulated boxes: sizes in metres, reverberation times in seconds, and the least distance in metres of talker and
 # microphone from the walls and from each other (closer, the direct path hides the decay that sets the RT60).
@@ -110,7 +113,8 @@ def simulated_response(seed: int, index: int) -> RoomResponse:
     faster than Sabine's diffuse field, so the response is then faded to the RT60 that was drawn: reflections come at
     an even pace, so that an exponential in time is a change of the absorption.
     """
-    import pyroomacoustics as pra  # takes most of a second, and only this domain needs it
+    with extra("evaluation"):
+        import pyroomacoustics as pra  # takes most of a second, and only this domain needs it
 
     room = draw_room(seed, index)
     absorption, order = pra.inverse_sabine(room.rt60, room.size)

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import recover_folder, replace_folder
+
+with extra("search"):
+    import faiss
 
 _FORMAT = 1  # of saved folders
 _DESCRIPTION = "index.json"

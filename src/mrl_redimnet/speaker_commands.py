@@ -1,6 +1,5 @@
 """`mrl-redimnet verify | identify`: from files to decisions and names."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,10 @@ from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold
 from mrl_redimnet.evaluation import audio_below, embed_files
 from mrl_redimnet.scoring import Scorer, make_scorer, speaker_means
 from mrl_redimnet.search import SpeakerIndex
-from mrl_redimnet.systems import Material, System, model_arguments, scoring_arguments, thresholds_argument
+from mrl_redimnet.systems import Material, System
 from mrl_redimnet.trials import Trials
 
 ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status of `verify`; 2 is that of an error
-
-
-def add_speaker_commands(commands):
-    """Adds the subcommands to `commands` of an argument parser."""
-    for add in (_add_verify, _add_identify):
-        add(commands)
-
-
-def _decision_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--dim", type=int, help="the prefix that is compared [the whole embedding]")
-    parser.add_argument("--threshold", type=float, help="accept at or above this score [the saved one]")
-    thresholds_argument(parser)
 
 
 # ---------------------------------------------------------------- decisions
@@ -42,7 +29,7 @@ class Judge:
 
     @classmethod
     def of(cls, arguments, system: System, dim: int, scorer: Scorer) -> "Judge":
-        """From `_decision_arguments`. ValueError where thresholds are saved, but none for this."""
+        """From --threshold and --thresholds. ValueError where thresholds are saved, but none for this."""
         thresholds = system.thresholds(arguments.thresholds, arguments.model)
         try:
             saved = thresholds and thresholds.find(dim, system.adapter, scorer, system.weights)
@@ -78,21 +65,8 @@ class Judge:
         )
 
 
-def _add_verify(commands):
-    parser = commands.add_parser(
-        "verify",
-        help="is this the enrolled speaker?",
-        epilog="Exit status: 0 all test files accepted, 1 some rejected, 2 an error, 3 no threshold, so no decision.",
-    )
-    model_arguments(parser)
-    scoring_arguments(parser)
-    parser.add_argument("enrol", type=Path, nargs="+", metavar="ENROL", help="speech of the speaker, files averaged")
-    parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="FILE", help="each is judged by itself")
-    _decision_arguments(parser)
-    parser.set_defaults(run=_verify)
-
-
-def _verify(arguments) -> int:
+def verify(arguments) -> int:
+    """`mrl-redimnet verify`."""
     _check_files([*arguments.enrol, *arguments.test])
     system = System.load(arguments)
     dim = system.dim(arguments.dim)
@@ -126,19 +100,8 @@ def _check_files(paths: Sequence[Path]):
 # ---------------------------------------------------------------- identify
 
 
-def _add_identify(commands):
-    parser = commands.add_parser("identify", help="which of the enrolled speakers is it?")
-    model_arguments(parser)
-    parser.add_argument(
-        "--enrolled", type=Path, required=True, metavar="DIR", help="a folder per speaker, with their files"
-    )
-    parser.add_argument("--test", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders")
-    parser.add_argument("--top-k", type=int, default=3, help="how many speakers to name [3]")
-    _decision_arguments(parser)
-    parser.set_defaults(run=_identify)
-
-
-def _identify(arguments):
+def identify(arguments):
+    """`mrl-redimnet identify`."""
     files = audio_below(arguments.enrolled)
     speakers = [file.relative_to(arguments.enrolled).parts[0] for file in files]
     if loose := [str(file) for file in files if file.parent == arguments.enrolled]:

@@ -16,7 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import lfilter
+
+from mrl_redimnet.extras import extra
+
+with extra("evaluation"):
+    from scipy.signal import lfilter
 
 SAMPLE_RATE = 16000
 GENERATOR_VERSION = 1  # raise whenever the same parameters would give other samples, so that old corpora are not reused

@@ -1,6 +1,5 @@
 """A model on the command line: what names it, how it scores, its saved thresholds, its embeddings of some files."""
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +16,10 @@ from mrl_redimnet.audio import audio_info
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Thresholds, weights_of
 from mrl_redimnet.evaluation import audio_below, drawn, embed_files, reader
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import SCORERS, TOP, Scorer, make_scorer, score, trial_seconds
+from mrl_redimnet.scoring import Scorer, make_scorer, score, trial_seconds
 from mrl_redimnet.trials import Trials
 
 COHORT_UTTERANCES = 2000  # as many as are drawn from a larger folder
-
-
-def model_arguments(parser: argparse.ArgumentParser):
-    """Adds model and --adapter, which `System.load` takes."""
-    parser.add_argument("model", help="path or Hub id")
-    parser.add_argument("--adapter", help="path or Hub id of an adapter to put on the model")
-
-
-def scoring_arguments(parser: argparse.ArgumentParser):
-    """Adds --scoring, --cohort and --top, which `System.scorer` takes."""
-    parser.add_argument("--scoring", choices=list(SCORERS), default="cosine", help="[cosine]")
-    parser.add_argument(
-        "--cohort", type=Path, metavar="AUDIO_DIR", help="speech of other speakers, for all scoring but cosine"
-    )
-    parser.add_argument("--top", type=int, default=TOP, help=f"of the cohort's scores, for as_norm [{TOP}]")
-
-
-def thresholds_argument(parser: argparse.ArgumentParser):
-    """Adds --thresholds, which `System.thresholds` takes."""
-    parser.add_argument(
-        "--thresholds", type=Path, metavar="FOLDER", help=f"where {THRESHOLDS_FILE} lies [the model's folder]"
-    )
 
 
 def check_output(file: Path | None, suffixes: Sequence[str] = ()):
@@ -88,7 +65,7 @@ class System:
         return self.dims([self.model.config.embedding_size if asked is None else asked])[0]
 
     def scorer(self, arguments, domain: Callable | None = None) -> Scorer:
-        """The scorer of `scoring_arguments`; a cohort is embedded in the domain of the trials."""
+        """The scorer of --scoring, --cohort and --top; a cohort is embedded in the domain of the trials."""
         if arguments.scoring == "cosine":
             return make_scorer("cosine")
         if arguments.cohort is None:

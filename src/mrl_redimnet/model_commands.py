@@ -1,0 +1,62 @@
+"""`mrl-redimnet convert | rotate | synthesise`."""
+
+from pathlib import Path
+
+from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
+from mrl_redimnet.convert import convert_checkpoint
+from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
+from mrl_redimnet.evaluation import audio_below, drawn, embed_files
+from mrl_redimnet.folders import refuse_existing
+from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
+from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.synthetic import make_corpus
+
+
+def convert(arguments):
+    """`mrl-redimnet convert`."""
+    refuse_existing(arguments.out)
+    model = convert_checkpoint(arguments.checkpoint, arguments.embedding_size)
+    if arguments.rotate_on is not None:
+        _rotate_on(model, arguments.rotate_on)
+    _save(model, arguments.out)
+
+
+def rotate_model(arguments):
+    """`mrl-redimnet rotate`."""
+    refuse_existing(arguments.out)
+    model = load_model(arguments.model)
+    _rotate_on(model, arguments.audio)
+    names = Path(arguments.model) / "speakers.json"
+    _save(model, arguments.out, SpeakerTable.load(names) if names.is_file() else None)
+
+
+def synthesise(arguments):
+    """`mrl-redimnet synthesise`."""
+    root = make_corpus(arguments.out, arguments.train_speakers, arguments.test_speakers, seed=arguments.seed)
+    print(f"{root}: synthetic speech, see its README.txt for what results on it cannot tell.")
+
+
+def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
+    """Rotates on up to 2000 files drawn from `folder`, and prints the energy each prefix keeps."""
+    files = audio_below(folder)
+    if len(files) < 2:
+        raise FileNotFoundError(f"1 audio file ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
+    chosen = drawn(files, ROTATION_UTTERANCES)
+    embeddings = embed_files(model, chosen, progress="embedding")
+    if len(chosen) < model.config.embedding_size:
+        print(
+            f"Note: {len(chosen)} utterances for {model.config.embedding_size} dimensions; speech of some hundred "
+            "speakers makes better prefixes."
+        )
+    kept = rotate(model, embeddings)
+    shares = ", ".join(f"{dim}: {100 * kept[dim - 1]:.1f} %" for dim in model.config.matryoshka_dims)
+    print(f"Rotated on {len(chosen)} utterances; energy of the embeddings in each prefix: {shares}.")
+
+
+def _save(model: MRLReDimNetPreTrainedModel, out: Path, speakers: SpeakerTable | None = None):
+    save_model(model, out, speakers)
+    config = model.config
+    print(
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_length / 16:g} ms hop, "
+        f"embeddings of {', '.join(map(str, config.matryoshka_dims))} dimensions."
+    )
