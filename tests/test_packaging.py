@@ -45,6 +45,8 @@ def third_party(tree: ast.AST) -> list[tuple[str, int, str | None]]:
     found: list[tuple[str, int, str | None]] = []
 
     def visit(node: ast.AST, extra: str | None):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
         if isinstance(node, ast.With):
             call = node.items[0].context_expr
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "extra":

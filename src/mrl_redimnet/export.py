@@ -286,7 +286,8 @@ def export_onnx(
 @torch.inference_mode()
 def deviation(model: MRLReDimNetPreTrainedModel, file: str | Path) -> float:
     """The largest |file's - model's| / |model's| embedding, over two utterances of noise, one of them padded."""
-    from onnxruntime import InferenceSession, SessionOptions
+    with extra("export"):
+        from onnxruntime import InferenceSession, SessionOptions
 
     encoder, options = _encoder(model), SessionOptions()
     options.log_severity_level = 3  # not a warning for every optional input
@@ -315,7 +316,8 @@ def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, 
     or without the `export` extra.
     """
     _require_onnx()
-    from onnxruntime import AdapterFormat, OrtValue
+    with extra("export"):
+        from onnxruntime import AdapterFormat, OrtValue
 
     encoder = getattr(model, "redimnet", model)
     found = read_adapter(local_folder(adapter, None, None), encoder)

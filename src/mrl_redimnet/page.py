@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
-from matplotlib import colormaps
 
 from mrl_redimnet.calibration import THRESHOLDS_FILE
 from mrl_redimnet.extras import extra
@@ -24,6 +23,7 @@ from mrl_redimnet.metrics import error_curve
 
 with extra("evaluation"):
     from markupsafe import Markup
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from scipy.stats import norm
