@@ -4,10 +4,14 @@ Adapters are ordinary PEFT: `get_peft_model(model, lora_config("linear"))`, `Pef
 The recipes beside this file train one each; `AdapterBank` serves several on one base.
 """
 
-from mrl_redimnet.adapters.bank import AdapterBank
-from mrl_redimnet.adapters.detector import DomainDetector
-from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError, fingerprint
-from mrl_redimnet.adapters.placement import PLACEMENTS, adapter_report, lora_config
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mrl_redimnet.adapters.bank import AdapterBank
+    from mrl_redimnet.adapters.detector import DomainDetector
+    from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError, fingerprint
+    from mrl_redimnet.adapters.placement import PLACEMENTS, adapter_report, lora_config
 
 __all__ = [
     "PLACEMENTS",
@@ -20,3 +24,23 @@ __all__ = [
     "fingerprint",
     "lora_config",
 ]
+
+# Where each name is. It is imported when it is first asked for: PEFT takes a second to import, and to know a base by its
+# fingerprint, as `verify` does, needs none of it.
+_MODULES = {
+    "bank": ("AdapterBank",),
+    "detector": ("DomainDetector",),
+    "facts": ("AdapterFacts", "Base", "WrongBaseError", "fingerprint"),
+    "placement": ("PLACEMENTS", "adapter_report", "lora_config"),
+}
+
+
+def __getattr__(name: str):
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,9 +15,6 @@ from torchaudio.functional import resample
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError
 from mrl_redimnet.extras import extra
 
-with extra("evaluation"):
-    from scipy.signal import butter, sosfiltfilt
-
 TELEPHONE_RATE = 8_000
 PACKET = 160  # samples of 20 ms at 8 kHz, the frame of every codec there and the usual payload of G.711 over RTP
 _FADE_OUT = 480  # samples of 60 ms at 8 kHz, after which G.711's Appendix I has faded a concealment to silence
@@ -37,6 +34,9 @@ def band_limited(audio: np.ndarray, low: float, high: float, rate: int = SAMPLIN
 
     A Butterworth of `order`, forwards and backwards: zero phase, -6 dB at the edges.
     """
+    with extra("evaluation"):
+        from scipy.signal import sosfiltfilt
+
     sections = _band_filter(low, high, rate, order)
     # scipy extends the signal at both ends by as many of its own samples, and refuses one that has fewer.
     padding = min(3 * (2 * len(sections) + 1), len(audio) - 1)
@@ -45,6 +45,9 @@ def band_limited(audio: np.ndarray, low: float, high: float, rate: int = SAMPLIN
 
 @lru_cache(maxsize=64)
 def _band_filter(low: float, high: float, rate: int, order: int) -> np.ndarray:
+    with extra("evaluation"):
+        from scipy.signal import butter
+
     if low == 0:
         return butter(order, high, "lowpass", fs=rate, output="sos")
     return butter(order, (low, high), "bandpass", fs=rate, output="sos")

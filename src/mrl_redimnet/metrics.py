@@ -23,10 +23,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from mrl_redimnet.extras import extra
 
-with extra("evaluation"):
-    from scipy.optimize import isotonic_regression
-    from scipy.special import rel_entr
-
 # A valid trial list loses one side in at most about three of four resamples (one target speaker, one impostor pair),
 # so 100 failures in a row (0.75**100 < 1e-12) do not happen by chance.
 _MAX_DRAWS = 100
@@ -170,6 +166,9 @@ def min_cllr(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = N
 
     Args and errors: as for :func:`error_curve`.
     """
+    with extra("evaluation"):
+        from scipy.special import rel_entr
+
     targets, impostors = _pooled_weights(scores, labels, weights)
     a, b = targets / targets.sum(), impostors / impostors.sum()
     gained = np.sum(rel_entr(a, a + b) + rel_entr(b, a + b))  # no term is above 0
@@ -371,6 +370,9 @@ def _pooled_weights(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | N
 
     The blocks are the edges of the ROC's convex hull.
     """
+    with extra("evaluation"):
+        from scipy.optimize import isotonic_regression
+
     _, targets, impostors = _weight_per_score(scores, labels, weights)
     total = targets + impostors
     if not total.all():  # a resample may leave out every trial of some score
