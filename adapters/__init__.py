@@ -25,8 +25,8 @@ __all__ = [
     "lora_config",
 ]
 
-# Where each name is. It is imported when it is first asked for: PEFT takes a second to import, and to know a base by its
-# fingerprint, as `verify` does, needs none of it.
+# Where each name is. It is imported when it is first asked for: PEFT takes a second to import, and what knows a base by
+# its fingerprint, as `verify` does, needs none of it.
 _MODULES = {
     "bank": ("AdapterBank",),
     "detector": ("DomainDetector",),

@@ -12,15 +12,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torchaudio.transforms import Resample
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, read_audio
 from mrl_redimnet.augmentation import Chain, InDomain, fitted
 from mrl_redimnet.corpus import SpeakerTable, audio_source, labels_of, seconds_of
-from mrl_redimnet.extras import extra
-
-with extra("data"):
-    from datasets import Dataset
 
 SAMPLERS = ("speaker", "utterance")
 

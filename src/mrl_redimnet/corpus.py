@@ -17,15 +17,12 @@ from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mrl_redimnet.audio import AudioError, Encoded, audio_info
-from mrl_redimnet.extras import extra
-
-with extra("data"):
-    import datasets
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
 # CN-Celeb's files are called GENRE-SESSION-UTTERANCE.flac: singing-01-001.flac is of the session singing-01.

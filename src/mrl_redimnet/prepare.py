@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,11 +33,7 @@ from mrl_redimnet.corpus import (
     speakers_of,
     split_usable,
 )
-from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import refuse_existing
-
-with extra("data"):
-    import datasets
 
 ROWS_PER_GROUP = 100  # what a reader holds at a time: some ten megabytes of encoded speech
 _TEXT = datasets.Value("string")

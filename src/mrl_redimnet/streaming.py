@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -37,11 +38,7 @@ from mrl_redimnet.corpus import (
     source_of,
     speaker_names,
 )
-from mrl_redimnet.extras import extra
 from mrl_redimnet.prepare import PreparedIndex
-
-with extra("data"):
-    import datasets
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers.utils import cached_file
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
@@ -22,16 +23,12 @@ from mrl_redimnet.evaluation import (
     evaluate_trials,
     reader,
 )
-from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import refuse_missing
 from mrl_redimnet.groups import GroupRow, error_rates, read_groups_for
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.scoring import score
 from mrl_redimnet.streaming import StreamContents
 from mrl_redimnet.trials import Trials, make_trials, read_trials
-
-with extra("data"):
-    from datasets import Dataset
 
 Rows = list[VerificationRow] | list[AttributeRow]
 
