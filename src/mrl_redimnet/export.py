@@ -366,7 +366,8 @@ def _halve(encoder: MRLReDimNetModel):
 
 def _traced(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor]) -> "onnx.ModelProto":
     """The graph, as torch's exporter makes and simplifies it."""
-    from onnxscript.optimizer import optimize_ir
+    with extra("export"):
+        from onnxscript.optimizer import optimize_ir
 
     arguments, shapes = _example(encoder, mask, factors)
     names = [*(name for name in arguments if name != "factors"), *factors]
@@ -406,7 +407,8 @@ def _name_axes(value: "onnx.ValueInfoProto"):
 
 def _quantised(graph: "onnx.ModelProto") -> "onnx.ModelProto":
     """Linear layers in int8: weights rounded per output, inputs per tensor as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    with extra("export"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
     front_end = [node.name for node in graph.graph.node if any("mel_filters" in name for name in node.input)]
     del graph.graph.value_info[:]  # shapes of weights that the quantiser turns round
