@@ -1,10 +1,11 @@
 # make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
 #            a page of results in runs/demo-report.
-# make test: lint and tests.
-# make test-newest, make test-oldest: the same with the newest and the oldest packages that pyproject.toml allows, in
+# make test: lint, and the tests that are not slow: five minutes on two cores.
+# make test-all: lint and all tests, with more examples of each property: what has to pass before a change lands.
+# make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
-# The first two set up .venv, when it is missing or older than requirements.lock or pyproject.toml. PYTHON=python3.13
+# The first three set up .venv, when it is missing or older than requirements.lock or pyproject.toml. PYTHON=python3.13
 # chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one that is put into .tools.
 PYTHON ?= python3
 UV ?= .tools/bin/uv
@@ -14,7 +15,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --steps 60 --evaluate_every 30 --tests '{}'
 
-.PHONY: demo test test-newest test-oldest lock
+.PHONY: demo test test-all test-newest test-oldest lock
 
 demo: .venv/ready
 	rm -rf runs/demo runs/demo-telephony runs/demo-noisy
@@ -27,10 +28,14 @@ demo: .venv/ready
 	$(BIN)/mrl-redimnet evaluate runs/demo/best --trials data/synthetic/test/trials.txt \
 		--folder data/synthetic/test/wav --page runs/demo-report
 
-test: .venv/ready
+PYTEST := python -m pytest -n auto --dist worksteal
+
+test: CHOICE := -m "not slow"
+test-all: CHOICE := --hypothesis-profile=ci
+test test-all: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST) $(CHOICE)
 
 .venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))
 	@echo "Setting up .venv: about 3 GB to download, 6.5 GB on disk, most of it torch with its CUDA libraries."
@@ -42,7 +47,7 @@ test: .venv/ready
 test-newest test-oldest: test-%: .tools/bin/uv
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv-$*
 	$(UV) pip install --quiet --python .venv-$* --resolution $(RESOLUTION_$*) --editable '.[dev]'
-	.venv-$*/bin/python -m pytest
+	.venv-$*/bin/$(PYTEST)
 
 RESOLUTION_newest := highest
 RESOLUTION_oldest := lowest-direct

@@ -1,15 +1,81 @@
-"""Small models and waveforms for the tests: `from conftest import tiny_config, tiny_model, waves`."""
+"""Small models and waveforms for the tests (`from conftest import tiny_config, tiny_model, waves`), the fixtures of
+several test files, and how the tests are run: offline, with one thread a process, with the same examples every time."""
 
+import csv
+import gc
 import os
+import random
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
+# Before the libraries that read these: no network but the tests' own Hub, no file of the user's home, one thread.
+os.environ.update(HF_HOME=tempfile.mkdtemp(prefix="hf-of-tests-"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants, hf_api
+from hypothesis import settings
+from local_hub import ANNA, BERT, READER, LocalHub
+from sounds import write_speaker
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetModel
+from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.saving import save_adapter, save_model
+from mrl_redimnet.trials import make_trials, write_trials
 
 torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- how the tests are run
+
+settings.register_profile("fast", max_examples=20, deadline=None, derandomize=True, database=None)
+settings.register_profile("ci", settings.get_profile("fast"), max_examples=200)  # --hypothesis-profile=ci
+settings.load_profile("fast")
+
+
+def at_most(examples: int) -> settings:
+    """For a property whose examples take long: the profile's number of examples, but no more than this."""
+    return settings(max_examples=min(examples, settings().max_examples))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: a process for each core that this one may use. Each takes 2 GB of memory, so no more than eight."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What is run, and how to run the rest."""
+    chosen = config.option.markexpr
+    tier = "all tests" if not chosen else f"tests that are '{chosen}' (`make test-all`: all of them)"
+    workers = config.getoption("numprocesses", None) or "no"
+    examples = settings().max_examples
+    return f"tier: {tier}; {workers} workers beside this process; {examples} examples of each property"
+
+
+def pytest_collection_finish(session: pytest.Session):
+    """Spares every later collection of garbage the half a million objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item: pytest.Item):
+    """A test that draws draws the same, whatever was run before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_unconfigure(config: pytest.Config):
+    """Removes the home that the Hugging Face libraries had."""
+    gc.unfreeze()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+# ---------------------------------------------------------------- models and waveforms
 
 
 def stages(*rows: tuple) -> list[dict]:
@@ -158,3 +224,92 @@ def leave_together(rank: int, folder: str, results: dict):
     while not os.path.exists(f"{folder}/{1 - rank}.pt") and time.monotonic() < deadline:
         time.sleep(0.01)
     torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- fixtures of several files
+
+
+@pytest.fixture
+def connected(monkeypatch, tmp_path):
+    """A Hub, which huggingface_hub in this process takes for its own; nobody is logged in, the cache is empty."""
+    users = {ANNA: "anna", READER: "anna", BERT: "bert"}
+    with LocalHub(users, readers=(READER,)) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between a client's attempts
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield hub
+
+
+@pytest.fixture
+def hub(connected, monkeypatch):
+    """The same, with anna logged in."""
+    monkeypatch.setenv("HF_TOKEN", ANNA)
+    return connected
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved model with a classifier."""
+    save_model(tiny_model(kind=MRLReDimNetForXVector), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A folder of adapters on the model of the fixture `folder`, of domains that are their names."""
+    from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
+    from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
+
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (domain, rank) in enumerate({"telephony": 4, "noisy": 2}.items()):
+        encoder = tiny_model(kind=MRLReDimNetForXVector).redimnet
+        facts = AdapterFacts(domain, Base("me/base", None, fingerprint(encoder)), training=f"By {domain} seed {seed}.")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            strategy = Vanilla(encoder, AdapterPlan(steps=1, rank=rank), Probe(list, lambda batch: None))
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in strategy.peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        save_adapter(strategy, facts, root / domain)
+    return root
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """wav/ with eight speakers, and two trial lists with utterances in common: all.txt of all pairs, few.txt."""
+    root = tmp_path_factory.mktemp("evaluated")
+    for speaker in range(8):
+        write_speaker(root / "wav", speaker, 4)
+    paths = sorted(path.relative_to(root / "wav").as_posix() for path in (root / "wav").rglob("*.wav"))
+    for name, chosen in {"all": paths, "few": paths[:14]}.items():
+        write_trials(make_trials(chosen, [path.split("/")[0] for path in chosen]), root / f"{name}.txt")
+    with (root / "speakers.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("speaker", "gender"), *((f"id{i}", "fm"[i % 2]) for i in range(8))])
+    return root
+
+
+@pytest.fixture
+def train(corpus, tmp_path, monkeypatch):
+    """Runs the script's main in this process: train(*flags, **settings), with its output in tmp_path/run. The
+    test file has the fixture `corpus`."""
+    import datasets
+    from training_runs import command_line, train_here
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", corpus.parent / "cache")
+    monkeypatch.setattr("mrl_redimnet.history.draw", lambda folder: None)  # half the time of so short a run
+
+    def run(*flags, **settings) -> Path:
+        train_here(command_line(corpus, tmp_path / "run", *flags, **settings))
+        return tmp_path / "run"
+
+    return run

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # the first commit of every repository
+ANNA, READER, BERT = "hf_annasSecret", "hf_readersSecret", "hf_bertsSecret"  # tokens of the tests' users
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 
 

@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 import soundfile as sf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioInfo, Encoded, audio_info, read_audio
@@ -49,7 +49,6 @@ WHOLE = {}
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=15, deadline=None, derandomize=True)
 @given(start=st.floats(0, 2.0), seconds=st.floats(0.001, 2.5))
 def test_a_stretch_equals_the_slice_of_the_whole_file(recordings, name, start, seconds):
     whole = WHOLE.setdefault(name, read_audio(recordings / name))
@@ -74,7 +73,6 @@ def encoded(path):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=10, deadline=None, derandomize=True)
 @given(start=st.floats(0, 1.9), seconds=st.floats(0.001, 2.5))
 def test_bytes_are_read_as_the_file_is(recordings, name, start, seconds):
     source = encoded(recordings / name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import power, write
@@ -35,8 +35,6 @@ from mrl_redimnet.augmentation import (
 from mrl_redimnet.codecs import CODECS
 from mrl_redimnet.domains import make_domain
 
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-FEWER = settings(SETTINGS, max_examples=25)
 VOXCELEB_RECIPE = """
 - kind: one_of
   probability: 0.6
@@ -120,7 +118,6 @@ def sources(musan) -> Sources:
 # ---------------------------------------------------------------- ratios
 
 
-@SETTINGS
 @given(st.integers(0, 10**6), st.integers(200, 3000), st.floats(-20, 40), st.floats(0.001, 1.0), st.floats(0.001, 1.0))
 def test_the_ratio_is_the_one_asked_for(seed, samples, snr, signal_level, noise_level):
     rng = np.random.default_rng(seed)
@@ -137,7 +134,6 @@ def test_nothing_is_mixed_with_silence(silent):
     assert np.array_equal(mix_at_snr(*parts, 10.0), parts[0])
 
 
-@FEWER
 @given(st.sampled_from(["noise", "music", "babble"]), st.floats(-10, 30), st.integers(300, 9000), st.integers(0, 10**6))
 def test_every_kind_that_adds_adds_at_its_ratio(sources, kind, snr, samples, seed):
     signal = white(samples, seed)
@@ -200,7 +196,6 @@ def test_folders_without_audio_are_refused(tmp_path):
 # ---------------------------------------------------------------- stretches of files
 
 
-@SETTINGS
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(0, 1000))
 def test_fitted_is_one_stretch_or_the_whole_repeated(length, samples, seed):
     """Of 0, 1, 2 ... each number but the last is followed by the next, and the last by 0."""
@@ -273,7 +268,6 @@ def talkers_in(babble: np.ndarray) -> np.ndarray:
     return powers[powers > 1e-3 * powers.max()]
 
 
-@FEWER
 @given(st.integers(1, 9), st.integers(0, 1000))
 def test_babble_is_so_many_talkers_of_equal_power(count, seed):
     crop = white()
@@ -344,7 +338,6 @@ def loss(augment, crops: int = 8) -> tuple[np.ndarray, np.ndarray]:
     return hertz, 10 * np.log10(after.mean(axis=0) / before.mean(axis=0))
 
 
-@FEWER
 @given(st.floats(300, 6500))
 def test_above_the_cutoff_nothing_is_left_and_below_it_all(cutoff):
     hertz, decibels = loss(BandLimit((cutoff, cutoff)), crops=2)
@@ -378,7 +371,6 @@ def test_every_codec_is_drawn_unless_some_are_named():
     assert min(drawn.count(one) for one in each.values()) > 15
 
 
-@SETTINGS
 @given(st.floats(-40, 40), st.integers(0, 1000))
 def test_gain_is_in_decibels(decibels, seed):
     crop = white(500, seed)
@@ -392,7 +384,6 @@ def test_gains_fill_their_range():
     assert -6 <= min(gains) < -5.5 and 11.5 < max(gains) <= 12.01
 
 
-@SETTINGS
 @given(st.floats(0.01, 1), st.floats(0.001, 4), st.integers(0, 1000))
 def test_clipping_is_at_its_share_of_the_peak_and_leaves_the_rest(level, loudness, seed):
     crop = white(500, seed) * np.float32(loudness)
@@ -439,7 +430,6 @@ def voxceleb(sources):
     return make_augmentations(yaml.safe_load(VOXCELEB_RECIPE), sources)
 
 
-@FEWER
 @given(st.integers(400, 9000), st.integers(0, 10**6))
 def test_a_chain_keeps_length_and_type_and_the_crop_itself(voxceleb, samples, seed):
     crop = white(samples, seed)

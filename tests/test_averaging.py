@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -340,7 +340,6 @@ def test_a_run_may_begin_where_there_is_no_folder(tmp_path):
     assert last.steps == [1]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     keep=st.integers(1, 4),
     checkpoint_every=st.integers(1, 7),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,6 @@ from mrl_redimnet.prepare import prepare
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.training import augmentation_strength
 
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 SECONDS = {"a/s0/0": 0.5, "a/s0/1": 1.5, "a/s1/0": 0.75, "b/s0/0": 1.0, "c/s0/0": 0.6, "c/s0/1": 0.6}
 
 
@@ -119,7 +118,6 @@ def test_lengths_are_set_by_the_seed(levels):
     assert found[0] == found[1] != found[2]
 
 
-@SETTINGS
 @given(
     worlds=st.sampled_from([(1, 4), (2, 2), (4, 1)]),
     group=st.sampled_from([1, 2]),
@@ -418,7 +416,6 @@ def groups(tmp_path_factory) -> datasets.Dataset:
     return corpus_of(write(tmp_path_factory.mktemp("groups") / "speech", waves))
 
 
-@SETTINGS
 @given(
     kept=st.lists(st.booleans(), min_size=16, max_size=16).filter(any),
     size=st.integers(1, 5),
@@ -542,7 +539,6 @@ def test_a_batch_with_nothing_to_read_is_an_error(damaged):
 COUNTS = st.integers(1, 5)
 
 
-@SETTINGS
 @given(COUNTS, COUNTS, st.integers(0, 6), st.integers(0, 6))
 def test_processes_share_all_draws(batch_size, world, first, more):
     batches = [DrawBatches(batch_size, rank, world, first, first + more) for rank in range(world)]
@@ -551,7 +547,6 @@ def test_processes_share_all_draws(batch_size, world, first, more):
     assert all(len(one) == len(list(one)) == more for one in batches)
 
 
-@SETTINGS
 @given(COUNTS, COUNTS, st.integers(0, 6), st.integers(0, 6))
 def test_a_later_start_gives_the_rest(batch_size, world, first, more):
     for rank in range(world):

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import tiny_model
-from hypothesis import given, settings
+from commands import refusal, run
+from conftest import at_most, tiny_model
+from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import adapters, refusal, run  # noqa: F401  fixtures
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet import bulk
@@ -89,7 +89,7 @@ def expected(speech, system) -> dict[str, np.ndarray]:
     return {file.relative_to(speech).as_posix(): row for file, row in zip(files, embeddings, strict=True)}
 
 
-def same(out: Path, expected: dict[str, np.ndarray]):  # noqa: F811
+def same(out: Path, expected: dict[str, np.ndarray]):
     """Every expected utterance is in the parts once, and nothing else is."""
     ids, embeddings = read_embeddings(out)
     assert Counter(ids) == Counter(expected.keys())
@@ -128,7 +128,6 @@ SHARDS = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_
 LAUNCHES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**20)), max_size=4)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(shards=SHARDS, size=st.integers(1, 9), launches=LAUNCHES, last=st.tuples(st.integers(1, 5), st.integers(1, 3)))
 def test_any_launches_killed_anywhere_give_every_utterance_once(shards, size, launches, last):
     inputs = Inputs([Rows(number, *shard) for number, shard in enumerate(shards)])
@@ -153,7 +152,6 @@ def test_any_launches_killed_anywhere_give_every_utterance_once(shards, size, la
     assert again == []
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(sequential=st.lists(st.booleans(), min_size=1, max_size=8), takers=st.integers(1, 6), workers=st.integers(1, 4))
 def test_shares_hold_each_block_once(sequential, takers, workers):
     all_of = {number: (0, 1) for number in range(len(sequential))}
@@ -192,7 +190,7 @@ class Stopped(Exception):
     """In place of a kill."""
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@at_most(50)
 @given(runs=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), max_size=3), last=st.integers(1, 4))
 def test_parts_of_stopped_runs_and_of_the_last_hold_every_utterance_once(
     speech, system, expected, tmp_path_factory, runs, last
@@ -240,6 +238,7 @@ def start(arguments: list, launcher=(), **environment) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_processes_and_other_numbers_of_them(folder, speech, system, expected, tmp_path, capsys):
     """Two processes under torchrun, one killed in its work and its launcher with it; then one of two that never hears
     of the other; then three."""
@@ -477,7 +476,7 @@ def test_a_worker_that_dies_ends_the_run_with_the_reason(speech, folder, tmp_pat
 # ---------------------------------------------------------------- what is written
 
 
-def test_parts_say_what_made_them(speech, folder, system, expected, tmp_path, adapters):  # noqa: F811
+def test_parts_say_what_made_them(speech, folder, system, expected, tmp_path, adapters):
     arguments = ["embed", folder, speech, "--out", tmp_path / "out", "--dim", 16, "--storage", "float16"]
     assert run(*arguments, "--adapter", adapters / "telephony") == 0
     for file in part_files(tmp_path / "out"):
@@ -501,7 +500,7 @@ def test_float16_is_the_rounded_embedding(speech, system, tmp_path, expected):
     assert np.allclose(embeddings, [expected[name] for name in ids], rtol=1e-3, atol=1e-3)
 
 
-def test_another_system_is_refused_by_name(speech, folder, tmp_path, adapters, capsys):  # noqa: F811
+def test_another_system_is_refused_by_name(speech, folder, tmp_path, adapters, capsys):
     base = ["embed", folder, speech / "s0", "--out", tmp_path / "out", "--workers", 0]
     assert run(*base, "--dim", 16) == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -768,6 +767,7 @@ def local_ray(monkeypatch):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_ray_job_gives_the_rows_of_the_command(local_ray, broken, folder, expected, tmp_path, capsys):
     """It starts Ray and a process with the model: some ten seconds."""
     import embed_with_ray

@@ -7,12 +7,10 @@ import os
 import numpy as np
 import pytest
 from conftest import tiny_model
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Calibration, Threshold, Thresholds, threshold_at, weights_of
-
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def gaussian_trials(seed=0, targets=4000, impostors=40000, distance=3.0):
@@ -89,7 +87,6 @@ def test_durations_all_alike_have_no_weight():
     assert calibration(scores, np.full((600, 2), 3.0)) == pytest.approx(Calibration.fit(scores, labels)(scores))
 
 
-@SETTINGS
 @given(st.integers(0, 10**6), st.floats(0.01, 0.99), st.booleans())
 def test_a_higher_score_is_a_higher_ratio(seed, prior, durations):
     rng = np.random.default_rng(seed)
@@ -144,7 +141,6 @@ def test_durations_are_asked_for():
 # ---------------------------------------------------------------- thresholds
 
 
-@SETTINGS
 @pytest.mark.filterwarnings("ignore:a false-accept rate")
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.floats(0.001, 0.999))
 def test_the_lowest_threshold_that_keeps_the_rate(values, rate):

@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from commands import refusal, run
 from conftest import relative_error, tiny_config, tiny_model, waves
 from reference_weights import flattened, reference_tensor, reference_waveform
 from safetensors.torch import load_file
-from test_hub import connected, hub  # noqa: F401  fixtures
 from transformers import AutoFeatureExtractor, AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
-from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
+from mrl_redimnet.adapters import AdapterBank, AdapterFacts
 from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.saving import load_model, save_adapter, save_model
+from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet_cli import main
 
 RECORDINGS = json.loads((Path(__file__).parent / "data" / "reference_answers.json").read_text())["recordings"]
@@ -29,18 +28,6 @@ def published(name: str) -> dict:
     shapes = flattened(RECORDINGS[name]["state_dict"])
     tensors = {key: reference_tensor(key, shape) for key, shape in shapes.items()}
     return {"model_config": RECORDINGS[name]["model_config"], "state_dict": tensors}
-
-
-def run(*argv) -> int:
-    return main([str(argument) for argument in argv])
-
-
-def refusal(capsys, *argv) -> str:
-    """The one message of a command that fails."""
-    assert run(*argv) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"mrl-redimnet {argv[0]}: ") and printed.err.endswith("\n")
-    return printed.err
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +52,6 @@ def speech(tmp_path_factory) -> Path:
 def checkpoint(tmp_path) -> Path:
     torch.save(published("single_stage"), tmp_path / "published.pt")
     return tmp_path / "published.pt"
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    save_model(tiny_model(kind=MRLReDimNetForXVector), tmp_path / "model")
-    return tmp_path / "model"
 
 
 def embed(model, **options) -> torch.Tensor:
@@ -197,24 +178,6 @@ def test_a_folder_without_audio_is_refused(folder, checkpoint, tmp_path, capsys,
 # ---------------------------------------------------------------- adapters
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory) -> Path:
-    """A folder of adapters on the model of the fixture `folder`, of domains that are their names."""
-    root = tmp_path_factory.mktemp("adapters")
-    for seed, (domain, rank) in enumerate({"telephony": 4, "noisy": 2}.items()):
-        encoder = tiny_model(kind=MRLReDimNetForXVector).redimnet
-        facts = AdapterFacts(domain, Base("me/base", None, fingerprint(encoder)), training=f"By {domain} seed {seed}.")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            strategy = Vanilla(encoder, AdapterPlan(steps=1, rank=rank), Probe(list, lambda batch: None))
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in strategy.peft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-        save_adapter(strategy, facts, root / domain)
-    return root
-
-
 def test_adapters_info_tells_what_an_adapter_is(adapters, capsys):
     assert run("adapters", "info", adapters / "telephony") == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -296,7 +259,7 @@ def test_adapters_merge_makes_a_plain_model(folder, adapters, tmp_path, capsys):
     assert "merged exists already" in message
 
 
-def test_adapters_over_the_hub(hub, folder, adapters, corpus, capsys):  # noqa: F811
+def test_adapters_over_the_hub(hub, folder, adapters, corpus, capsys):
     """Pushed, found, looked at, pulled and used by their ids alone."""
     assert run("push", folder, "anna/base", "--tag", "v1") == 0
     assert f"{hub.url}/anna/base: pushed, at " in capsys.readouterr().out
@@ -322,7 +285,7 @@ def test_adapters_over_the_hub(hub, folder, adapters, corpus, capsys):  # noqa: 
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_is_not_on_the_hub_is_said(hub, adapters, capsys):  # noqa: F811
+def test_what_is_not_on_the_hub_is_said(hub, adapters, capsys):
     assert "anna/nothing" in refusal(capsys, "adapters", "pull", "anna/nothing")
     message = refusal(capsys, "adapters", "push", adapters / "noisy", "bert/noisy", "--base", "anna/base")
     assert "bert/noisy" in message

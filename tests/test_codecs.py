@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import lag, likeness, power
@@ -24,7 +24,6 @@ from mrl_redimnet.codecs import (
 )
 from mrl_redimnet.synthetic import synthesise
 
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 WIDE = [name for name in CODECS if name not in telephone_codecs()]
 
 
@@ -81,7 +80,6 @@ def test_g711_is_that_of_the_standard():
 # ---------------------------------------------------------------- at 16 kHz
 
 
-@SETTINGS
 @given(st.integers(1, 5000), st.floats(-80, 20), st.integers(0, 10**6))
 @example(1, 0.0, 0)
 @example(3200, 0.0, 0)  # whole packets: the codec's delay has to come from somewhere
@@ -196,7 +194,6 @@ def test_share_of_lost_packets(share):
     assert lost.mean() == pytest.approx(share, abs=0.02 if 0 < share < 1 else 0)
 
 
-@SETTINGS
 @given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
 def test_a_gap_is_the_last_good_packet_fading_out(packets, share, seed):
     audio = np.random.default_rng(seed).uniform(0.5, 1, packets * 160).astype(np.float32)

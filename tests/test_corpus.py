@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mrl_redimnet import corpus
@@ -356,7 +356,6 @@ def test_no_problems(tmp_path):
 names = st.lists(st.text(min_size=1, max_size=5), unique=True, max_size=8)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(known=names, batches=st.lists(names, max_size=3))
 def test_labels_never_change_as_a_table_grows(known, batches):
     table = SpeakerTable(known)

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -107,7 +107,6 @@ def test_a_new_run_begins_in_a_folder_that_is_not_there(tmp_path):
     assert steps(record) == [1]
 
 
-@settings(max_examples=60, deadline=None)
 @given(cut=st.integers(1, 200), name=st.text(max_size=8))
 def test_a_last_line_cut_short_anywhere_is_dropped_and_the_others_stay(tmp_path_factory, cut, name):
     record = Record(tmp_path_factory.mktemp("run"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy.signal import lfilter
@@ -25,7 +25,6 @@ from mrl_redimnet.audio import SAMPLING_RATE
 from mrl_redimnet.domains import make_domain, simulate
 from mrl_redimnet.synthetic import synthesise
 
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 DOMAINS = ("clean", "noisy", "telephony")
 ROOMS = 2  # a small bank: simulating a room takes up to a second
 
@@ -126,7 +125,6 @@ def test_memory_tells_slow_changes_from_fast_ones():
     assert slow > 0.7 and fast < -0.5  # 160 ms are half a period of 3.125 Hz
 
 
-@SETTINGS
 @given(gain=st.floats(1e-25, 1e25), speaker=st.integers(1, 3), quantised=st.booleans())
 def test_the_volume_does_not_matter(gain, speaker, quantised):
     wave = speech(speaker, 0.6)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_config, tiny_model, waves
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
@@ -69,7 +69,6 @@ def test_a_prefix_of_the_teachers_geometry_costs_nothing(dim):
     assert similarity_loss(embeddings, teacher, others).item() > 1e-3
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     crops=st.integers(2, 9),
@@ -86,7 +85,6 @@ def test_an_orthogonal_map_and_a_scale_of_the_teacher_change_nothing(seed, crops
     torch.testing.assert_close(similarity_loss(embeddings, scale * teacher @ turn, DIMS), loss, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.floats(1e-2, 1e2))
 def test_the_order_of_the_crops_and_the_students_scale_change_nothing(seed, scale):
     embeddings, teacher = normal(6, 16, seed=seed), normal(6, 5, seed=seed + 1)

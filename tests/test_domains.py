@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import lag, likeness, power, write, write_responses
@@ -20,7 +20,6 @@ from mrl_redimnet.codecs import Codec, telephone_codecs
 from mrl_redimnet.domains import DOMAINS, Noisy, Telephony, make_domain, simulate
 from mrl_redimnet.synthetic import synthesise
 
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 ROOMS = 4  # a small bank: simulating a room takes up to a second
 
 
@@ -64,7 +63,6 @@ def everything(noises) -> dict:
 # ---------------------------------------------------------------- all domains
 
 
-@SETTINGS
 @given(st.integers(400, 9000), st.floats(-120, 20), st.integers(0, 10**6))
 @example(400, -20.0, 0)
 @example(8000, -20.0, 0)  # whole packets: the codec's delay has to come from somewhere

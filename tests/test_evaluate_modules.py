@@ -202,6 +202,7 @@ def run_processes(folder, count):
     return [json.loads(text.strip().splitlines()[-1]) for text in printed]
 
 
+@pytest.mark.slow
 def test_two_processes_without_network_say_exactly_what_one_does(tmp_path, load):
     columns = dict(zip(("predictions", "references", "enrol_speakers", "test_speakers"), trials(301), strict=True))
     np.savez(tmp_path / "trials.npz", **columns)

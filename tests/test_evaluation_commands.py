@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from commands import lists, refusal, run
 from conftest import tiny_model
-from test_cli import adapters, folder, refusal, run  # noqa: F401  fixtures
+from sounds import write_speaker
 
 from mrl_redimnet import evaluation
 from mrl_redimnet.adapters import AdapterBank
@@ -20,35 +21,7 @@ from mrl_redimnet.evaluation_commands import list_names
 from mrl_redimnet.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.scoring import make_scorer, score
-from mrl_redimnet.trials import make_trials, read_trials, write_trials
-
-SPEAKERS, UTTERANCES = 8, 4
-
-
-def write_speaker(root: Path, speaker: int, utterances: int, seed: int = 0):
-    """Noise of one colour and drawn lengths, a file per utterance."""
-    rng = np.random.default_rng([seed, speaker])
-    tone = 2 * np.pi * (200 + 450 * speaker) / 16_000
-    for number in range(utterances):
-        noise = rng.standard_normal(rng.integers(4000, 7000))
-        wave = 0.04 * noise + 0.1 * np.sin(tone * np.arange(len(noise)) + rng.uniform(0, 6))
-        path = root / f"id{speaker}" / f"{number}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, wave, 16_000)
-
-
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory) -> Path:
-    """wav/ with eight speakers, and two trial lists with utterances in common: all.txt of all pairs, few.txt."""
-    root = tmp_path_factory.mktemp("evaluated")
-    for speaker in range(SPEAKERS):
-        write_speaker(root / "wav", speaker, UTTERANCES)
-    paths = sorted(path.relative_to(root / "wav").as_posix() for path in (root / "wav").rglob("*.wav"))
-    for name, chosen in {"all": paths, "few": paths[:14]}.items():
-        write_trials(make_trials(chosen, [path.split("/")[0] for path in chosen]), root / f"{name}.txt")
-    with (root / "speakers.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("speaker", "gender"), *((f"id{i}", "fm"[i % 2]) for i in range(SPEAKERS))])
-    return root
+from mrl_redimnet.trials import read_trials
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +32,12 @@ def cohort(tmp_path_factory) -> Path:
     return root
 
 
-def lists(speech: Path, *names: str) -> list:
-    return ["--trials", *(speech / f"{name}.txt" for name in names or ("all",)), "--folder", speech / "wav"]
-
-
 def report_of(tmp_path: Path, *argv) -> dict:
     assert run("evaluate", *argv, "--json", tmp_path / "report.json") == 0
     return json.loads((tmp_path / "report.json").read_text())
 
 
-def scores_of(folder: Path, speech: Path, name: str, dim: int, scorer=None):  # noqa: F811
+def scores_of(folder: Path, speech: Path, name: str, dim: int, scorer=None):
     trials = read_trials(speech / f"{name}.txt")
     embeddings = embed_trials(load_model(folder), trials, speech / "wav")
     return trials, score(trials, trials.utterances, embeddings, dim, scorer)
@@ -77,7 +46,7 @@ def scores_of(folder: Path, speech: Path, name: str, dim: int, scorer=None):  # 
 # ---------------------------------------------------------------- evaluate
 
 
-def test_a_row_holds_the_metrics_of_the_scores(folder, speech, tmp_path):  # noqa: F811
+def test_a_row_holds_the_metrics_of_the_scores(folder, speech, tmp_path):
     report = report_of(tmp_path, folder, *lists(speech), "--dims", 16, "--resamples", 20, "--priors", 0.1)
     (row,) = report["lists"]["all"]["rows"]
     trials, scores = scores_of(folder, speech, "all", 16)
@@ -92,20 +61,19 @@ def test_a_row_holds_the_metrics_of_the_scores(folder, speech, tmp_path):  # noq
     assert row["saved"] is None and "cllr" not in row
 
 
-def test_the_report_says_what_was_evaluated(folder, speech, tmp_path):  # noqa: F811
+def test_the_report_says_what_was_evaluated(folder, speech, tmp_path):
     report = report_of(tmp_path, folder, *lists(speech, "all", "few"), "--resamples", 0)
     conditions = report["conditions"]
     assert conditions["command"].startswith(f"mrl-redimnet evaluate {folder} --trials")
     assert conditions["model"] == "model" and conditions["weights"] == weights_of(load_model(folder))
     assert (conditions["adapter"], conditions["scoring"], conditions["domain"]) == (None, "cosine", "clean")
     assert list(report["lists"]) == ["all", "few"]
-    every = SPEAKERS * UTTERANCES
-    counts = {"trials": every * (every - 1) // 2, "targets": 48, "utterances": every, "speakers": SPEAKERS}
+    counts = {"trials": 32 * 31 // 2, "targets": 48, "utterances": 32, "speakers": 8}
     assert {name: report["lists"]["all"][name] for name in counts} == counts
     assert not [name for row in report["lists"]["all"]["rows"] for name in row if name.endswith(("_low", "_high"))]
 
 
-def test_the_screen_shows_every_list_and_dimension(folder, speech, capsys):  # noqa: F811
+def test_the_screen_shows_every_list_and_dimension(folder, speech, capsys):
     assert run("evaluate", folder, *lists(speech, "all", "few"), "--resamples", 10) == 0
     first, second = capsys.readouterr().out.strip().split("\n\n")
     assert first.startswith("all: 496 trials (48 of targets), 32 utterances, 8 speakers\n")
@@ -115,22 +83,22 @@ def test_the_screen_shows_every_list_and_dimension(folder, speech, capsys):  # n
     assert second.startswith("few: ")
 
 
-def test_the_screen_agrees_with_the_training_loops_evaluation(folder, speech, capsys):  # noqa: F811
+def test_the_screen_agrees_with_the_training_loops_evaluation(folder, speech, capsys):
     assert run("evaluate", folder, *lists(speech), "--resamples", 0) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:5]]
     expected = evaluate_trials(load_model(folder), read_trials(speech / "all.txt"), speech / "wav")
     assert [row[:3] for row in rows] == [[str(r.dim), f"{100 * r.eer:.2f}", f"{r.min_dcf:.3f}"] for r in expected]
 
 
-def test_every_utterance_is_read_once(folder, speech, tmp_path, monkeypatch):  # noqa: F811
+def test_every_utterance_is_read_once(folder, speech, tmp_path, monkeypatch):
     read = Counter()
     original = evaluation.read_audio
     monkeypatch.setattr(evaluation, "read_audio", lambda file: (read.update([str(file)]), original(file))[1])
     report_of(tmp_path, folder, *lists(speech, "all", "few"), "--resamples", 2, "--page", tmp_path / "page")
-    assert set(read.values()) == {1} and len(read) == SPEAKERS * UTTERANCES
+    assert set(read.values()) == {1} and len(read) == 32
 
 
-def test_scores_are_written_as_text_and_as_arrays(folder, speech, tmp_path):  # noqa: F811
+def test_scores_are_written_as_text_and_as_arrays(folder, speech, tmp_path):
     for file in ("scores.tsv", "scores.npz"):
         assert run("evaluate", folder, *lists(speech, "all", "few"), "--resamples", 0, "--scores", tmp_path / file) == 0
     trials, scores = scores_of(folder, speech, "all", 16)
@@ -145,7 +113,7 @@ def test_scores_are_written_as_text_and_as_arrays(folder, speech, tmp_path):  # 
     assert [line["label"] for line in lines] == list(map(str, arrays["label"].tolist()))
 
 
-def test_evaluate_puts_an_adapter_on_the_model(folder, adapters, speech, tmp_path):  # noqa: F811
+def test_evaluate_puts_an_adapter_on_the_model(folder, adapters, speech, tmp_path):
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, "--adapter", adapters / "telephony")
     assert report["conditions"]["adapter"] == "telephony"
     merged = AdapterBank.load(str(folder), {"x": adapters / "telephony"}).merged("x")
@@ -155,7 +123,7 @@ def test_evaluate_puts_an_adapter_on_the_model(folder, adapters, speech, tmp_pat
     assert [row.eer for row in plain] != [row.eer for row in adapted]
 
 
-def test_evaluate_in_a_domain(folder, speech, cohort, tmp_path):  # noqa: F811
+def test_evaluate_in_a_domain(folder, speech, cohort, tmp_path):
     arguments, trials = [folder, *lists(speech, "few"), "--resamples", 0], read_trials(speech / "few.txt")
     found = {}
     for name, more in {"telephony": [], "noisy": ["--noise", cohort]}.items():
@@ -169,7 +137,7 @@ def test_evaluate_in_a_domain(folder, speech, cohort, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("scoring", ["centred", "as_norm"])
-def test_evaluate_with_a_cohort(folder, speech, cohort, tmp_path, scoring):  # noqa: F811
+def test_evaluate_with_a_cohort(folder, speech, cohort, tmp_path, scoring):
     arguments = ["--scoring", scoring, "--cohort", cohort, "--top", 5]
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, *arguments)
     embedded = evaluation.embed_files(load_model(folder), evaluation.audio_below(cohort))
@@ -179,7 +147,7 @@ def test_evaluate_with_a_cohort(folder, speech, cohort, tmp_path, scoring):  # n
     assert report["conditions"]["scoring"].startswith(scoring)
 
 
-def test_enrolments_of_several_utterances_and_another_format(folder, speech, tmp_path):  # noqa: F811
+def test_enrolments_of_several_utterances_and_another_format(folder, speech, tmp_path):
     (tmp_path / "enrol.map").write_text("".join(f"m{i} id{i}/0.wav id{i}/1.wav\n" for i in range(3)))
     lines = [f"m{i} id{j}/2.wav {'target' if i == j else 'nontarget'}\n" for i in range(3) for j in range(3)]
     (tmp_path / "list.txt").write_text("".join(lines))
@@ -188,7 +156,7 @@ def test_enrolments_of_several_utterances_and_another_format(folder, speech, tmp
     assert (record["trials"], record["targets"], record["utterances"], record["speakers"]) == (9, 3, 9, 3)
 
 
-def test_a_list_that_does_not_name_speakers_has_no_intervals(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_a_list_that_does_not_name_speakers_has_no_intervals(folder, speech, tmp_path, capsys):
     (tmp_path / "wav").mkdir()
     for i in range(4):
         (tmp_path / "wav" / f"{i}.wav").write_bytes((speech / f"wav/id{i // 2}/{i % 2}.wav").read_bytes())
@@ -201,7 +169,7 @@ def test_a_list_that_does_not_name_speakers_has_no_intervals(folder, speech, tmp
     assert "does not tell whose speech is whose: no intervals" in printed.err and "speakers unknown" in printed.out
 
 
-def test_groups_are_told_apart(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_groups_are_told_apart(folder, speech, tmp_path, capsys):
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 5, "--groups", speech / "speakers.csv")
     rows = report["lists"]["all"]["groups"]
     assert {row["group"] for row in rows} == {"f", "m", "between groups"} and {row["dim"] for row in rows} == {
@@ -213,7 +181,7 @@ def test_groups_are_told_apart(folder, speech, tmp_path, capsys):  # noqa: F811
     assert "Groups of speakers" in capsys.readouterr().out
 
 
-def test_groups_must_know_every_speaker(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_groups_must_know_every_speaker(folder, speech, tmp_path, capsys):
     (tmp_path / "some.csv").write_text("speaker,gender\nid0,f\nid1,m\n")
     message = refusal(capsys, "evaluate", folder, *lists(speech), "--groups", tmp_path / "some.csv")
     assert "no gender for 6 of the 8 speakers: id2, id3, id4, id5, id6" in message
@@ -222,12 +190,12 @@ def test_groups_must_know_every_speaker(folder, speech, tmp_path, capsys):  # no
 
 
 @pytest.mark.parametrize("dim", [0, 33])
-def test_dimensions_the_model_has_not_are_refused(folder, speech, capsys, dim):  # noqa: F811
+def test_dimensions_the_model_has_not_are_refused(folder, speech, capsys, dim):
     message = refusal(capsys, "evaluate", folder, *lists(speech), "--dims", 8, dim)
     assert f"[{dim}] are not between 1 and the embedding's 32 dimensions" in message
 
 
-def test_what_is_missing_is_told_before_anything_is_embedded(folder, speech, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_what_is_missing_is_told_before_anything_is_embedded(folder, speech, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "read_audio", lambda file: pytest.fail("embedded"))
     told = {
         "no trial list": ["--trials", tmp_path / "t", "--folder", tmp_path],
@@ -256,7 +224,7 @@ def test_lists_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert list_names([tmp_path / "vox1.o.txt", tmp_path / "vox1.e.txt"]) == ["vox1.o", "vox1.e"]
 
 
-def test_an_adapter_of_another_base_is_refused(adapters, speech, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_of_another_base_is_refused(adapters, speech, tmp_path, capsys):
     save_model(tiny_model(seed=1), tmp_path / "other")
     for command in ("evaluate", "calibrate"):
         message = refusal(capsys, command, tmp_path / "other", *lists(speech), "--adapter", adapters / "noisy")
@@ -265,7 +233,7 @@ def test_an_adapter_of_another_base_is_refused(adapters, speech, tmp_path, capsy
     assert "is not a folder" in refusal(capsys, "evaluate", tmp_path / "other", *lists(speech), *missing)
 
 
-def test_audio_of_any_rate_and_channels_is_evaluated_and_broken_audio_named(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_audio_of_any_rate_and_channels_is_evaluated_and_broken_audio_named(folder, speech, tmp_path, capsys):
     for i in range(2):
         for j in range(2):
             wave, _ = soundfile.read(speech / f"wav/id{i}/{j}.wav")
@@ -285,7 +253,7 @@ def test_audio_of_any_rate_and_channels_is_evaluated_and_broken_audio_named(fold
 # ---------------------------------------------------------------- calibrate
 
 
-def test_calibrate_saves_a_threshold_per_dimension(folder, speech, capsys):  # noqa: F811
+def test_calibrate_saves_a_threshold_per_dimension(folder, speech, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1) == 0
     printed = capsys.readouterr().out
     thresholds = Thresholds.load(folder)
@@ -301,12 +269,12 @@ def test_calibrate_saves_a_threshold_per_dimension(folder, speech, capsys):  # n
     assert "Written: " in printed
 
 
-def test_an_uncertain_threshold_is_warned_of(folder, speech, capsys):  # noqa: F811
+def test_an_uncertain_threshold_is_warned_of(folder, speech, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.01) == 0
     assert "Note: a false-accept rate of 0.01 rests on 4 of 448 impostor trials: uncertain" in capsys.readouterr().out
 
 
-def test_calibrate_adds_to_what_is_there(folder, adapters, speech):  # noqa: F811
+def test_calibrate_adds_to_what_is_there(folder, adapters, speech):
     for more in ([], ["--adapter", adapters / "telephony", "--dims", 16], ["--false-accept", 0.2, "--dims", 8]):
         assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, *more) == 0
     thresholds = Thresholds.load(folder)
@@ -320,7 +288,7 @@ def test_calibrate_adds_to_what_is_there(folder, adapters, speech):  # noqa: F81
     assert thresholds.find(16, "telephony").weights == weights_of(model, adapters / "telephony") != weights_of(model)
 
 
-def test_evaluate_applies_what_calibrate_saved(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_evaluate_applies_what_calibrate_saved(folder, speech, tmp_path, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--dims", 16) == 0
     capsys.readouterr()
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 3, "--dims", 16, "--priors", 0.05)
@@ -334,7 +302,7 @@ def test_evaluate_applies_what_calibrate_saved(folder, speech, tmp_path, capsys)
     assert "Thresholds of thresholds.json" in capsys.readouterr().out
 
 
-def test_calibrate_with_durations(folder, speech, tmp_path):  # noqa: F811
+def test_calibrate_with_durations(folder, speech, tmp_path):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--durations", "--dims", 16) == 0
     entry = Thresholds.load(folder).find(16)
     assert entry.calibration.uses_seconds
@@ -342,7 +310,7 @@ def test_calibrate_with_durations(folder, speech, tmp_path):  # noqa: F811
     assert report["lists"]["all"]["rows"][0]["saved"]["false_accepts"] == pytest.approx(entry.false_accepts, abs=0.005)
 
 
-def test_thresholds_of_other_weights_are_left_out_with_a_note(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_thresholds_of_other_weights_are_left_out_with_a_note(folder, speech, tmp_path, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1) == 0
     save_model(tiny_model(seed=1), tmp_path / "other")
     arguments = [tmp_path / "other", *lists(speech), "--resamples", 0, "--thresholds", folder]
@@ -351,7 +319,7 @@ def test_thresholds_of_other_weights_are_left_out_with_a_note(folder, speech, tm
     assert [row["saved"] for row in report["lists"]["all"]["rows"]] == [None] * 3
 
 
-def test_calibrate_needs_a_folder_and_enough_impostors(folder, speech, tmp_path, capsys):  # noqa: F811
+def test_calibrate_needs_a_folder_and_enough_impostors(folder, speech, tmp_path, capsys):
     message = refusal(capsys, "calibrate", "anna/base", *lists(speech))
     assert "anna/base is not a folder: give --out" in message
     message = refusal(capsys, "calibrate", folder, *lists(speech), "--false-accept", 0.001)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mrl_redimnet.groups import (
@@ -23,8 +23,6 @@ from mrl_redimnet.groups import (
 )
 from mrl_redimnet.metrics import eer
 from mrl_redimnet.trials import Trials, UnknownSpeakersError
-
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
 def all_pairs(speakers: int, utterances: int, seed: int = 0, hard: set = frozenset()) -> tuple[Trials, np.ndarray]:
@@ -72,7 +70,6 @@ def test_rates_are_those_of_the_sub_lists():
     assert between.eer is None and between.miss is None and between.against is None
 
 
-@SETTINGS
 @given(st.lists(st.sampled_from("abc"), min_size=15, max_size=15), st.floats(-1, 3))
 def test_rows_share_out_the_trials(groups, threshold):
     """Every trial is in one row; the rows' errors add up to those of the whole list."""
@@ -147,7 +144,6 @@ def test_intervals_do_not_depend_on_the_order():
             assert one is two is None or np.allclose([one.value, one.low, one.high], [two.value, two.low, two.high])
 
 
-@SETTINGS
 @given(st.data())
 def test_threshold_is_where_the_rates_are_nearest(data):
     scores = np.array(data.draw(st.lists(st.integers(-4, 4), min_size=4, max_size=20)), dtype=float)

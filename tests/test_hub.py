@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, waves
-from huggingface_hub import HfApi, ModelCard, constants, hf_api
-from local_hub import Blob, LocalHub
+from huggingface_hub import HfApi, ModelCard, constants
+from local_hub import ANNA, BERT, READER, Blob, LocalHub
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +32,6 @@ from mrl_redimnet.adapters.hub import (
 )
 from mrl_redimnet.saving import save_model
 
-ANNA, READER, BERT = "hf_annasSecret", "hf_readersSecret", "hf_bertsSecret"
 BASE = "anna/nano"
 REPOSITORY = "anna/nano-telephony"
 
@@ -80,32 +79,6 @@ def adapter(folders, tmp_path) -> Path:
 def any_hub(request, connected):
     """A Hub that takes weights in either way."""
     connected.lfs = request.param == "lfs"
-    return connected
-
-
-@pytest.fixture
-def connected(monkeypatch, tmp_path):
-    """A Hub, which huggingface_hub in this process takes for its own; nobody is logged in, the cache is empty."""
-    users = {ANNA: "anna", READER: "anna", BERT: "bert"}
-    with LocalHub(users, readers=(READER,)) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between a client's attempts
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        yield hub
-
-
-@pytest.fixture
-def hub(connected, monkeypatch):
-    """The same, with anna logged in."""
-    monkeypatch.setenv("HF_TOKEN", ANNA)
     return connected
 
 
@@ -563,6 +536,7 @@ def run(command: list, environment: dict[str, str], folder: Path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_another_machine(folders, tmp_path):
     """Nothing of this package there: an empty cache, plain transformers and PEFT, and then without the Hub."""
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}

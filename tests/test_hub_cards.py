@@ -262,7 +262,7 @@ def stored_numbers(record: dict) -> set[str]:
     return written | {str(number) for number in numbers if isinstance(number, int)}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(evaluation=evaluations())
 def test_every_number_is_in_the_file(tmp_path, evaluation):
     card = verification_card(evaluation=evaluation)

@@ -1,4 +1,4 @@
-"""The whole life of adapters, through real processes and a Hub over HTTP."""
+"""The whole life of adapters, through training, commands, a Hub over HTTP, and another process."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from conftest import tiny_config, tiny_model, waves
 from local_hub import LocalHub
 from peft import PeftModel
 
-import train_hf
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import fingerprint
 from mrl_redimnet.saving import save_model
@@ -49,55 +49,54 @@ def corpus(tmp_path) -> Path:
     return root
 
 
-def run(command: list, folder: Path, hub: LocalHub, input: str | None = None) -> str:
-    """A command on a machine whose cache and whose home are `folder`."""
-    folder.mkdir(exist_ok=True)
+def elsewhere(hub: LocalHub, home: Path, base: str, wave: torch.Tensor) -> dict:
+    """What ELSEWHERE prints, in a process of its own with an empty cache."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(folder / "hf"),
+        "HF_HOME": str(home),
         "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "secret",
     }
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, input=input, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", ELSEWHERE, base]
+    options = dict(cwd=home, env=environment, input=json.dumps(wave.tolist()), capture_output=True, text=True)
+    done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_normed"])
-def test_train_push_pull_swap_merge_unload(variant, corpus, tmp_path):
+@pytest.mark.parametrize("variant", ["convnext_convatt", pytest.param("redimnet2_normed", marks=pytest.mark.slow)])
+def test_train_push_pull_swap_merge_unload(variant, train, hub, corpus, tmp_path, capsys):
     """Trained here, pushed, pulled on a machine with an empty cache, swapped, merged, unloaded; answers as trained."""
     torch.manual_seed(0)
     base = tiny_model(tiny_config(variant, num_speakers=4), kind=MRLReDimNetForXVector)
     save_model(base, tmp_path / "base")
-    train = ["--train", corpus / "train", "--model", tmp_path / "base", "--tracker=none", "--crop_seconds=0.5"]
-    train += ["--batch_size=4", "--workers=0", "--resamples=10", "--dev_speakers=2", "--learning_rate=0.02"]
-    train += ["--trains=adapter", "--rank=4", "--steps=4", "--checkpoint_every=4", "--evaluate_every=4"]
-    gender = ["--label_file", tmp_path / "labels.csv", "--label_column=gender"]
-    here = tmp_path / "here"
-    with LocalHub({"secret": "anna"}, lfs=True) as hub:
-        run([train_hf.__file__, *train, "--domain=telephony", "--output", tmp_path / "telephony"], here, hub)
-        run([train_hf.__file__, *train, *gender, "--output", tmp_path / "gender"], here, hub)
-        command = ["-m", "mrl_redimnet_cli"]
-        assert "pushed" in run([*command, "push", tmp_path / "base", BASE], here, hub)
-        for domain in ("telephony", "gender"):
-            folder = tmp_path / domain / "best"
-            pushed = run([*command, "adapters", "push", folder, f"{BASE}-{domain}", "--base", BASE], here, hub)
-            assert "pushed" in pushed
-        listed = run([*command, "adapters", "list", BASE], tmp_path / "other", hub)
-        assert [line.split()[:2] for line in listed.splitlines()] == [
-            [f"{BASE}-gender", "gender"],
-            [f"{BASE}-telephony", "telephony"],
-        ]
-        told = run([*command, "adapters", "info", f"{BASE}-telephony"], tmp_path / "other", hub)
-        assert fingerprint(base)[:19] in told and "rank     4" in told
-        wave = torch.stack(waves(8000, 8000))
-        there = json.loads(run(["-c", ELSEWHERE, BASE], tmp_path / "other", hub, json.dumps(wave.tolist())))
-    check(there, tmp_path, base, wave)
+    settings = dict(model=tmp_path / "base", model_options="{}", trains="adapter", rank=4, learning_rate=0.02)
+    settings |= dict(steps=4, checkpoint_every=4, evaluate_every=4)
+    train(domain="telephony", **settings).rename(tmp_path / "telephony")
+    labels = dict(label_file=tmp_path / "labels.csv", label_column="gender", tests="{}", noise="null")
+    train(**labels, **settings).rename(tmp_path / "gender")
+    hub.lfs = True
+
+    def printed(*argv) -> str:
+        capsys.readouterr()
+        assert run(*argv) == 0
+        return capsys.readouterr().out
+
+    assert "pushed" in printed("push", tmp_path / "base", BASE)
+    for domain in ("telephony", "gender"):
+        push = ["adapters", "push", tmp_path / domain / "best", f"{BASE}-{domain}", "--base", BASE]
+        assert "pushed" in printed(*push)
+    assert [line.split()[:2] for line in printed("adapters", "list", BASE).splitlines()] == [
+        [f"{BASE}-gender", "gender"],
+        [f"{BASE}-telephony", "telephony"],
+    ]
+    told = printed("adapters", "info", f"{BASE}-telephony")
+    assert fingerprint(base)[:19] in told and "rank     4" in told
+    wave = torch.stack(waves(8000, 8000))
+    (tmp_path / "other").mkdir()
+    check(elsewhere(hub, tmp_path / "other", BASE, wave), tmp_path, base, wave)
 
 
 def check(there: dict, folder: Path, base, wave: torch.Tensor):

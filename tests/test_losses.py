@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import padded, relative_error, tiny_config, tiny_model, waves
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import modeling_mrl_redimnet
@@ -132,7 +132,6 @@ def plainly(classifier, embeddings, labels, margin, shares):
     return loss, torch.stack(losses), logits, *torch.autograd.grad(loss, [embeddings, *inputs])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 7),
@@ -320,7 +319,6 @@ def test_weights_that_do_not_fit_are_refused(weights):
         margin_classifier()(torch.randn(1, 32), torch.tensor([0]), prefix_weights=weights)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3).filter(any),
     factor=st.sampled_from([0.1, 1.0, 7.0]),
@@ -425,9 +423,18 @@ def test_every_loss_falls_when_two_speakers_are_learnt(kind):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("balance", [0.4, 0.5, 0.7])
-@pytest.mark.parametrize("margin", [0.0, 0.2])
-@pytest.mark.parametrize("speakers", [2, 3, 5, 6_000])
+@pytest.mark.parametrize(
+    ("speakers", "margin", "balance"),
+    [
+        (2, 0.0, 0.4),
+        (2, 0.2, 0.7),
+        (3, 0.2, 0.4),
+        (5, 0.0, 0.7),
+        (6_000, 0.2, 0.5),
+        (6_000, 0.0, 0.4),
+        (6_000, 0.2, 0.7),
+    ],
+)
 def test_a_fresh_bias_has_no_slope_where_all_cosines_are_zero(speakers, margin, balance):
     """As random embeddings of many dimensions have them; otherwise the first steps would only move it."""
     classifier = margin_classifier(

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy.stats import norm
@@ -207,7 +207,6 @@ def test_a_results_table_has_a_row_per_dimension(lists):
 CELLS = st.text(st.characters(whitelist_categories=["L", "N"]), min_size=1, max_size=9)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=5))
 def test_columns_line_up_whatever_they_hold(rows):
     lines = text_of(Table(rows[0], rows)).splitlines()

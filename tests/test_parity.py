@@ -69,6 +69,7 @@ def worst_errors(path: Path) -> dict[str, float]:
 
 
 @pytest.mark.skipif(not RECORDINGS, reason=f"no recordings in {FOLDERS} (set MRL_REDIMNET_RECORDINGS to their folders)")
+@pytest.mark.slow
 def test_recorded_answers(capsys):
     table = {path.stem: worst_errors(path) for path in RECORDINGS}
     columns = (*LAYERS, "padded")

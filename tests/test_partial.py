@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import leave_together, tiny_config, tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -142,7 +142,6 @@ def test_a_new_optimiser_begins_without_state():
 # What is drawn
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     labels=st.lists(st.integers(0, SPEAKERS - 1), min_size=1, max_size=40),
     room=st.integers(0, SPEAKERS),
@@ -327,6 +326,7 @@ def process(rank: int, port: int, folder: str):
     leave_together(rank, folder, {"weight": rows.weight, "drawn": drawn, "encoder": learner.encoder.weight})
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

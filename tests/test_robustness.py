@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_config, tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sounds import power, write
 
@@ -39,7 +39,6 @@ from mrl_redimnet.synthetic import synthesise
 from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials, write_trials
 from mrl_redimnet_cli import main
 
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 CLEAN = Condition("clean", "clean", 0, "", lambda audio, rng: audio)
 
 
@@ -120,7 +119,6 @@ def test_noise_has_the_snr_and_is_the_same_at_every_level(noises, name):
         np.testing.assert_allclose(first, other, atol=1e-4)
 
 
-@SETTINGS
 @given(
     samples=st.integers(1, 100_000), level=st.sampled_from(PERTURBATIONS["duration"].levels), seed=st.integers(0, 99)
 )

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mrl_redimnet.scoring as scoring
 from mrl_redimnet.scoring import SCORERS, make_scorer, score, speaker_means, trial_seconds
 from mrl_redimnet.trials import Trials
 
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 TOP = 5
 NAMES = pytest.mark.parametrize("name", SCORERS)
 
@@ -70,7 +69,6 @@ def test_cosine_is_the_default():
 
 
 @NAMES
-@SETTINGS
 @given(st.integers(0, 100), st.integers(2, 7), st.floats(0.01, 100))
 def test_numbers_beyond_the_prefix_play_no_part(name, seed, dim, size):
     """Cut first, then centre and normalise: for trials, models and cohort alike."""
@@ -83,7 +81,6 @@ def test_numbers_beyond_the_prefix_play_no_part(name, seed, dim, size):
     assert scores == pytest.approx(score(trials, paths, embeddings[:, :dim], dim, cut), abs=1e-12)
 
 
-@SETTINGS
 @given(st.integers(0, 100), st.lists(st.floats(0.01, 100), min_size=12, max_size=12))
 def test_no_utterance_s_size_plays_a_part_without_centring(seed, sizes):
     trials, paths, embeddings, cohort = data(seed)
@@ -94,7 +91,6 @@ def test_no_utterance_s_size_plays_a_part_without_centring(seed, sizes):
 
 
 @NAMES
-@SETTINGS
 @given(st.integers(0, 100), st.floats(0.01, 100), st.randoms(use_true_random=False))
 def test_neither_common_size_nor_any_order_plays_a_part(name, seed, size, random):
     trials, paths, embeddings, cohort = data(seed)

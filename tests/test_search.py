@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mrl_redimnet.scoring import speaker_means
@@ -47,7 +47,6 @@ kinds = dict(storage=st.sampled_from(list(STORAGES)), full=st.sampled_from(FULL_
 # ---------------------------------------------------------------- what is found
 
 
-@settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 999), count=st.integers(1, 60), storage=kinds["storage"], data=st.data())
 def test_a_shortlist_of_all_is_exhaustive_search(seed, count, storage, data):
     names, embeddings = speakers(count, seed)
@@ -149,7 +148,6 @@ def test_more_numbers_recall_more_and_int8_nearly_what_float32_does():
         assert abs(recall(short, "int8") - recall(short, "float32")) < 0.01
 
 
-@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 999), scale=st.floats(1e-20, 1e20), storage=kinds["storage"])
 def test_the_scale_of_queries_and_of_embeddings_does_not_matter(seed, scale, storage):
     names, embeddings = speakers(80, seed)
@@ -223,7 +221,6 @@ def test_binary_codes_do_not_see_what_all_speakers_share():
 # ---------------------------------------------------------------- what an index is a function of
 
 
-@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 999), cut=st.integers(1, 119), **kinds)
 def test_order_and_way_of_enrolment_do_not_matter(seed, cut, storage, full):
     names, embeddings = speakers(120, seed)

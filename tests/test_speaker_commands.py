@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from commands import lists, refusal, run
 from conftest import tiny_model
-from test_cli import adapters, folder, refusal, run  # noqa: F401  fixtures
-from test_evaluation_commands import lists, speech, write_speaker  # noqa: F401  fixtures
-from test_hub import connected, hub  # noqa: F401  fixtures
+from sounds import write_speaker
 
 from mrl_redimnet.adapters import AdapterBank
 from mrl_redimnet.calibration import Thresholds, weights_of
@@ -17,7 +16,7 @@ from mrl_redimnet.evaluation import embed_files
 from mrl_redimnet.saving import load_model, save_model
 
 
-def unit_mean(folder: Path, files, dim: int) -> np.ndarray:  # noqa: F811
+def unit_mean(folder: Path, files, dim: int) -> np.ndarray:
     """Average of the normalised prefixes of some files, normalised."""
     prefixes = embed_files(load_model(folder), list(files))[:, :dim].astype(float)
     mean = (prefixes / np.linalg.norm(prefixes, axis=1, keepdims=True)).mean(axis=0)
@@ -25,14 +24,14 @@ def unit_mean(folder: Path, files, dim: int) -> np.ndarray:  # noqa: F811
 
 
 @pytest.fixture
-def calibrated(folder, speech) -> Path:  # noqa: F811
+def calibrated(folder, speech) -> Path:
     """A model with thresholds at its dimensions."""
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1) == 0
     return folder
 
 
 @pytest.fixture
-def files(speech) -> list[Path]:  # noqa: F811
+def files(speech) -> list[Path]:
     """Of id0, enrolled twice and tested, and of id7."""
     wav = speech / "wav"
     return [wav / "id0/0.wav", wav / "id0/1.wav", wav / "id0/2.wav", wav / "id7/0.wav"]
@@ -58,12 +57,12 @@ def test_verify_decides_by_the_saved_threshold(calibrated, files, capsys):
 
 
 @pytest.mark.parametrize(("threshold", "status", "told"), [(-1, 0, "accepted"), (1.01, 1, "rejected")])
-def test_the_exit_status_tells_the_decision(folder, files, capsys, threshold, status, told):  # noqa: F811
+def test_the_exit_status_tells_the_decision(folder, files, capsys, threshold, status, told):
     assert run("verify", folder, files[0], "--test", files[1], "--threshold", threshold) == status
     assert capsys.readouterr().out.splitlines()[1].startswith(told)
 
 
-def test_without_thresholds_nothing_is_decided(folder, files, capsys):  # noqa: F811
+def test_without_thresholds_nothing_is_decided(folder, files, capsys):
     assert run("verify", folder, files[0], "--test", files[1]) == 3
     heading, line = capsys.readouterr().out.splitlines()
     assert "no decision: there is no thresholds.json beside the model. `mrl-redimnet calibrate` makes one" in heading
@@ -77,7 +76,7 @@ def test_a_threshold_by_hand_comes_before_the_saved_one(calibrated, files, capsy
     assert "LLR" not in capsys.readouterr().out.splitlines()[-1]  # nothing is calibrated at 5
 
 
-def test_verify_says_where_no_threshold_fits(calibrated, files, adapters, tmp_path, capsys):  # noqa: F811
+def test_verify_says_where_no_threshold_fits(calibrated, files, adapters, tmp_path, capsys):
     capsys.readouterr()
     test = [files[0], "--test", files[1]]
     message = refusal(capsys, "verify", calibrated, *test, "--dim", 5)
@@ -92,7 +91,7 @@ def test_verify_says_where_no_threshold_fits(calibrated, files, adapters, tmp_pa
     assert "[0] are not between 1 and" in refusal(capsys, "verify", calibrated, *test, "--dim", 0)
 
 
-def test_an_adapter_has_thresholds_of_its_own(calibrated, files, adapters, speech, capsys):  # noqa: F811
+def test_an_adapter_has_thresholds_of_its_own(calibrated, files, adapters, speech, capsys):
     more = ["--adapter", adapters / "telephony"]
     assert run("calibrate", calibrated, *lists(speech), "--false-accept", 0.1, "--dims", 16, *more) == 0
     capsys.readouterr()
@@ -106,7 +105,7 @@ def test_an_adapter_has_thresholds_of_its_own(calibrated, files, adapters, speec
     assert float(line.split()[2]) == pytest.approx(cosine, abs=1e-4)
 
 
-def test_verify_gives_a_calibration_with_durations_both_sides(folder, files, speech, capsys):  # noqa: F811
+def test_verify_gives_a_calibration_with_durations_both_sides(folder, files, speech, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--durations") == 0
     capsys.readouterr()
     assert run("verify", folder, *files[:2], "--test", files[2]) in (0, 1)
@@ -119,7 +118,7 @@ def test_verify_gives_a_calibration_with_durations_both_sides(folder, files, spe
     assert float(line.split()[4]) == pytest.approx(expected, abs=0.02)
 
 
-def test_verify_lists_files_that_are_not_there_or_no_audio(folder, files, tmp_path, capsys):  # noqa: F811
+def test_verify_lists_files_that_are_not_there_or_no_audio(folder, files, tmp_path, capsys):
     message = refusal(capsys, "verify", folder, files[0], tmp_path / "a.wav", "--test", tmp_path, tmp_path / "b.wav")
     assert f"3 of 4 files are not there: {tmp_path / 'a.wav'}, {tmp_path}, {tmp_path / 'b.wav'}" in message
     (tmp_path / "c.wav").write_text("thesis")
@@ -138,7 +137,7 @@ def tests(tmp_path) -> Path:
 
 
 @pytest.fixture
-def enrolled(speech, tmp_path) -> Path:  # noqa: F811
+def enrolled(speech, tmp_path) -> Path:
     for speaker in ("id0", "id1", "id2"):
         shutil.copytree(speech / "wav" / speaker, tmp_path / "enrolled" / speaker)
     return tmp_path / "enrolled"
@@ -150,7 +149,7 @@ def identified(capsys) -> tuple[str, dict[str, tuple[str, list[str]]]]:
     return heading, {test: (name, ranked.split(", ")) for name, test, ranked in rows}
 
 
-def test_identify_names_the_nearest_speakers(folder, enrolled, tests, capsys):  # noqa: F811
+def test_identify_names_the_nearest_speakers(folder, enrolled, tests, capsys):
     assert run("identify", folder, "--enrolled", enrolled, "--test", tests, "--dim", 16, "--top-k", 2) == 0
     heading, found = identified(capsys)
     assert heading.startswith("model, 16 dimensions, 3 enrolled speakers: no decision: there is no thresholds.json")
@@ -167,7 +166,7 @@ def test_identify_names_the_nearest_speakers(folder, enrolled, tests, capsys):  
         assert [float(entry.split()[1]) for entry in ranked] == pytest.approx([scores[each] for each in best], abs=2e-4)
 
 
-def test_identify_calls_unknown_what_no_enrolled_speaker_is_near(folder, enrolled, tests, capsys):  # noqa: F811
+def test_identify_calls_unknown_what_no_enrolled_speaker_is_near(folder, enrolled, tests, capsys):
     scores = {}
     assert run("identify", folder, "--enrolled", enrolled, "--test", tests) == 0
     for test, (_, ranked) in identified(capsys)[1].items():
@@ -184,7 +183,7 @@ def test_identify_calls_unknown_what_no_enrolled_speaker_is_near(folder, enrolle
 
 
 @pytest.mark.parametrize("durations", [[], ["--durations"]])
-def test_identify_uses_the_saved_threshold(folder, speech, enrolled, tests, capsys, durations):  # noqa: F811
+def test_identify_uses_the_saved_threshold(folder, speech, enrolled, tests, capsys, durations):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--dims", 16, *durations) == 0
     capsys.readouterr()
     assert run("identify", folder, "--enrolled", enrolled, "--test", tests, "--dim", 16) == 0
@@ -198,7 +197,7 @@ def test_identify_uses_the_saved_threshold(folder, speech, enrolled, tests, caps
         assert name == (speaker if accepted else "unknown")
 
 
-def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, capsys):  # noqa: F811
+def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, capsys):
     arguments = ["identify", folder, "--test", tests, "--enrolled"]
     assert "nowhere is not a folder with audio" in refusal(capsys, *arguments, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -215,7 +214,7 @@ def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, c
 # ---------------------------------------------------------------- from the Hub
 
 
-def test_thresholds_travel_with_the_model(hub, calibrated, files, folder, capsys):  # noqa: F811
+def test_thresholds_travel_with_the_model(hub, calibrated, files, folder, capsys):
     assert run("push", calibrated, "anna/base") == 0
     capsys.readouterr()
     run("verify", "anna/base", files[0], "--test", files[1])
@@ -224,7 +223,7 @@ def test_thresholds_travel_with_the_model(hub, calibrated, files, folder, capsys
     assert printed.startswith(f"anna/base, 32 dimensions, cosine: accepted from a score of {entry.threshold:.4f} on")
 
 
-def test_a_model_on_the_hub_without_thresholds(hub, folder, files, capsys):  # noqa: F811
+def test_a_model_on_the_hub_without_thresholds(hub, folder, files, capsys):
     assert run("push", folder, "anna/base") == 0
     capsys.readouterr()
     assert run("verify", "anna/base", files[0], "--test", files[1]) == 3

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from conftest import at_most
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -77,7 +78,7 @@ def numbers(examples):
     return [number for number, _ in examples]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@at_most(50)
 @given(world=st.integers(1, 3), workers=st.integers(0, 2), seed=st.integers(0, 99), window=st.integers(1, 9))
 def test_ranks_and_workers_together_see_every_row_once_in_every_epoch(folder, world, workers, seed, window):
     seen, draws = {0: Counter(), 1: Counter()}, set()
@@ -92,7 +93,7 @@ def test_ranks_and_workers_together_see_every_row_once_in_every_epoch(folder, wo
     assert len(draws) == 2 * TOTAL
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@at_most(50)
 @given(stop=st.integers(0, 2 * TOTAL - 6), batch=st.integers(1, 5))
 def test_a_stream_goes_on_exactly_wherever_it_was_stopped(folder, stop, batch):
     stream = stream_of(folder, seed=3, epochs=2)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_config, tiny_model, waves
-from huggingface_hub import HfApi, constants, hf_api
-from local_hub import LocalHub
+from huggingface_hub import HfApi
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet import tasks
@@ -620,26 +619,16 @@ def test_rows_saved_in_half_precision_are_carried_over(speech, all_speakers, sav
     assert kept(expected, rows_of(model.float(), task.classes)) == set(names[:5])
 
 
-def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, tmp_path):
+def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, hub):
     names = sorted(set(speech["speaker"]))
     old = SpeakerTable([names[3], "somebody"])
     before, folder = saved(old.names)
-    with LocalHub({"hf_annas": "anna"}) as hub, pytest.MonkeyPatch.context() as patch:
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "ENDPOINT", hub.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        patch.setattr(hf_api.api, "endpoint", hub.url)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            patch.delenv(name, raising=False)
-        api = HfApi(hub.url, token="hf_annas")
-        api.create_repo("anna/base")
-        api.upload_folder(repo_id="anna/base", folder_path=folder)
-        settings = all_speakers(model="anna/base")
-        task = make_task(settings, speech)
-        model, fresh = task.build_model(settings)
+    api = HfApi(hub.url)
+    api.create_repo("anna/base")
+    api.upload_folder(repo_id="anna/base", folder_path=folder)
+    settings = all_speakers(model="anna/base")
+    task = make_task(settings, speech)
+    model, fresh = task.build_model(settings)
     assert not fresh and kept(rows_of(before, old), rows_of(model, task.classes)) == {names[3]}
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config, tiny_model, waves
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_train_hf import command_line, finish, results_of, start, train  # noqa: F401  a fixture among them
+from training_runs import command_line, finish, results_of, start
 from transformers import AutoModelForAudioClassification
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
@@ -61,8 +61,11 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("way", RESUMED)
-def test_a_resumed_run_ends_with_the_same_weights(train, base, way):  # noqa: F811
+DAILY = ("vanilla", "dynamic", "warm_up, at the cut", "two stages, at the change")
+
+
+@pytest.mark.parametrize("way", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in RESUMED])
+def test_a_resumed_run_ends_with_the_same_weights(train, base, way):
     settings = ADAPTER | dict(model=base) | RESUMED[way]
     output = train(**settings)
     file = "model.safetensors" if settings["trains"] == "all" else "adapter_model.safetensors"
@@ -75,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_weights(train, base, way):  # noqa: F8
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
-def test_an_adapter_run_leaves_an_adapter_that_plain_peft_loads(train, base, capsys):  # noqa: F811
+def test_an_adapter_run_leaves_an_adapter_that_plain_peft_loads(train, base, capsys):
     output = train(model=base, domain="telephony", base_repository="me/my-base", **ADAPTER)
     printed = capsys.readouterr().out
     assert "projection.segments.2" in printed and "trainable parameters" in printed
@@ -95,13 +98,13 @@ def test_an_adapter_run_leaves_an_adapter_that_plain_peft_loads(train, base, cap
     assert list(rows) == ["base", "adapter"]
 
 
-def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):  # noqa: F811
+def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):
     output = train(model=base, **ADAPTER)
     for file in (output / "best").iterdir():
         assert str(base.parent).encode() not in file.read_bytes(), file
 
 
-def test_ranks_of_the_four_strategies(train, base, tmp_path, capsys):  # noqa: F811
+def test_ranks_of_the_four_strategies(train, base, tmp_path, capsys):
     """Final ranks are those of the saved weights: one rank, or one on average."""
     ranks = {}
     capsys.readouterr()
@@ -122,7 +125,7 @@ def test_ranks_of_the_four_strategies(train, base, tmp_path, capsys):  # noqa: F
         ("projection", "redimnet.pooling.attention_in.weight", "redimnet.projection.segments.0.weight"),
     ],
 )
-def test_parts_that_are_not_trained_stay_to_the_bit(train, base, trains, frozen, moved):  # noqa: F811
+def test_parts_that_are_not_trained_stay_to_the_bit(train, base, trains, frozen, moved):
     output = train(model=base, trains=trains, model_options="{}", steps=3)
     before, after = load_file(base / "model.safetensors"), load_file(output / "last/model.safetensors")
     assert torch.equal(before[frozen], after[frozen]) and not torch.equal(before[moved], after[moved])
@@ -130,7 +133,7 @@ def test_parts_that_are_not_trained_stay_to_the_bit(train, base, trains, frozen,
     assert [name for name in trunk if not torch.equal(before[name], after[name])] == []
 
 
-def test_the_trunk_waits_for_the_head(train, base):  # noqa: F811
+def test_the_trunk_waits_for_the_head(train, base):
     settings = dict(model=base, model_options="{}", trunk_frozen_until=0.5, steps=4, checkpoint_every=2)
     output = train(**settings)
     before = load_file(base / "model.safetensors")["redimnet.trunk.stem.conv.weight"]
@@ -141,7 +144,7 @@ def test_the_trunk_waits_for_the_head(train, base):  # noqa: F811
     assert torch.equal(at[2], before) and not torch.equal(at[4], before)
 
 
-def test_a_gender_adapter_answers_by_plain_peft(train, corpus, base):  # noqa: F811
+def test_a_gender_adapter_answers_by_plain_peft(train, corpus, base):
     tests = json.dumps({"held out": {"folder": str(corpus / "test")}})
     labels = dict(label_file=corpus / "speaker.csv", label_column="gender", tests=tests, noise="null")
     output = train(model=base, **labels, **ADAPTER)
@@ -154,7 +157,7 @@ def test_a_gender_adapter_answers_by_plain_peft(train, corpus, base):  # noqa: F
     assert adapted.get_base_model()(torch.stack(waves(8000, 8000))).logits.shape == (2, 2)
 
 
-def test_an_age_adapter_estimates_a_number(train, corpus, base):  # noqa: F811
+def test_an_age_adapter_estimates_a_number(train, corpus, base):
     tests = json.dumps({"held out": {"folder": str(corpus / "test")}})
     labels = dict(label_file=corpus / "path.csv", label_column="age", label_key="path", tests=tests, noise="null")
     output = train(model=base, **labels, **ADAPTER)
@@ -163,6 +166,7 @@ def test_an_age_adapter_estimates_a_number(train, corpus, base):  # noqa: F811
     assert AdapterFacts.load(output / "best").task == "regression"
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter_through_the_cut(corpus, base):
     output = corpus.parent / "two"
     settings = ADAPTER | dict(model=base, strategy="warm_up", cut_at=0.5, batch_size=4, domain="telephony")
@@ -183,7 +187,7 @@ def test_two_processes_train_one_adapter_through_the_cut(corpus, base):
         (dict(trains="adapter", base=True, placement="convs"), "placement: got 'convs'"),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused_before_the_first_step(train, base, settings, message):  # noqa: F811
+def test_settings_that_cannot_be_met_are_refused_before_the_first_step(train, base, settings, message):
     if settings.pop("base", False):
         settings |= dict(model=base, model_options="{}")
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -1,27 +1,35 @@
 """Training as a user runs it: whole, killed and resumed, in two processes, and refused for good reasons."""
 
-import contextlib
 import json
 import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import (
+    ALONE,
+    SCRIPT,
+    TINY,
+    as_tests,
+    command_line,
+    finish,
+    killed_when,
+    results_of,
+    start,
+    train_here,
+    trained_steps,
+)
 from transformers import AutoModel, AutoModelForAudioXVector
 
 import train_hf
@@ -33,13 +41,6 @@ from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet_cli import main as cli_main
 
-SCRIPT = Path(train_hf.__file__)
-TINY = (
-    "{num_mel_bins: 24, base_channels: 4, group_divisor: 4, embedding_size: 32, matryoshka_dims: [8, 16, 32], "
-    "pooling_bottleneck: 16, spec_augment: true, map_dropout: 0.1, "
-    "stages: [{frequency_stride: 2, blocks: 1, expansion: 1, reduction: 8}]}"
-)
-ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 NOISE = "[{kind: one_of, probability: 0.8, choices: [{kind: noise, snr: [0, 15]}, {kind: babble, snr: [5, 15]}]}]"
 EVERYTHING = dict(
     steps=12,
@@ -71,74 +72,16 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
-def as_tests(corpus: Path, **more: str) -> dict:
-    """The trial list of a corpus as the test of a run."""
-    test = {"trials": "test/trials.txt", "folder": "test/wav", **more}
-    return {"synthetic": {key: str(corpus / path) for key, path in test.items()}}
-
-
-def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[str]:
-    """A run of a second: 4 crops of half a second a step, for a model of 19,000 parameters."""
-    tests = json.dumps(as_tests(corpus))
-    small = dict(model_options=TINY, train=corpus / "train", noise=corpus / "test/wav", tests=tests)
-    small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, log_every=1)
-    small |= dict(rotate_at=[])  # of sixteen utterances there is no one principal basis
-    settings = {**small, "tracker": "none", "output": output, **settings}
-    return [*(f"--{key}={value}" for key, value in settings.items()), *flags]
-
-
-def start(corpus: Path, argv: list[str], *, processes: int = 1) -> subprocess.Popen:
-    """The script in processes of its own, without an accelerator: there the same steps give the same bits."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launcher += ["--log-dir", str(corpus.parent / "elastic")]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *argv],
-        env={**os.environ, **ALONE, "HF_DATASETS_CACHE": str(corpus.parent / "cache")},
-        cwd=corpus.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    return printed
-
-
-def results_of(output: Path) -> dict:
-    return json.loads((output / "results.json").read_text())
-
-
 # ---------------------------------------------------------------- whole, and killed and resumed
 
 
 @pytest.fixture(scope="module")
 def whole(corpus) -> Path:
     output, tests = corpus.parent / "whole", json.dumps(as_tests(corpus, groups="groups.csv"))
-    finish(start(corpus, command_line(corpus, output, augmentations=NOISE, tests=tests, **EVERYTHING)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")  # as `start` has it: there the same steps give the same bits
+        train_here(command_line(corpus, output, augmentations=NOISE, tests=tests, **EVERYTHING))
     return output
-
-
-def killed_when(process: subprocess.Popen, seen: Callable[[], bool]):
-    """Kills the process and its children, as an empty battery would, as soon as something is seen."""
-    deadline = time.monotonic() + 240
-    while not seen():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in reversed(family):  # torchrun's processes are in sessions of their own
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-def trained_steps(output: Path) -> int:
-    file = output / "history.jsonl"
-    return sum('"train"' in line for line in file.read_text().splitlines()) if file.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +100,14 @@ def resumed(corpus) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(whole, resumed):
     one, other = (load_file(output / "last/model.safetensors") for output in (whole, resumed))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_best_model_and_results(whole, resumed):
     one, other = (results_of(output) for output in (whole, resumed))
     for key in ("best_step", "development_scores", "results"):
@@ -223,15 +168,22 @@ def test_results_hold_the_recipe(whole):
     assert {key: recipe[key] for key in EVERYTHING} == EVERYTHING
 
 
-def test_the_record_is_whole_and_drawn(whole, resumed):
-    one, other = (Record(output) for output in (whole, resumed))
+def test_the_record_is_whole_and_drawn(whole):
+    record = Record(whole)
     for kind, steps in (("train", list(range(1, 13))), ("evaluation", [6, 6, 12, 12])):
-        assert [line["step"] for line in one.lines(kind)] == [line["step"] for line in other.lines(kind)] == steps
-    assert [line["loss"] for line in one.lines("train")] == [line["loss"] for line in other.lines("train")]
-    assert {line["set"] for line in one.lines("evaluation")} == {"development", "training speakers"}
-    rates = one.lines("train")[-1]
+        assert [line["step"] for line in record.lines(kind)] == steps
+    assert {line["set"] for line in record.lines("evaluation")} == {"development", "training speakers"}
+    rates = record.lines("train")[-1]
     assert rates["loader_to_step"] == pytest.approx(rates["loader_crops_per_s"] / rates["step_crops_per_s"])
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_the_record_of_a_whole_one(whole, resumed):
+    one, other = (Record(output) for output in (whole, resumed))
+    for kind in ("train", "evaluation"):
+        assert [line["step"] for line in one.lines(kind)] == [line["step"] for line in other.lines(kind)]
+    assert [line["loss"] for line in one.lines("train")] == [line["loss"] for line in other.lines("train")]
 
 
 # ---------------------------------------------------------------- two processes
@@ -254,6 +206,7 @@ def test_two_processes_train_one_model(two):
     assert len(losses) == 6 and all(map(math.isfinite, losses))
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_with_the_same_weights(corpus, two):
     output = corpus.parent / "two_resumed"
     argv = command_line(corpus, output, **STILL)
@@ -263,6 +216,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_weights(corpus, two)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_two_processes_do_as_one_with_twice_the_batch(train, two):
     one = train(batch_size=8, **STILL)
     losses = [[line["loss"] for line in Record(run).lines("train")] for run in (one, two)]
@@ -272,6 +226,7 @@ def test_two_processes_do_as_one_with_twice_the_batch(train, two):
         assert torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-4), name
 
 
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_of_two_is_told(corpus):
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
     launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -282,22 +237,6 @@ def test_accelerate_that_starts_one_process_of_two_is_told(corpus):
 
 
 # ---------------------------------------------------------------- in this process
-
-
-@pytest.fixture
-def train(corpus, tmp_path, monkeypatch):
-    """Runs the script's main in this process: train(*flags, **settings), with its output in tmp_path/run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", corpus.parent / "cache")
-
-    def run(*flags, **settings) -> Path:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train_hf.main(command_line(corpus, tmp_path / "run", *flags, **settings))
-        return tmp_path / "run"
-
-    yield run
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def test_an_unknown_setting_stops_with_the_nearest_name(train, capsys):
@@ -427,7 +366,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stream_that_was_stopped_goes_on_where_it_was(train, corpus, prepared, tmp_path, monkeypatch, workers):
     tests = {"dev_trials": corpus / "test/trials.txt", "dev_folder": corpus / "test/wav", "workers": workers}
     settings = dict(train=prepared, streaming=True, sampler="utterance", steps=4, checkpoint_every=1, **tests)
@@ -496,6 +435,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(train, tmp_path, monkeypatc
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_dead_worker_stops_the_run(corpus):
     output = corpus.parent / "dead"
     process = start(corpus, command_line(corpus, output, steps=100_000, workers=1, checkpoint_every=2))

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
@@ -38,8 +38,6 @@ from mrl_redimnet.training import (
     rise,
     save_checkpoint,
 )
-
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 # ---------------------------------------------------------------- schedules
 
@@ -98,7 +96,6 @@ def test_margin_may_be_full_from_the_first_step():
 SHARES = st.floats(0, 1)
 
 
-@SETTINGS
 @given(st.lists(SHARES, min_size=2, max_size=2, unique=True), st.lists(SHARES, min_size=2, max_size=6))
 def test_what_rises_is_0_before_1_after_and_never_falls(between, shares):
     start, end = sorted(between)
@@ -141,7 +138,6 @@ def prefix_recipes(draw) -> Recipe:
     return Recipe(steps=20, prefixes_from=shares, prefixes_per_step=per_step, seed=draw(st.integers(0, 99)))
 
 
-@SETTINGS
 @given(prefix_recipes(), st.integers(0, 19), st.none() | st.lists(st.floats(0.1, 3), min_size=5, max_size=5))
 def test_prefixes_of_a_step(recipe, step, weights):
     """The longest always; of those that have joined as many as are asked for; each with its own weight; by the step."""
@@ -305,7 +301,6 @@ def expected_part(name: str) -> str:
 BY_PART = st.dictionaries(st.sampled_from(PARTS), st.sampled_from([1e-5, 1e-3, 0.1]))
 
 
-@SETTINGS
 @given(
     optimizer=st.sampled_from(["adamw", "sgd"]),
     trains=st.sampled_from(["all", "head", "projection"]),

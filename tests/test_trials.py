@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mrl_redimnet.trials import (
@@ -22,8 +22,6 @@ from mrl_redimnet.trials import (
     speaker_of,
     write_trials,
 )
-
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 def rows_of(trials):
@@ -107,7 +105,6 @@ def test_missing_file_and_binary_file(tmp_path):
 WORDS = st.text(min_size=1, max_size=8).filter(lambda text: text.split() == [text])
 
 
-@SETTINGS
 @given(st.lists(st.tuples(st.integers(0, 1), WORDS, WORDS), min_size=1, max_size=8))
 def test_written_trials_are_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("lists") / "list.txt"
@@ -324,10 +321,10 @@ def test_a_large_list_is_read_in_seconds(tmp_path):
     pairs = np.random.default_rng(0).integers(20000, size=(300_000, 2)).tolist()
     lines = [f"{int(a // 50 == b // 50)} {names[a]} {names[b]}\n" for a, b in pairs]
     path = written(tmp_path / "list.txt", "".join(lines))
-    began = time.perf_counter()
+    began = time.process_time()
     trials = read_trials(path)
     assert len(trials.rows[0]) == len(trials.speakers[0]) == 300_000
-    assert time.perf_counter() - began < 8.0  # about one on an idle core; comparing paths with paths takes hours
+    assert time.process_time() - began < 8.0  # about one on an idle core; comparing paths with paths takes hours
 
 
 # ---------------------------------------------------------------- drawing trials
@@ -370,7 +367,6 @@ def corpora(draw):
     return utterances, speakers, sessions if draw(st.booleans()) else None
 
 
-@SETTINGS
 @given(corpora(), st.integers(1, 10), st.integers(1, 40))
 def test_draws_from_exactly_the_possible_pairs(corpus, most_targets, most_impostors):
     targets, impostors = loop_pairs(*corpus)
@@ -380,7 +376,6 @@ def test_draws_from_exactly_the_possible_pairs(corpus, most_targets, most_impost
     assert some_impostors <= impostors and len(some_impostors) == min(most_impostors, len(impostors))
 
 
-@SETTINGS
 @given(corpora(), st.randoms(use_true_random=False))
 def test_set_by_the_seed_not_by_the_order(corpus, random):
     trials = rows_of(make_trials(*corpus, 5, 9, seed=4))
@@ -429,9 +424,9 @@ def test_same_session_only_for_speakers_with_one_session():
 
 def test_many_utterances_are_sampled_not_listed():
     utterances, speakers = small_corpus(speakers=1000, utterances=20)  # 2e8 pairs
-    began = time.perf_counter()
+    began = time.process_time()
     trials = make_trials(utterances, speakers)
-    assert time.perf_counter() - began < 5.0  # listing the pairs takes minutes
+    assert time.process_time() - began < 5.0  # listing the pairs takes minutes
     targets, impostors = drawn_pairs(trials)
     assert (len(targets), len(impostors)) == (2000, 20000)
     assert all((speaker_of(enrol) == speaker_of(test)) == label for label, enrol, test in rows_of(trials))
