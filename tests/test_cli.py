@@ -170,7 +170,7 @@ def test_a_folder_without_audio_is_refused(folder, checkpoint, tmp_path, capsys,
         return [command, checkpoint, tmp_path / "out", "--rotate-on", audio]
 
     (tmp_path / "empty").mkdir()
-    assert "nowhere is not a folder with audio" in refusal(capsys, *arguments(tmp_path / "nowhere"))
+    assert f"no folder {tmp_path / 'nowhere'}" in refusal(capsys, *arguments(tmp_path / "nowhere"))
     assert "0 audio files" in refusal(capsys, *arguments(tmp_path / "empty"))
     assert not (tmp_path / "out").exists()
 

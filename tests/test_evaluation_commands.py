@@ -198,7 +198,7 @@ def test_dimensions_the_model_has_not_are_refused(folder, speech, capsys, dim):
 def test_what_is_missing_is_told_before_anything_is_embedded(folder, speech, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "read_audio", lambda file: pytest.fail("embedded"))
     told = {
-        "no trial list": ["--trials", tmp_path / "t", "--folder", tmp_path],
+        "TRIALS: no file": ["--trials", tmp_path / "t", "--folder", tmp_path],
         "32 of the trial list's 32 utterances are not below": ["--trials", speech / "all.txt", "--folder", tmp_path],
         "no folder": [*lists(speech), "--json", tmp_path / "nowhere" / "report.json"],
         "is a folder": [*lists(speech), "--json", tmp_path],

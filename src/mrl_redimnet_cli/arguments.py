@@ -1,7 +1,6 @@
 """What several commands take, and the check that the paths on a command line are there."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +42,9 @@ def add_thresholds(parser: argparse.ArgumentParser):
 # ---------------------------------------------------------------- paths
 
 
+LISTED = 5  # paths that a message names
+
+
 def file(path: str | Path) -> str | None:
     """What is wrong with a path that must be a file; None for nothing."""
     return None if Path(path).is_file() else f"{path} is not a file" if Path(path).exists() else f"no file {path}"
@@ -72,13 +74,15 @@ def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str
 
 
 def check_paths(arguments: argparse.Namespace):
-    """Raises FileNotFoundError for the first argument that names something that is not there."""
+    """Raises FileNotFoundError for arguments that name what is not there, all of them in one message."""
+    told = []
     for name, wrong in arguments.paths.items():
         value = getattr(arguments, name)
         values = [] if value is None else value if isinstance(value, list) else [value]
         problems = [problem for problem in map(wrong, values) if problem is not None]
-        if not problems:
-            continue
-        shown = f"{', '.join(problems[:5])}{' ...' if len(problems) > 5 else ''}"
-        count = f"{len(problems)} of {len(values)}: " if len(values) > 1 else ""
-        raise FileNotFoundError(f"{name.upper().replace('_', '-')}: {count}{os.fsdecode(shown)}.")
+        if problems:
+            count = f"{len(problems)} of {len(values)}: " if len(values) > 1 else ""
+            more = " ..." if len(problems) > LISTED else ""
+            told.append(f"{name.upper().replace('_', '-')}: {count}{', '.join(problems[:LISTED])}{more}")
+    if told:
+        raise FileNotFoundError(f"{'; '.join(told)}.")
