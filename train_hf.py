@@ -18,18 +18,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
 import mrl_redimnet  # noqa: F401  registers the models with transformers
-from configuration_mrl_redimnet import SIZES
+from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import synchronise_batch_norms
 from mrl_redimnet.adapters import AdapterFacts, Base, adapter_report, fingerprint
 from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
@@ -74,15 +75,17 @@ with extra("train"):
 
 ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: what is approximate there is learnt around
 PROBE_BATCHES = 8  # what data-driven ranks and initialisations look at
+# How long processes wait for each other before the run is given up. The main one reads a new corpus alone, a million
+# headers from a slow disk; after Accelerate's 10 minutes (of GPUs) the others would end the run.
+LONGEST_WAIT = timedelta(hours=12)
 
 
 def main(argv: list[str] | None = None):
     """Runs the training described by the command line `argv` (None: the process's own)."""
     recipe, resume = parse_command_line(argv, __doc__)
-    refuse_lost_processes()
     disable_progress_bar()  # of saving; the steps have their own
-    Path(recipe.output).mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
+    Path(recipe.output).mkdir(parents=True, exist_ok=True)
     set_seed(recipe.seed)
 
     # Data: training rows, development speech of other speakers; batches are a function of the step.
@@ -191,13 +194,13 @@ def train(run: Run, progress: Progress, stop: int):
 
 def forward(run: Run, batch: dict, step: int):
     """The model's answer to one batch at one step, and the loss to be minimised: its own and what else there is."""
-    inputs, labels = (batch[key].to(run.accelerator.device) for key in ("input_values", "labels"))
+    inputs, labels = on_device(run, batch["input_values"]), batch["labels"]
     if isinstance(run.task, Attribute):
-        answer = run.prepared(inputs, labels=labels)
+        answer = run.prepared(inputs, labels=on_device(run, labels))
     else:
         config = run.model.config
         weights = prefix_weights_at(step, run.recipe, config)
-        labels = labels if run.rows is None else run.rows.begin(labels, step, run.optimizer)
+        labels = on_device(run, labels if run.rows is None else run.rows.begin(labels, step, run.optimizer))
         margin = margin_at(step, run.recipe, config.margin)
         answer = run.prepared(inputs, labels=labels, margin=margin, prefix_weights=weights)
     loss = answer.loss + (run.strategy.penalty() if run.strategy else 0.0)
@@ -207,13 +210,23 @@ def forward(run: Run, batch: dict, step: int):
     return answer, loss
 
 
+def on_device(run: Run, tensor: torch.Tensor) -> torch.Tensor:
+    """A batch's tensor where the model is. A GPU fetches it from pinned memory while the host goes on."""
+    device = run.accelerator.device
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def after_step(run: Run, step: int):
-    """What follows the optimiser's step: ranks that change, rows that go back, averages."""
+    """What follows the optimiser's step: ranks that change, rows that go back, averages.
+
+    In float16 a step whose gradients overflowed is left out: there is nothing new to be averaged then.
+    """
+    skipped = run.optimizer.step_was_skipped
     if run.strategy is not None:
-        run.strategy.after_step(step)
+        run.strategy.after_step(step, skipped)
     if run.rows is not None:
         run.rows.end(run.optimizer)
-    if run.ema is not None:
+    if run.ema is not None and not skipped:
         run.ema.update(run.model)
 
 
@@ -224,7 +237,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress, history: History):
     with averaged(run):
         tables = {title: run.task.evaluate(run.model, test) for title, test in run.task.development.items()}
         history.report(progress.step, tables)
-        score = run.task.score(next(iter(tables.values())))
+        (score,) = broadcast_object_list([run.task.score(next(iter(tables.values())))])  # all end at the same step
         settled = run.strategy is None or run.strategy.settled(progress.step)
         better = settled and score <= progress.best_score  # of equals the later, longer trained one
         if better:
@@ -242,29 +255,38 @@ def evaluate_and_keep_best(run: Run, progress: Progress, history: History):
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Devices, precision, accumulation, trackers."""
+    """Devices, precision, accumulation, trackers.
+
+    On a GPU torch's own settings stay: TF32 for convolutions but not for products, whose digits the margins need;
+    cudnn.benchmark off, because it would time its kernels anew for every length of crops and utterances.
+    """
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:  # Accelerate would drop it
         raise ModuleNotFoundError(
             f"tracker: {recipe.tracker} is not installed: pip install 'mrl-redimnet[{recipe.tracker}]'."
         )
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and recipe.mixed_precision == "fp16":
+        raise ValueError("mixed_precision: fp16 needs a GPU, and there is none here; take bf16 or no.")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes without an accelerator each train on their own
+        cpu=on_cpu,  # else processes without an accelerator each train on their own
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.accumulation,
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_config=ProjectConfiguration(project_dir=recipe.output, logging_dir=str(Path(recipe.output) / "logs")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
+    refuse_lost_processes(accelerator)
     settings = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in asdict(recipe).items()}
     accelerator.init_trackers("mrl-redimnet", config=settings)
     return accelerator
 
 
-def refuse_lost_processes():
+def refuse_lost_processes(accelerator: Accelerator):
     """`accelerate launch --num_processes 2` starts one process where there is no accelerator, and says nothing.
 
     Raises ValueError when this process was launched so.
     """
-    if torch.accelerator.is_available() or PartialState(cpu=True).num_processes > 1:
+    if torch.accelerator.is_available() or accelerator.num_processes > 1:
         return
     for parent in psutil.Process().parents():
         words = [part for word in parent.cmdline() for part in word.split("=", 1)]
@@ -305,6 +327,7 @@ def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Verification | Att
     """Reads what training speech there is, the main process first, the others from its cache."""
     with accelerator.main_process_first():
         with_embedded_corpus(recipe)
+        accelerator.print(f"Reading {recipe.train}: all of it once when it is new or changed, later from a cache.")
         if recipe.streaming:
             return make_task(recipe, stream_contents(recipe.train, recipe.columns))
         return make_task(recipe, load_training_speech(recipe, accelerator))
@@ -456,7 +479,8 @@ def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
     names = Path(recipe.output) / "speakers.json"
     if earlier and names.is_file() and SpeakerTable.load(names).names != task.classes.names:
         raise ValueError(f"train: the speakers below {recipe.train} are not those that {recipe.output} began with.")
-    task.classes.save(names)
+    if PartialState().is_main_process:
+        task.classes.save(names)
 
 
 def prepare_training(run: Run, resumed_at: int):
@@ -501,9 +525,10 @@ def attach_adapter(run: Run, step: int, resumed: bool) -> Vanilla:
     run.model.to(run.accelerator.device)
     probe = Probe(lambda: probe_batches(run), lambda batch: run.model(**batch).loss)
     strategy = STRATEGIES[recipe.strategy](host, plan, probe)
-    strategy.keep_start(output / "adapter_at_start")
-    if strategy.ranks_from_data and run.accelerator.is_main_process:
-        known.write_text(json.dumps(strategy.ranks(), indent=1))
+    if run.accelerator.is_main_process:  # which alone saves adapters
+        strategy.keep_start(output / "adapter_at_start")
+        if strategy.ranks_from_data:
+            known.write_text(json.dumps(strategy.ranks(), indent=1))
     return strategy
 
 
@@ -516,6 +541,9 @@ def probe_batches(run: Run) -> list[dict]:
 def describe(run: Run):
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
+    saved_in = None if recipe.model in SIZES else MRLReDimNetConfig.from_pretrained(recipe.model).dtype
+    if saved_in not in (None, torch.float32):
+        accelerator.print(f"{recipe.model} is saved in {saved_in}; it is trained in float32.")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     classes = len(task.classes) if task.targets is None else max(1, len(task.labels))
     accelerator.print(
@@ -585,7 +613,10 @@ def training_embeddings(run: Run, model, most: int = ROTATION_UTTERANCES, longes
 
 
 def rotate_in_training(run: Run):
-    """Turns the basis mid-run; the optimiser forgets the moments of the turned tensors, which were of the old basis."""
+    """Turns the basis mid-run; the optimiser forgets the moments of the turned tensors, which were of the old basis.
+
+    SphereFace2's bias of each prefix stays: that of the full width is still right, and the others are soon learnt.
+    """
     turn = partial(rotate, embeddings=training_embeddings(run, run.model, *ROTATION_IN_TRAINING))
     if run.ema is not None:
         run.ema.transform(run.model, turn)

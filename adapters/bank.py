@@ -158,6 +158,8 @@ class AdapterBank:
 
         adapter: a name, None for the base, or a list with one of them for each row. A list costs one forward pass;
         one per adapter in it where an adapter is DoRA or has norms of its own, or where T exceeds the model's window.
+        On a GPU that one pass waits for the host at every adapted layer (see `adapters_by_row`): for large batches of
+        few adapters a call for each may be faster.
         What is active stays so, whatever happens. Raises ValueError for unknown adapters and as the model does.
         """
         with self._lock, torch.inference_mode():
@@ -380,6 +382,9 @@ class AdapterBank:
 @contextlib.contextmanager
 def adapters_by_row(encoder: nn.Module, names: Sequence[str | None]):
     """Within, row i of a batch goes through the adapter names[i], by PEFT's mixed batches.
+
+    In each layer PEFT sends the row numbers of each adapter to the device and waits for them, however the rows are
+    sorted; it has no way to be given them.
 
     Their front door, adapter_names of PeftModel's forward, leaves hooks behind when a forward raises, and is closed as
     soon as any loaded adapter has norms of its own.

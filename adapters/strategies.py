@@ -4,7 +4,7 @@ A strategy puts a trainable adapter on a model and follows it through the run; `
 
     strategy = STRATEGIES[name](host, plan, probe)      PEFT layers are in, only they train
     loss + strategy.penalty()                           every micro-batch
-    strategy.after_step(step)                           after every optimiser step, gradients still there
+    strategy.after_step(step, skipped)                  after every optimiser step, gradients still there
     strategy.cut()                                      at step `plan.cut_step` if `changes_ranks`: new layers, so a new
                                                         optimiser; returns what to print
     strategy.save(folder)                               an ordinary LoRA adapter, whatever the strategy
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import initialize_lora_eva_weights
+from peft.tuners.lora import get_eva_state_dict, initialize_lora_eva_weights
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -92,8 +93,9 @@ class Vanilla:
         """What is added to the loss."""
         return 0.0
 
-    def after_step(self, step: int):
-        """Called after optimiser step `step`, before gradients are cleared."""
+    def after_step(self, step: int, skipped: bool = False):
+        """Called after optimiser step `step`, before gradients are cleared; skipped: they were not finite, and the
+        step was left out."""
 
     def state(self) -> object | None:
         """An object with state_dict and load_state_dict that checkpoints must hold, besides tensors."""
@@ -140,14 +142,17 @@ class Vanilla:
                     f"rho = {wanted:g}, and PEFT would wait for ever. Use larger batches, or a lower rank or rho."
                 )
             self.peft.eval()  # what layers see in use
-            initialize_lora_eva_weights(
+            state = get_eva_state_dict(
                 self.peft,
                 batches,
                 forward_fn=lambda model, batch: model(**batch),
                 prepare_model_inputs_fn=None,
                 prepare_layer_inputs_fn=lambda inputs, model, name: inputs[0].flatten(0, -2),
+                gather_distributed_inputs=False,  # they are the same in every process
                 show_progress_bar=False,
             )
+            state = of_first_process({name: directions.cpu() for name, directions in state.items()})
+            initialize_lora_eva_weights(self.peft, eva_state_dict=state)
 
     def keep_start(self, folder: Path):
         """Writes the adapter's first state to `folder`, where the initialisation has moved the base's weights."""
@@ -241,8 +246,11 @@ class Dynamic(Vanilla):
                 terms.append(torch.dist(square, torch.eye(len(square), device=square.device)))
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
-    def after_step(self, step: int):
-        self.peft.base_model.update_and_allocate(step)
+    def after_step(self, step: int, skipped: bool = False):
+        # Gradients that are not finite would stay in PEFT's running averages for good. From the last allocation on it
+        # looks at the averages alone, and must not miss that step.
+        if not skipped or step >= self.config.total_step - self.config.tfinal:
+            self.peft.base_model.update_and_allocate(step)
 
     def state(self) -> object:
         return _AllocatorState(self.peft)
@@ -287,7 +295,7 @@ class Mixed(Vanilla):
         if self.plan.known_ranks is not None:
             return uniform
         gradients = probe_gradients(self.host, uniform, self.probe)
-        return with_ranks(uniform, ranks_by_worth(gradients, self.plan.rank))
+        return with_ranks(uniform, of_first_process(ranks_by_worth(gradients, self.plan.rank)))
 
 
 STRATEGIES: dict[str, type[Vanilla]] = {"vanilla": Vanilla, "dynamic": Dynamic, "warm_up": WarmUp, "mixed": Mixed}
@@ -295,6 +303,12 @@ STRATEGIES: dict[str, type[Vanilla]] = {"vanilla": Vanilla, "dynamic": Dynamic, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the order of use
+
+
+def of_first_process(found):
+    """The first process's value in all. What is found in data may differ in rounding, and so in ranks, from one GPU to
+    another, and processes can only train layers of the same shapes."""
+    return broadcast_object_list([found])[0]
 
 
 def is_saved_whole(part: nn.Module) -> bool:
@@ -340,14 +354,19 @@ def truncated(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Te
 
     down: A [r, in], up: B [out, r]. The SVD is taken of the small core between the two QR factors.
     """
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().T)
+    q_up, r_up = torch.linalg.qr(in_double(up))
+    q_down, r_down = torch.linalg.qr(in_double(down).T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     energy = values.square()
     kept = float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
     root = values[:rank].sqrt()
     new_up, new_down = (q_up @ left[:, :rank]) * root, root[:, None] * (right[:rank] @ q_down.T)
-    return new_down.to(down.dtype), new_up.to(up.dtype), kept
+    return new_down.to(down.dtype).to(down.device), new_up.to(up.dtype).to(up.device), kept
+
+
+def in_double(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float64, on the CPU: not every device has that precision."""
+    return tensor.cpu().double()
 
 
 def probe_gradients(host: nn.Module, config: LoraConfig, probe: Probe) -> dict[str, torch.Tensor]:
@@ -374,7 +393,7 @@ def ranks_by_worth(gradients: dict[str, torch.Tensor], rank: int) -> dict[str, i
     worths = [
         (float(value) ** 2 / sizes[name], name)
         for name, gradient in gradients.items()
-        for value in torch.linalg.svdvals(gradient.double())
+        for value in torch.linalg.svdvals(in_double(gradient))
     ]
     ranks: dict[str, int] = {}
     for _, name in sorted(worths, reverse=True):
@@ -409,6 +428,7 @@ class _AllocatorState:
 
     def load_state_dict(self, state: dict):
         allocator = self.peft.base_model.rankallocator
-        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-            setattr(allocator, name, state[name])
+        devices = {name: parameter.device for name, parameter in self.peft.base_model.model.named_parameters()}
+        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):  # Accelerate loads them to the CPU
+            setattr(allocator, name, {key: tensor.to(devices[key]) for key, tensor in state[name].items()})
         self.peft.peft_config[ADAPTER].rank_pattern = state["rank_pattern"]

@@ -427,7 +427,7 @@ def main():
 def resumed(arguments, device: str) -> dict:
     """The record in OUT.json, or a new one. Raises ValueError where that one was measured otherwise."""
     settings = {
-        "machine": machine(),
+        "machine": machine(device),
         "device": device,
         "threads": arguments.threads,
         "quick": arguments.quick,

@@ -5,6 +5,7 @@
 AAM of random embeddings and labels, the classifier alone, float32. Contestants take turns: the classifier with four
 prefixes, with the full width alone, and both written down plainly (slice, normalise, multiply, cross entropy, by
 autograd). Their losses and gradients are compared before anything is timed. Peak memory is that of a process for each.
+On a CPU, or with --device cuda on a GPU, where memory is the GPU's.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import in_fresh_process, peak_resident, resident
+from memory import in_fresh_process, peak_on_gpu, peak_resident, resident
 from timing import machine, quartiles, take_turns
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
@@ -50,32 +51,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--seconds", type=float, default=30.0, help="of rounds per case [30]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="few rounds of the smaller cases: to see that it runs")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     cases = [(speakers, batch) for speakers in SPEAKERS for batch in BATCHES]
     record = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
+        "machine": machine(arguments.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dims": DIMS,
         "cases": [],
     }
     for speakers, batch in cases[:2] if arguments.quick else cases:
-        record["cases"].append(measure(speakers, batch, 0.0 if arguments.quick else arguments.seconds))
+        seconds = 0.0 if arguments.quick else arguments.seconds
+        record["cases"].append(measure(speakers, batch, seconds, arguments.device))
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(report(record))
     print(report(record))
 
 
-def measure(speakers: int, batch: int, seconds: float) -> dict:
+def measure(speakers: int, batch: int, seconds: float, device: str) -> dict:
     """Times in ms and memory in MiB of a case's contestants, by name."""
-    calls = contestants(speakers, batch)
+    calls = contestants(speakers, batch, device)
     for name in (PLAIN, MATRYOSHKA):
         check(calls[name](), calls[by_autograd(name)]())
-    memory = {name: in_fresh_process(memory_of, name, speakers, batch) for name in calls}
-    times = take_turns(calls, seconds, fewest=5, most=500)
+    memory = {name: in_fresh_process(memory_of, name, speakers, batch, device) for name in calls}
+    times = take_turns(calls, seconds, fewest=5, most=500, device=device)
     ratios = {
         "four prefixes by full width": (MATRYOSHKA, PLAIN),
         "the same by autograd": (by_autograd(MATRYOSHKA), by_autograd(PLAIN)),
@@ -102,15 +105,15 @@ def by_autograd(name: str) -> str:
     return f"{name}, by autograd"
 
 
-def contestants(speakers: int, batch: int) -> dict[str, Callable]:
+def contestants(speakers: int, batch: int, device: str) -> dict[str, Callable]:
     """Calls by name: a forward and a backward pass over the same numbers -> loss and gradients."""
     torch.manual_seed(0)
-    embeddings = torch.randn(batch, DIMS[-1], requires_grad=True)
-    labels = torch.randint(speakers, (batch,))
-    start, calls = 0.1 * torch.randn(speakers, DIMS[-1]), {}
+    embeddings = torch.randn(batch, DIMS[-1]).to(device).requires_grad_()
+    labels = torch.randint(speakers, (batch,)).to(device)
+    start, calls = (0.1 * torch.randn(speakers, DIMS[-1])).to(device), {}
     for name, dims in ((PLAIN, DIMS[-1:]), (MATRYOSHKA, DIMS)):
         config = MRLReDimNetConfig(embedding_size=DIMS[-1], matryoshka_dims=dims, num_speakers=speakers)
-        classifier = MatryoshkaMarginClassifier(config)
+        classifier = MatryoshkaMarginClassifier(config).to(device)
         classifier.weight.data = start  # one matrix for all
         for words, losses in ((name, classifier), (by_autograd(name), plainly)):
             calls[words] = step(losses, classifier, embeddings, labels)
@@ -147,10 +150,12 @@ def check(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]):
             raise RuntimeError(f"The {name} do not agree: relative error {error:.1e}.")
 
 
-def memory_of(name: str, speakers: int, batch: int) -> float:
+def memory_of(name: str, speakers: int, batch: int, device: str) -> float:
     """MiB that a step adds at its peak, in a process of its own."""
-    contestants(100, 2)[name]()  # pages of the libraries come in
-    call = contestants(speakers, batch)[name]
+    contestants(100, 2, device)[name]()  # pages of the libraries come in
+    call = contestants(speakers, batch, device)[name]
+    if device == "cuda":
+        return peak_on_gpu(call) / 2**20
     before = resident()
     return (peak_resident(call) - before) / 2**20
 

@@ -1,4 +1,4 @@
-"""What benchmarks of memory share: a process of their own, and a call's peak by the system and by torch."""
+"""What benchmarks of memory share: a process of their own, and a call's peak by the system, by torch and on a GPU."""
 
 import multiprocessing
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -50,3 +51,13 @@ def peak_allocated(call: Callable[[], object]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def peak_on_gpu(call: Callable[[], object]) -> int:
+    """The most bytes of tensors on the GPU at once during a call, beyond those before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

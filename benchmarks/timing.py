@@ -12,13 +12,13 @@ import torch
 PAUSE_SECONDS = 0.02  # between contestants: the idle threads of one spin for a while, on the cores of the next
 
 
-def machine() -> str:
-    """Processor, system and accelerator, in words."""
+def machine(device: str = "cpu") -> str:
+    """Processor and system in words, and the GPU where `device`, on which the numbers come about, is one."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     words = f"{names[0] if names else platform.processor()}, {len(names)} cores, {platform.system()}"
-    return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
+    return f"{words}, {torch.cuda.get_device_name()}" if device == "cuda" else words
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -28,11 +28,12 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 50
+    calls: dict[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 50, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Rounds in which each call runs once, in an order drawn anew -> seconds of each call, by round.
 
     Rounds follow until `seconds` have gone by, at least `fewest` and at most `most` of them. Warm the calls up before.
+    device: "cuda" where they run on a GPU; a call then ends when the GPU has done what it was told.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, turns = list(calls), random.Random(0)
@@ -45,6 +46,8 @@ def take_turns(
             time.sleep(PAUSE_SECONDS)
             start = time.perf_counter()
             calls[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return times
 

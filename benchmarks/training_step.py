@@ -7,7 +7,8 @@ REFERENCE_CHECKOUT: a checkout of IDRnD/redimnet (dd9f519 was used) or, of sizes
 5,994 speakers, written plainly for the reference. A step: forward, backward, SGD with momentum, of 32 crops of 2 s.
 Weights are random and audio is noise: neither matters for time or size. Before anything is timed, loss and gradients of
 both are compared. What is timed takes turns; memory is that of a process for each. OUT.md and OUT.json are rewritten
-after each size. Run it while nothing else runs.
+after each size. Run it while nothing else runs. With --device cuda on a GPU: memory is then the GPU's, and no step is
+profiled.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from adapter_costs import NO_DATA, paragraph, table_row
-from memory import in_fresh_process, peak_allocated, peak_resident, resident
+from memory import in_fresh_process, peak_allocated, peak_on_gpu, peak_resident, resident
 from reference import WRAPPERS, build_pair, network_of, reference_arguments, refuse_no_checkout
 from timing import machine, quartiles, speedup, take_turns
 from torch import nn
@@ -54,6 +55,7 @@ def main():
     parser.add_argument("reference", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["b0", "b2"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=75.0, help="of rounds per size, at least 4 rounds [75]")
     parser.add_argument("--quick", action="store_true", help="two rounds of 4 crops: to see that it runs")
@@ -63,9 +65,11 @@ def main():
     sys.path.insert(0, str(arguments.reference))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     crops = 4 if arguments.quick else CROPS
     command = shlex.join(["python", *sys.argv]).replace(shlex.quote(str(arguments.reference)), "REFERENCE_CHECKOUT")
-    record = {"command": command, "machine": machine(), "threads": arguments.threads, "torch": torch.__version__}
+    record = {"command": command, "machine": machine(arguments.device), "threads": arguments.threads}
+    record["torch"] = torch.__version__
     record |= {"crops": crops, "sizes": {}}
     for size in arguments.sizes:
         began = time.perf_counter()
@@ -81,10 +85,12 @@ def main():
 def measure(size: str, crops: int, rounds: tuple[float, int, int], arguments) -> dict:
     """Everything of one size."""
     agreement = compare(size)
-    reference, threads = str(arguments.reference.resolve()), arguments.threads
-    memory = {name: in_fresh_process(memory_of, size, name, crops, threads, reference) for name in SYSTEMS}
-    steps = {name: Step(size, name, crops) for name in SYSTEMS}
-    times = take_turns(steps, *rounds)
+    reference, threads, device = str(arguments.reference.resolve()), arguments.threads, arguments.device
+    memory = {name: in_fresh_process(memory_of, size, name, crops, threads, reference, device) for name in SYSTEMS}
+    steps = {name: Step(size, name, crops, device) for name in SYSTEMS}
+    for step in steps.values() if device == "cuda" else ():
+        step()  # a GPU loads its kernels when they are first used
+    times = take_turns(steps, *rounds, device=device)
     return {
         "agreement": agreement,
         "step_ms": {name: quartiles([1000 * s for s in values]) for name, values in times.items()},
@@ -92,7 +98,7 @@ def measure(size: str, crops: int, rounds: tuple[float, int, int], arguments) ->
         "share_of_ours": {name: speedup(times, name, OURS) for name in SYSTEMS},
         "rounds": len(times[OURS]),
         "memory_mib": memory,
-        "profile": {name: steps[name].profile() for name in (OURS, LORA)},
+        "profile": {name: steps[name].profile() for name in (OURS, LORA)} if device == "cpu" else {},
     }
 
 
@@ -156,7 +162,7 @@ def batch_of(crops: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Step:
     """A system in training, with a batch of noise; a call is a step."""
 
-    def __init__(self, size: str, system: str, crops: int):
+    def __init__(self, size: str, system: str, crops: int, device: str):
         reference, ours = build(size)
         self.model = reference if system == REFERENCE else ours
         if system == PREFIXES:
@@ -165,8 +171,8 @@ class Step:
             ours.model.gradient_checkpointing_enable()
         if system in ADAPTERS:  # the classifier stays outside, and trains as well
             self.strategy = Vanilla(ours.model.redimnet, ADAPTERS[system], NO_DATA)
-        self.model.train()
-        self.batch = batch_of(crops)
+        self.model.train().to(device)
+        self.batch = [tensor.to(device) for tensor in batch_of(crops)]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
 
@@ -248,13 +254,18 @@ def gradient_error(size: str, reference: ReferenceSpeakers, ours: OurSpeakers) -
     return (difference / sum(float(other.double().square().sum()) for _, other in pairs)) ** 0.5
 
 
-def memory_of(size: str, system: str, crops: int, threads: int, reference: str) -> dict[str, float]:
-    """MiB that training adds to a process with libraries loaded, at its peak, and of it live tensors of a step."""
+def memory_of(size: str, system: str, crops: int, threads: int, reference: str, device: str) -> dict[str, float]:
+    """MiB that training adds to a process with libraries loaded (or occupies on a GPU), at its peak, and of it live
+    tensors of a step."""
     sys.path.insert(0, reference)
     torch.set_num_threads(threads)
     importlib.import_module(WRAPPERS[network_of(size)][0])  # of the libraries
+    if device == "cuda":
+        steps = []
+        whole = peak_on_gpu(lambda: (steps.append(Step(size, system, crops, device)), steps[0](), steps[0]()))
+        return {"resident": whole / 2**20, "tensors": peak_on_gpu(steps[0]) / 2**20}
     before = resident()
-    step = Step(size, system, crops)
+    step = Step(size, system, crops, device)
     return {
         "resident": (peak_resident(lambda: (step(), step())) - before) / 2**20,
         "tensors": peak_allocated(step) / 2**20,
@@ -343,7 +354,7 @@ def size_report(size: str, row: dict) -> list[str]:
             f"{errors['gradients, float32']:.0e}."
         ),
         "",
-        *profile_report(row["profile"]),
+        *(profile_report(row["profile"]) if row["profile"] else []),
     ]
     return text
 

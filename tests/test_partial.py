@@ -9,10 +9,13 @@ from accelerate import Accelerator
 from conftest import leave_together, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from no_gpu import pretended_gpu
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier, MRLReDimNetForXVector
+from mrl_redimnet import partial
 from mrl_redimnet.partial import SampledRows
 
 SPEAKERS, BATCH, STEPS = 30, 6, 8
@@ -350,3 +353,32 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
         rows.end(optimizer)
     torch.testing.assert_close(first["weight"], rows.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first["encoder"], learner.encoder.weight, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A GPU
+
+
+def test_a_step_on_a_gpu_does_not_make_the_host_wait(monkeypatch):
+    """With labels as a batch has them, on the CPU."""
+    find, labels = partial._gathered_speakers, batch_of(0)[1]
+
+    def found_on_the_cpu(labels):
+        with unset_fake_temporarily():
+            return find(labels)
+
+    monkeypatch.setattr(partial, "_gathered_speakers", found_on_the_cpu)
+    with pretended_gpu(monkeypatch) as waits:
+        classifier = MatryoshkaMarginClassifier(tiny_config(num_speakers=SPEAKERS))
+        classifier.weight = nn.Parameter(torch.empty(SPEAKERS, 32, device="cuda"))
+        rows = SampledRows(classifier, 8, seed=5)
+        optimizer = OPTIMIZERS["sgd"]([classifier.weight])
+        for step in range(2):
+            local = rows.begin(labels, step, optimizer)
+            rows._parameter.grad = torch.empty_like(rows._parameter)
+            optimizer.step()
+            rows.end(optimizer)
+        assert local.device.type == "cpu" and rows.state["momentum_buffer"].device.type == "cuda"
+        assert waits.seen == []
+        torch.zeros(3).to("cuda").cpu()
+    assert waits.seen == ["copy cpu to cuda (3,)", "copy cuda to cpu (3,)"]

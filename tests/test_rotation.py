@@ -6,8 +6,10 @@ import torch
 from conftest import tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
+from no_gpu import without_float64
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet import rotation
 from mrl_redimnet.rotation import principal_rotation, rotate
 
 BATCH = torch.stack(waves(*[4000] * 48))
@@ -183,3 +185,23 @@ def test_a_refused_rotation_leaves_the_model_alone(value):
     with pytest.raises(ValueError, match="finite embeddings that are not zero"):
         rotate(model, broken)
     assert np.array_equal(embeddings_of(model), before)
+
+
+def test_a_model_is_rotated_on_a_device_without_float64():
+    model = tiny_model(tiny_config("tstp_embedding_norm"), kind=MRLReDimNetForXVector)
+    before = embeddings_of(model)
+    expected = tiny_model(tiny_config("tstp_embedding_norm"), kind=MRLReDimNetForXVector)
+    rotate(expected, before)
+    rotate(without_float64(model), before)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name].as_subclass(torch.Tensor), tensor), name
+
+
+def test_every_process_takes_the_rotation_of_the_first(monkeypatch):
+    """Signs of eigenvectors are anybody's choice."""
+    model, other = tiny_model(), tiny_model()
+    before = embeddings_of(model)
+    rotate(model, before)
+    monkeypatch.setattr(rotation, "broadcast_object_list", lambda parts: [-parts[0], *parts[1:]])
+    rotate(other, before)
+    assert np.allclose(embeddings_of(other), -embeddings_of(model), atol=1e-6)

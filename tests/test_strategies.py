@@ -8,10 +8,11 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from no_gpu import WithoutFloat64
 from peft import PeftModel, get_peft_model_state_dict
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
-from mrl_redimnet.adapters import fingerprint
+from mrl_redimnet.adapters import fingerprint, strategies
 from mrl_redimnet.adapters.strategies import (
     STRATEGIES,
     AdapterPlan,
@@ -265,3 +266,65 @@ def test_an_adapter_that_has_learnt_nothing_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="learnt nothing"):
         strategy.save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other devices, other processes, steps that are left out
+
+
+def test_a_resumed_rank_allocation_is_where_the_adapter_is():
+    """Checkpoints are read to the CPU; "meta" stands for a GPU."""
+    _, begun, _ = trained("dynamic", steps=4)
+    state = copy.deepcopy(begun.state().state_dict())
+    model, strategy = put_on("dynamic")
+    model.to("meta")
+    strategy.state().load_state_dict(state)
+    allocator = strategy.peft.base_model.rankallocator
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        kept = getattr(allocator, name)
+        assert kept.keys() == state[name].keys() and {tensor.device.type for tensor in kept.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("overflows", [{1}, {2, 3, 9}, {14}, {13, 14, 15}, {0, 14, 19}])
+def test_dynamic_ranks_reach_their_budget_though_steps_are_left_out(overflows):
+    """As GradScaler leaves them out in float16, before and at the last allocation of ranks (step 14), and after it."""
+    model, strategy = put_on("dynamic")
+    layers, data = len(strategy.ranks()), batches()
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+    for step in range(STEPS):
+        (model(**data[step % len(data)]).loss + strategy.penalty()).backward()
+        if step in overflows:
+            for parameter in strategy.peft.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.inf)
+        else:
+            optimizer.step()
+        strategy.after_step(step, skipped=step in overflows)
+        for kept in (strategy.peft.base_model.rankallocator.exp_avg_ipt or {}).values():
+            assert torch.isfinite(kept).all()
+        optimizer.zero_grad()
+    assert 0 < sum(strategy.ranks().values()) <= 4 * layers
+
+
+def test_ranks_from_data_are_those_of_the_first_process(monkeypatch):
+    """Elsewhere the same data may round to others."""
+
+    def first_process_found(objects):
+        (found,) = objects
+        return [{name: 2 if isinstance(value, int) else value[:2] for name, value in found.items()}]
+
+    monkeypatch.setattr(strategies, "broadcast_object_list", first_process_found)
+    for _, strategy in (put_on("mixed"), put_on("vanilla", **WAYS["eva"])):
+        assert set(strategy.ranks().values()) == {2}
+
+
+def test_ranks_are_found_on_a_device_without_float64():
+    torch.manual_seed(0)
+    down, up = torch.randn(6, 20), torch.randn(9, 6)
+    expected = truncated(down, up, 3)
+    found = truncated(down.as_subclass(WithoutFloat64), up.as_subclass(WithoutFloat64), 3)
+    for one, other in zip(expected[:2], found[:2], strict=True):
+        assert torch.equal(one, other.as_subclass(torch.Tensor))
+    gradients = {"a": torch.randn(5, 7), "b": torch.randn(3, 4)}
+    there = {name: gradient.as_subclass(WithoutFloat64) for name, gradient in gradients.items()}
+    assert ranks_by_worth(there, 2) == ranks_by_worth(gradients, 2)

@@ -3,6 +3,7 @@ import os
 from collections import Counter
 
 import datasets
+import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -262,3 +263,23 @@ def test_sources_that_cannot_be_streamed(folder, tmp_path):
         stream_of(tmp_path / "gone")
     with pytest.raises(ValueError, match="columns: there is no column who; there are audio"):
         stream_of(folder, columns={"speaker": "who"})
+
+
+def test_a_forked_worker_does_not_wait_for_a_lock_that_was_held(folder):
+    """fsspec's, of remote stores; what reads from one needs fsspec's loop."""
+
+    def read_remotely(source, row, rng):
+        fsspec.asyn.get_loop()
+        return 0
+
+    stream = SpeechStream(folder, read_remotely, workers=1)
+    loader = DataLoader(
+        stream,
+        batch_size=2,
+        num_workers=1,
+        collate_fn=Collated(lambda items: {}),
+        timeout=20,
+        multiprocessing_context="fork",
+    )
+    with fsspec.asyn.get_lock():
+        assert "place" in next(iter(loader))

@@ -98,6 +98,17 @@ def test_an_adapter_run_leaves_an_adapter_that_plain_peft_loads(train, base, cap
     assert list(rows) == ["base", "adapter"]
 
 
+def test_an_adapter_is_trained_in_mixed_precision_on_a_base_in_bfloat16(train, base, tmp_path, seen_types):
+    """The facts name the base as those find it who load it in bfloat16."""
+    MRLReDimNetForXVector.from_pretrained(base).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    settings = ADAPTER | dict(model=tmp_path / "half", steps=2, mixed_precision="bf16")
+    output = train(**settings)
+    assert seen_types == {torch.bfloat16}
+    assert {tensor.dtype for tensor in adapter_of(output).values()} == {torch.float32}
+    model = MRLReDimNetModel.from_pretrained(tmp_path / "half")
+    assert model.dtype == torch.bfloat16 and AdapterFacts.load(output / "best").base.fingerprint == fingerprint(model)
+
+
 def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):
     output = train(model=base, **ADAPTER)
     for file in (output / "best").iterdir():

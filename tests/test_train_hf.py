@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from conftest import tiny_config, tiny_model, waves
+from no_gpu import pretended_gpu
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,10 +35,11 @@ from training_runs import (
 from transformers import AutoModel, AutoModelForAudioXVector
 
 import train_hf
-from modeling_mrl_redimnet import MRLReDimNetModel
+from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.audio import AudioError
 from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.curves import Record
+from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.synthetic import make_corpus
 from mrl_redimnet_cli import main as cli_main
@@ -226,6 +229,41 @@ def test_two_processes_do_as_one_with_twice_the_batch(train, two):
         assert torch.allclose(before[name], after[name], rtol=1e-3, atol=2e-4), name
 
 
+SLOW_START = """
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+import train_hf
+
+begin, load = dist.init_process_group, train_hf.load_corpus
+
+
+def begin_impatiently(*arguments, **options):
+    begin(*arguments, **{"timeout": timedelta(seconds=4), **options})
+
+
+def load_slowly(*arguments, **options):
+    time.sleep(8 if dist.get_rank() == 0 else 0)
+    return load(*arguments, **options)
+
+
+dist.init_process_group, train_hf.load_corpus = begin_impatiently, load_slowly
+train_hf.main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_the_first_one_to_read_a_new_corpus(corpus, tmp_path):
+    """Longer than a process group waits by itself, which here is 4 seconds instead of 10 or 30 minutes."""
+    script, speech = tmp_path / "slow_start.py", shutil.copytree(corpus / "train", tmp_path / "speech")
+    script.write_text(SLOW_START)
+    argv = command_line(corpus, tmp_path / "run", train=speech, steps=1)
+    printed = finish(start(corpus, argv, processes=2, script=script))
+    assert printed.count(f"Reading {speech}") == 1 and printed.count("Saved:") == 1
+
+
 @pytest.mark.slow
 def test_accelerate_that_starts_one_process_of_two_is_told(corpus):
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
@@ -342,6 +380,87 @@ def test_every_loss_is_trained(train, loss):
 def test_epochs_are_counted_in_utterances(train):
     output = train(epochs=1.5)  # of 16 utterances, four a step
     assert results_of(output)["recipe"]["steps"] == 6
+
+
+# ---------------------------------------------------------------- precision, devices
+
+
+def test_mixed_precision_trains_and_leaves_a_model_in_float32(train, seen_types):
+    output = train(mixed_precision="bf16", ema=0.5)
+    assert seen_types == {torch.bfloat16}
+    assert all(math.isfinite(line["loss"]) for line in Record(output).lines("train"))
+    trained = load_file(output / "best/model.safetensors")
+    assert {tensor.dtype for tensor in trained.values() if tensor.is_floating_point()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in trained.values())
+
+
+def test_float16_without_a_gpu_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision: fp16 needs a GPU, .* take bf16 or no"):
+        train(mixed_precision="fp16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_saved_in_bfloat16_is_trained_in_float32(train, tmp_path, capsys):
+    """At this learning rate no weight in bfloat16 would move, but for the smallest."""
+    save_model(tiny_model().to(torch.bfloat16), tmp_path / "half")
+    output = train(model=tmp_path / "half", model_options="{}", learning_rate=1e-6)
+    assert capsys.readouterr().out.count("half is saved in torch.bfloat16; it is trained in float32.") == 1
+    name = "redimnet.trunk.stem.conv.weight"
+    start = load_file(tmp_path / "half/model.safetensors")[name.removeprefix("redimnet.")]
+    trained = load_file(output / "last/model.safetensors")[name]
+    assert (start.dtype, trained.dtype) == (torch.bfloat16, torch.float32)
+    assert (trained != start.float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_what_follows_a_step_that_was_left_out(skipped):
+    """As in float16 where gradients overflow: rows go back all the same, averages take nothing in."""
+    calls = []
+    run = SimpleNamespace(
+        model="model",
+        optimizer=SimpleNamespace(step_was_skipped=skipped),
+        strategy=SimpleNamespace(after_step=lambda *arguments: calls.append(arguments)),
+        rows=SimpleNamespace(end=lambda optimizer: calls.append("rows")),
+        ema=SimpleNamespace(update=calls.append),
+    )
+    train_hf.after_step(run, 7)
+    assert calls == [(7, skipped), "rows", *([] if skipped else ["model"])]
+
+
+def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
+    recipe, config = Recipe(output="run"), tiny_config(num_speakers=4)
+    batch = {"input_values": torch.stack(waves(8000, 8000)), "labels": torch.tensor([0, 3])}
+    with pretended_gpu(monkeypatch) as waits:
+        run = train_hf.Run(
+            recipe,
+            accelerator=SimpleNamespace(device=torch.device("cuda")),
+            task=None,
+            crops=None,
+            model=SimpleNamespace(config=config),
+            prepared=lambda inputs, labels, **more: SimpleNamespace(loss=inputs.sum() + labels.sum()),
+        )
+        _, loss = train_hf.forward(run, batch, 0)
+    assert loss.device.type == "cuda" and waits.seen == []
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    """The classes' names, and what PiSSA began from; the others would write the same files at the same time."""
+    monkeypatch.setattr(train_hf, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    options = dict(trains="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
+    recipe = Recipe(output=str(tmp_path), **options)
+    task = SimpleNamespace(classes=SpeakerTable(["a"]), adapter_task="FEATURE_EXTRACTION")
+    train_hf.claim_output(recipe, task, resume=False)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False)
+    run = train_hf.Run(recipe, accelerator, task, crops=None, model=tiny_model(kind=MRLReDimNetForXVector))
+    train_hf.attach_adapter(run, 0, resumed=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_processes_go_by_the_score_of_the_first(train, monkeypatch):
+    """Or one might end a run that the others go on with, and they would wait for it."""
+    monkeypatch.setattr(train_hf, "broadcast_object_list", lambda scores: [0.125])
+    output = train()
+    assert json.loads((output / "checkpoints/step-00000002/progress-0.json").read_text())["best_score"] == 0.125
 
 
 # ---------------------------------------------------------------- parquet

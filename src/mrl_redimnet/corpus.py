@@ -38,6 +38,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus")
 _INNER_FOLDERS = frozenset({"wav", "aac", "m4a", "flac", "data"})
 # What one process scans at a time: enough pieces for any num_proc.
 _SCAN_SHARDS = 256
+# Files whose headers are worth several processes: one reads them in seconds.
+_MANY_FILES = 10_000
 # Rows of a whole column that are looked at at a time.
 _COLUMN_BLOCK = 100_000
 # Where the columns of parquet and Hub data are looked for; a `label` counts when it has named classes.
@@ -72,7 +74,8 @@ def load_corpus(
     `layout` is a name in LAYOUTS, or names the parts of a path from there on: `speaker` and (last) `utterance` must be
     there, `session` may, `*` is any folder. The last part may join names by "-" or "_" ("session-utterance"): the
     file's name is then cut at the last of these. Without a session every utterance is its own. Files without an audio
-    suffix are ignored. Every file's header is read once, in `num_proc` processes; the result is cached in `cache_dir`
+    suffix are ignored. Every file's header is read once, in `num_proc` processes (None: one for each processor core,
+    where there are many files); the result is cached in `cache_dir`
     (None: the Hugging Face cache) under a fingerprint of all paths, sizes and modification times, so a changed folder
     is read anew.
 
@@ -96,7 +99,7 @@ def load_corpus(
         layout=layout,
         fingerprint=manifest.fingerprint,
     )
-    builder.download_and_prepare(num_proc=num_proc)
+    builder.download_and_prepare(num_proc=_processes(num_proc, manifest.files))
     return builder.as_dataset(split="train").cast_column("audio", datasets.Audio(decode=False))
 
 
@@ -294,7 +297,7 @@ def _uniform(data: datasets.Dataset, given: dict[str, str] | None, num_proc: int
         remove_columns=needed,
         features=_FACTS,
         fn_kwargs={"columns": columns, "names": names},
-        num_proc=num_proc,
+        num_proc=_processes(num_proc, len(data)) if columns.seconds is None else num_proc,
         desc="Reading headers" if columns.seconds is None else "Reading columns",
     )
     return datasets.concatenate_datasets([audio, facts], axis=1)
@@ -355,10 +358,12 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The utterances of one folder: its entries that hold some, sorted, and a hash that changes with any file."""
+    """The utterances of one folder: its entries that hold some, sorted, how many files, and a hash that changes with
+    any of them."""
 
     folder: Path
     tops: list[str]
+    files: int
     fingerprint: str
 
 
@@ -387,7 +392,14 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
         return _find_utterances(root / inner[0], layout)
     if wrong:
         raise ValueError(_misplaced_message(root, layout, f"{wrong:,} of {total:,}", first))
-    return _Manifest(root, tops, digest.hexdigest())
+    return _Manifest(root, tops, total, digest.hexdigest())
+
+
+def _processes(given: int | None, files: int) -> int | None:
+    """How many processes read the headers of so many files."""
+    if given is not None or files < _MANY_FILES:
+        return given
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no former
 
 
 def _misplaced_message(root: Path, layout: str, share: str, first: list[str]) -> str:

@@ -84,8 +84,8 @@ class History:
 
     def check_finite(self):
         """Raises FloatingPointError when a loss since the last log line was no number."""
-        losses = [losses[0] for losses in self.pending]
-        if (self.loss is not None and not math.isfinite(self.loss)) or not all(map(torch.isfinite, losses)):
+        losses = torch.stack([losses[0] for losses in self.pending]).tolist() if self.pending else []  # one device sync
+        if not all(map(math.isfinite, losses if self.loss is None else [self.loss, *losses])):
             raise FloatingPointError(
                 "The loss is no number. Lower learning_rate or max_gradient_norm, or train with mixed_precision: no; "
                 "if it comes back at the same step, look at that batch's audio."

@@ -55,8 +55,9 @@ class SampledRows:
     def begin(self, labels: torch.Tensor, step: int, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """Puts a step's rows into the classifier and their state into the optimiser; labels [B] -> local labels [B].
 
-        labels are this process's; where gradients of several batches are accumulated, those of all these batches
-        (their crops in one row), since the rows must stay the same until the step.
+        labels are this process's, best on the CPU, where a batch comes from: of labels on a GPU, and of several
+        processes under NCCL, the host has to wait for the device. Where gradients of several batches are accumulated,
+        they are those of all these batches (their crops in one row), since the rows must stay the same until the step.
 
         Raises ValueError for labels that are no speakers, more speakers than the sample has room for, or an optimiser
         that does not train these rows; RuntimeError when the step before has not ended, or the optimiser's state is not
@@ -68,7 +69,8 @@ class SampledRows:
             raise ValueError("optimizer: it does not train the sampled rows; build it after SampledRows.")
         speakers = self._draw(_gathered_speakers(labels), step)
         centers = torch.arange(self.centers)
-        rows = (torch.from_numpy(speakers)[:, None] * self.centers + centers).flatten().to(self.weight.device)
+        rows = (torch.from_numpy(speakers)[:, None] * self.centers + centers).flatten()
+        rows = rows.to(self.weight.device, non_blocking=self.weight.is_cuda)  # the host does not wait for the device
         state = self._state_of(optimizer)
         if not state:  # a new optimiser begins anew
             self.state = {}
@@ -183,6 +185,7 @@ def _gathered_speakers(labels: torch.Tensor) -> np.ndarray:
     """The different labels of all processes' batches [B], in order."""
     if not _several_processes():
         return np.unique(labels.cpu().numpy())
+    labels = labels.to(_carrying(labels.device))
     sizes = labels.new_zeros(dist.get_world_size())
     sizes[dist.get_rank()] = len(labels)
     dist.all_reduce(sizes)  # the last batches of an epoch may differ in size
@@ -195,9 +198,13 @@ def _gathered_speakers(labels: torch.Tensor) -> np.ndarray:
 
 
 def _broadcast(tensor: torch.Tensor):
-    """The first process's values to all, by way of the device that the backend works on."""
-    on_cpu_backend = "nccl" not in dist.get_backend()
-    carrier = tensor if on_cpu_backend or tensor.is_cuda else tensor.cuda()
+    """The first process's values to all."""
+    carrier = tensor.to(_carrying(tensor.device))
     dist.broadcast(carrier, 0)
     if carrier is not tensor:
         tensor.copy_(carrier)
+
+
+def _carrying(device: torch.device) -> torch.device:
+    """Where the processes' backend takes tensors of a device: NCCL takes none of the CPU."""
+    return torch.device("cuda") if "nccl" in dist.get_backend() and device.type == "cpu" else device

@@ -8,6 +8,7 @@ R is folded into the projection, so the rotated model is an ordinary one.
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetPreTrainedModel
 
@@ -37,33 +38,34 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
     Returns the share of these embeddings' energy that the first 1, 2, ... D numbers now hold, [D].
 
     Cosines at full width stay as they are, and so do the full-width logits of a classifier, whose rows turn with the
-    embedding. A batch norm behind the projection is folded in first.
+    embedding. A batch norm behind the projection is folded in first. Under several processes all of them call this, and
+    the first one's rotation is everybody's: on other processors the same embeddings may give other signs.
     """
     encoder = getattr(model, model.base_model_prefix, model)
     projection = encoder.projection
     width = sum(segment.out_features for segment in projection.segments)
     if np.shape(embeddings)[1:] != (width,):
         raise ValueError(f"Expected embeddings of the full width {width}, got shape {np.shape(embeddings)}.")
-    turn, energies = principal_rotation(embeddings)
+    turn, energies = broadcast_object_list([*principal_rotation(embeddings)])
     rotation = torch.from_numpy(turn)
     weight, bias = _affine(projection)
     _store(projection, rotation.T @ weight, rotation.T @ bias)
     projection.embedding_norm = None
     model.config.embedding_norm = False
     if model is not encoder:
-        model.classifier.weight.copy_(model.classifier.weight.double().cpu() @ rotation)
+        model.classifier.weight.copy_(model.classifier.weight.cpu().double() @ rotation)
     return np.cumsum(energies) / energies.sum()
 
 
 def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tensor]:
     """The projection (and the norm behind it, as it is in eval mode) as weight [D, P] and bias [D], float64."""
-    weight = torch.cat([segment.weight for segment in projection.segments]).double().cpu()
-    bias = torch.cat([segment.bias for segment in projection.segments]).double().cpu()
+    weight = torch.cat([segment.weight for segment in projection.segments]).cpu().double()
+    bias = torch.cat([segment.bias for segment in projection.segments]).cpu().double()
     norm = projection.embedding_norm
     if norm is None:
         return weight, bias
-    scale = norm.weight.double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    shift = norm.bias.double().cpu() - norm.running_mean.double().cpu() * scale
+    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    shift = norm.bias.cpu().double() - norm.running_mean.cpu().double() * scale
     return weight * scale[:, None], bias * scale + shift
 
 

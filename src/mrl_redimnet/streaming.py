@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import fsspec
+import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -132,6 +133,8 @@ class SpeechStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Streamed]:
         worker = get_worker_info()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # of stores: a forked worker would wait for one that was held
         if workers != self.workers:
             raise ValueError(f"the stream is made for {self.workers} workers, its DataLoader has {workers}")
         # The loader takes batches from its workers in turn, and begins with the first again when it is made anew.

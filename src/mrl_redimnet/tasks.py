@@ -236,13 +236,15 @@ def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification 
 
 
 def start_model(kind: type, recipe: Recipe, head: set[str], **config):
-    """A model of `kind` from a size or a saved one, and whether its head is new; no tensors but the `head`'s may be."""
+    """A model of `kind` from a size or a saved one, and whether its head is new; no tensors but the `head`'s may be.
+
+    In float32, whatever it is saved in: in bfloat16 most steps of an optimiser are too small to change a weight.
+    """
     if recipe.model in SIZES:
         return kind(MRLReDimNetConfig.from_size(recipe.model, **config, **recipe.model_options)), True
     refuse_missing(recipe.model, SIZES)
-    model, info = kind.from_pretrained(
-        recipe.model, ignore_mismatched_sizes=True, output_loading_info=True, **config, **recipe.model_options
-    )
+    config = {"dtype": torch.float32, **config, **recipe.model_options}
+    model, info = kind.from_pretrained(recipe.model, ignore_mismatched_sizes=True, output_loading_info=True, **config)
     replaced = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
     if replaced - head:
         raise ValueError(

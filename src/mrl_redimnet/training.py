@@ -108,7 +108,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> tor
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0
         optimizer = torch.optim.SGD(settings, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
-    else:
+    else:  # not fused: under float16 that one leaves steps out by itself, and Accelerate could not tell which
         optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate)
     check_optimizer(model, optimizer)
     return optimizer
