@@ -27,7 +27,7 @@ from torch import nn
 from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
-from mrl_redimnet.adapters.facts import AdapterFacts, Base, fingerprint
+from mrl_redimnet.adapters.facts import AdapterFacts, Base, fingerprint, same_weights
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
     HEADS,
@@ -316,7 +316,7 @@ class AdapterBank:
     def _fetch(self, source: str | Path, revision: str | None, any_base: bool) -> Adapter:
         adapter = read_adapter(local_folder(source, revision, self._token), self.model)
         facts = adapter.facts
-        if facts is not None and not any_base and facts.base.fingerprint != self.base.fingerprint:
+        if facts is not None and not any_base and not same_weights(facts.base.fingerprint, self.base.fingerprint):
             with self._lock:
                 facts.check_base(self.model, self.base.repository, self.base.revision)  # says so
         return adapter

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Base:
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f" at {self.revision}"
-        return f"{self.repository}{revision} ({self.fingerprint[:19]}...)"
+        weights, *config = self.fingerprint.split(CONFIG_PART)
+        return f"{self.repository}{revision} ({CONFIG_PART.join([f'{weights[:19]}...', *config])})"
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,21 @@ class AdapterFacts:
     def check_base(self, model: nn.Module, name: str, revision: str | None = None):
         """Raises WrongBaseError, showing both, unless `model`, called `name`, is the base that the adapter fits."""
         found = Base(name, revision, fingerprint(model))
-        if found.fingerprint != self.base.fingerprint:
+        if not same_weights(self.base.fingerprint, found.fingerprint):
             raise WrongBaseError(
-                f"The adapter {self.domain!r} was trained on {self.base}, this base is {found}: other weights, so its "
-                "answers would be meaningless. Load the base it names (in float32 or bfloat16; other precisions round "
-                "the weights to others), or pass any_base=True to use it all the same."
+                f"The adapter {self.domain!r} was trained on {self.base}, this base is {found}: other weights or "
+                "another configuration, so its answers would be meaningless. Load the base it names (in float32 or "
+                "bfloat16; other precisions round the weights to others), or pass any_base=True to use it all the same."
             )
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the encoder's own weights and batch-norm statistics, "sha256:..." .
+    """A hash of the encoder's own weights and batch-norm statistics and one of its configuration,
+    "sha256:...+config:...".
 
     The same with and without a classification head, with any adapters attached (merged ones excepted), on any device,
-    and in float32 and bfloat16: numbers are hashed as bfloat16.
+    and in float32 and bfloat16: numbers are hashed as bfloat16. Of the configuration, what changes an embedding counts
+    (ANSWERING). Compare with `same_weights`: what was saved before the configuration counted has no second hash.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     encoder = getattr(model, model.base_model_prefix, model)
@@ -106,9 +110,27 @@ def fingerprint(model: nn.Module) -> str:
         tensor = tensors[name].detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    settings = json.dumps({name: getattr(encoder.config, name) for name in ANSWERING}, sort_keys=True)
+    return f"sha256:{digest.hexdigest()}{CONFIG_PART}{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
 
+def same_weights(saved: str, found: str) -> bool:
+    """Whether a saved fingerprint (or `calibration.weights_of`) names the weights whose own is `found`.
+
+    One that was saved before fingerprints knew the configuration is compared by the weights alone.
+    """
+    return saved == (found if CONFIG_PART in saved else re.sub(rf"{re.escape(CONFIG_PART)}[0-9a-f]+", "", found))
+
+
+CONFIG_PART = "+config:"  # stands before the second hash
+# The fields of the configuration that change an embedding. A field that is new here may count only where it is not the
+# value that leaves embeddings as they were, or fingerprints that were saved would not be found again.
+ANSWERING = (
+    "front_end", "num_mel_bins", "hop_length", "normalize_signal", "preemphasis", "feature_norm", "front_end_eps",
+    "network", "base_channels", "stages", "block_1d", "block_2d", "group_divisor", "grouped_strides", "dual_maps",
+    "map_norm_groups", "aggregation_channels", "aggregation_per_bin", "pooling", "pooling_context",
+    "pooling_bottleneck", "embedding_size", "embedding_norm", "matryoshka_dims", "window_seconds",
+)  # fmt: skip
 # How PEFT names, inside an adapted model, what it added and what it wrapped.
 ADAPTER_PARTS = frozenset(
     {"lora_A", "lora_B", "lora_E", "ranknum", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",

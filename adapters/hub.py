@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
+from mrl_redimnet.saving import load_model
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
@@ -150,6 +151,10 @@ def push_base(
         for module in sorted({value.split(".")[0] for value in (_json(folder / file).get("auto_map") or {}).values()}):
             if f"{module}.py" not in sent:
                 raise HubError(f"{folder} lacks {module}.py, so that nobody could load it. Save it with save_model.")
+    try:
+        load_model(folder)  # what cannot be loaded is of no use to anybody
+    except (ValueError, OSError) as error:
+        raise HubError(f"{folder} cannot be loaded, so it is not pushed: {error}") from error
     if "README.md" in sent:
         sent["README.md"] = _read(folder / "README.md").replace(NAMELESS, repository).encode()
     _check_paths(folder, sent)
@@ -498,7 +503,8 @@ def _check_pulled(repository: str, names: Iterable[str]):
         if pickled := [*filter_repo_objects(names, allow_patterns=list(PICKLED))]:
             raise HubError(
                 f"{repository} has its weights as pickle only ({', '.join(pickled)}), which runs code when it is read. "
-                "Ask its owner for safetensors."
+                "Ask its owner for safetensors, or, if you trust it, load it with transformers or PEFT and "
+                "save it anew (save_pretrained)."
             )
         raise HubError(f"{repository} is neither a model nor an adapter: it has no safetensors file.")
 

@@ -9,6 +9,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -57,11 +58,22 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
 
     Raises ValueError for what a bank cannot hold.
     """
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} has its weights as pickle only (adapter_model.bin), which may run code when it is read. Ask its "
+            "owner for safetensors, or, if you trust it, load it with PEFT and save it anew (save_pretrained)."
+        )
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} is no adapter: it has no {file}.")
     config, facts = PeftConfig.from_pretrained(folder), AdapterFacts.load(folder)
-    tensors = {encoder_name(key): tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    try:
+        stored = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: adapter_model.safetensors is damaged or not whole ({error}). Get or save it again."
+        ) from error
+    tensors = {encoder_name(key): tensor for key, tensor in stored.items()}
     if config.peft_type not in (PeftType.LORA, PeftType.ADALORA):
         raise ValueError(f"{folder} is a {config.peft_type.value} adapter, expected LORA or ADALORA.")
     if config.bias != "none":

@@ -31,6 +31,7 @@ def embed(path: str) -> np.ndarray:
 
 a, b = (embed(path) for path in sys.argv[2:4])
 known = [each for each in json.loads(facts["thresholds"]) if each["scorer"] == "cosine"]
+known = [each for each in known if each.get("enrolments", 1) == 1]  # two files are compared, nothing is averaged
 known = [each for each in known if (each["adapter"] or "") == facts["adapter"] and not each["calibration"]["seconds"]]
 thresholds = {each["dim"]: each["threshold"] for each in known}
 for dim in json.loads(facts["dims"]):

@@ -46,7 +46,7 @@ def base_card(
         licence,
         datasets,
         library_name="transformers",
-        pipeline_tag="feature-extraction",
+        pipeline_tag=_pipeline(model),
         tags=[*SPEAKER_TAGS, config.network, "matryoshka", config.model_type],
     )
     network, paper = NETWORKS[config.network]
@@ -95,7 +95,6 @@ def adapter_card(
         library_name="peft",
         base_model=base if published else None,
         base_model_relation="adapter" if published else None,
-        pipeline_tag="feature-extraction" if verifies else "audio-classification",
         tags=[*(SPEAKER_TAGS if verifies else ()), "redimnet", "matryoshka", "lora", facts.domain],
     )
     return _render(
@@ -146,6 +145,13 @@ def _metadata(name: str, evaluation: Evaluation | None, licence, datasets, **fie
         eval_results=None if evaluation is None else eval_results(evaluation),
         **fields,
     )
+
+
+def _pipeline(model) -> str | None:
+    """The transformers pipeline that runs the model, if there is one: "feature-extraction" is for text, and an adapter
+    lacks the feature extractor."""
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    return "audio-classification" if classifies and model.config.num_labels > 1 else None
 
 
 def _is_hub_id(name: str) -> bool:

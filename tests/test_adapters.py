@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model, waves
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-from modeling_mrl_redimnet import MRLReDimNetForXVector
+from configuration_mrl_redimnet import MRLReDimNetConfig
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import (
     PLACEMENTS,
     AdapterFacts,
@@ -15,6 +17,7 @@ from mrl_redimnet.adapters import (
     fingerprint,
     lora_config,
 )
+from mrl_redimnet.adapters.facts import ANSWERING, same_weights
 
 TARGETS = {  # of the tiny model: one 1-D block of four convolution units and a transformer layer, three segments
     "attention": 4,
@@ -130,6 +133,43 @@ def test_the_fingerprint_changes_with_any_weight_or_statistic(name):
     assert fingerprint(model) != before
 
 
+TRAINING_ALONE = {  # fields that leave embeddings as they are
+    *("spec_augment", "spec_augment_repeats", "freq_mask_width", "time_mask_width", "freq_mask_start"),
+    *("map_dropout", "aggregation_dropout", "projection_dropout", "num_speakers", "loss", "margin", "scale"),
+    *("label_smoothing", "sphereface2_balance", "sphereface2_exponent", "sub_centers", "hard_negatives"),
+    *("hard_negative_margin", "prefix_weights"),
+}
+
+
+def test_the_fingerprint_knows_every_field_that_changes_an_embedding():
+    fields = set(MRLReDimNetConfig.__annotations__) - {"model_type"}
+    assert fields == {*ANSWERING, *TRAINING_ALONE}
+    of_base = fingerprint(tiny_model())
+    assert of_base == fingerprint(tiny_model(tiny_config(margin=0.3, projection_dropout=0.5, num_speakers=9)))
+    for changes in ({"hop_length": 240}, {"preemphasis": False}, {"feature_norm": "none"}, {"window_seconds": 30.0}):
+        model = tiny_model()
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        other = fingerprint(model)
+        assert other != of_base and other.split("+config:")[0] == of_base.split("+config:")[0]
+        with pytest.raises(WrongBaseError, match="another configuration") as error:
+            AdapterFacts("telephony", Base("me/base", None, of_base)).check_base(model, "me/base")
+        assert of_base[-16:] in str(error.value) and other[-16:] in str(error.value)
+
+
+def test_a_fingerprint_of_the_weights_alone_is_still_that_of_its_base():
+    model = tiny_model()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(0.5)
+    old = "sha256:eb60b54d061fe5f4d3e9544aadb54bd9d90d090fa7f4e24505dd3e003d32f69a"  # saved without the configuration
+    AdapterFacts("telephony", Base("me/base", None, old)).check_base(model, "me/base")
+    assert same_weights(f"{old}+sha256:ab", f"{fingerprint(model)}+sha256:ab")
+    assert not same_weights(f"{old}+sha256:ab", f"{fingerprint(model)}+sha256:cd")
+    with pytest.raises(WrongBaseError):
+        AdapterFacts("telephony", Base("me/base", None, old)).check_base(tiny_model(), "me/base")
+
+
 def test_another_base_is_refused_and_both_are_shown():
     facts = AdapterFacts("telephony", Base("me/base", "v1", fingerprint(tiny_model())))
     facts.check_base(tiny_model(), "me/base", "v1")
@@ -169,3 +209,45 @@ def test_no_facts_are_none(tmp_path):
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="task: got 'guessing'"):
         AdapterFacts("x", Base("me/base", None, ""), task="guessing")
+
+
+# ---------------------------------------------------------------- transformers' own adapter methods
+
+
+@pytest.mark.parametrize("kind", [MRLReDimNetModel, MRLReDimNetForSequenceClassification])
+def test_the_adapter_methods_of_transformers_equal_peft(tmp_path, kind):
+    """Needs a pair of transformers and PEFT that work together: pyproject.toml's ranges."""
+    model, batch = tiny_model(kind=kind), {"input_values": torch.stack(waves(8000, 8000))}
+    expected = {}
+    with torch.inference_mode():
+        expected[None] = model(**batch).embeddings
+        for seed, name in enumerate(("telephony", "noisy")):
+            torch.manual_seed(seed)
+            config = lora_config("linear", 2, init_lora_weights=False)
+            adapted = get_peft_model(tiny_model(kind=kind), config).eval()
+            adapted.save_pretrained(tmp_path / name)
+            expected[name] = PeftModel.from_pretrained(tiny_model(kind=kind), tmp_path / name)(**batch).embeddings
+
+        def answers(name):
+            return torch.equal(model(**batch).embeddings, expected[name])
+
+        for name in ("telephony", "noisy"):
+            model.load_adapter(str(tmp_path / name), adapter_name=name)
+        for name in ("telephony", "noisy", "telephony"):
+            model.set_adapter(name)
+            assert model.active_adapters() == [name] and answers(name)
+        model.disable_adapters()
+        assert answers(None)
+        model.enable_adapters()
+        assert answers("telephony")
+        model.save_pretrained(tmp_path / "saved")  # the active adapter, as transformers saves it
+        again = PeftModel.from_pretrained(tiny_model(kind=kind), tmp_path / "saved")
+        assert torch.equal(again(**batch).embeddings, expected["telephony"])
+        model.delete_adapter("telephony")
+        model.set_adapter("noisy")
+        assert answers("noisy")
+        model.add_adapter(lora_config("linear", 2), "fresh")
+        assert model.active_adapters() == ["fresh"] and answers(None)  # it has learnt nothing yet
+        state, stored = model.get_adapter_state_dict("noisy"), load_file(tmp_path / "noisy/adapter_model.safetensors")
+        assert {f"base_model.model.{key}" for key in state} == stored.keys()
+        assert all(torch.equal(tensor, stored[f"base_model.model.{key}"]) for key, tensor in state.items())

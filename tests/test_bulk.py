@@ -517,6 +517,15 @@ def test_another_system_is_refused_by_name(speech, folder, tmp_path, adapters, c
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_files_of_before_fingerprints_knew_the_configuration_are_gone_on_with():
+    made = bulk.Made("model", "", "sha256:aa+config:11", "32", "float32")
+    of_before = {"model": "model", "adapter": "", "weights": "sha256:aa", "dim": "32", "storage": "float32"}
+    made.refuse_others(Path("part"), of_before)
+    for weights in ("sha256:bb", "sha256:aa+config:22", None):
+        with pytest.raises(ValueError, match="part was made with weights model"):
+            made.refuse_others(Path("part"), of_before | {"weights": weights})
+
+
 def test_a_damaged_part_is_named(speech, system, tmp_path):
     embed_corpus(system, Inputs.find([speech]), tmp_path, SMALL)
     part_files(tmp_path)[1].write_bytes(b"PAR1")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,6 +176,22 @@ def test_too_few_impostors():
             threshold_at(scores, labels, rate)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_accepts_strangers_at_the_wanted_rate(seed):
+    """Strangers whose scores with all enrolled speakers are independent: the case in which the rate is exact."""
+    scores, labels = gaussian_trials(seed, targets=100, impostors=200_000)
+    found = Threshold.fit(scores, labels, wanted=0.01, dim=64, weights="sha256:aa", trials="vox")
+    assert found.for_search(1)[0] == found.threshold
+    strangers = np.random.default_rng(seed + 10).normal(-1.5, size=(20_000, 100))  # as gaussian_trials has impostors
+    for speakers in (1, 2, 19, 100):
+        threshold, rests_on = found.for_search(speakers)
+        assert rests_on / 200_000 <= 1 - 0.99 ** (1 / speakers) < 1.15 * (rests_on + 1) / 200_000
+        taken = np.mean(strangers[:, :speakers].max(axis=1) >= threshold)
+        assert taken == pytest.approx(0.01, abs=0.005)
+    with pytest.raises(ValueError, match="200,000 impostor trials cannot .*at least 994,993, and 29,849,764"):
+        found.for_search(10_000)
+
+
 def test_no_warning_from_thirty_errors_on(recwarn):
     threshold_at(*gaussian_trials(targets=10, impostors=3000), 0.01)
     assert not recwarn.list
@@ -226,6 +243,38 @@ def test_file_round_trip(tmp_path):
     assert {each.key: each for each in thresholds.entries} == {each.key: each for each in some_entries()}
     again = json.loads((tmp_path / THRESHOLDS_FILE).read_text())
     assert again["version"] == 1 and again["entries"][0]["wanted"] == 0.01
+
+
+def test_numbers_of_enrolment_utterances_have_entries_of_their_own(tmp_path):
+    thresholds = Thresholds()
+    for count in (5, 1, 3):
+        thresholds.put(replace(entry(64, seed=count), enrolments=count))
+    thresholds.save(tmp_path)
+    again = Thresholds.load(tmp_path)
+    assert [each.enrolments for each in again.entries] == [1, 3, 5] and again.entries == thresholds.entries
+    assert again.find(64) == entry(64, seed=1) and again.find(64, enrolments=3).enrolments == 3
+    with pytest.raises(ValueError, match="no threshold for 64 dims, no adapter, cosine, 2 enrolment utterances; there"):
+        again.find(64, enrolments=2)
+    assert [again.find_nearest(64, enrolments=count).enrolments for count in (1, 2, 3, 4, 5, 9)] == [1, 3, 3, 5, 5, 5]
+
+
+def test_a_file_of_before_is_for_one_enrolment_utterance(tmp_path):
+    Thresholds([entry(64)]).save(tmp_path)
+    content = json.loads((tmp_path / THRESHOLDS_FILE).read_text())
+    del content["entries"][0]["enrolments"], content["entries"][0]["tail"]
+    (tmp_path / THRESHOLDS_FILE).write_text(json.dumps(content))
+    found = Thresholds.load(tmp_path).find(64)
+    assert found == replace(entry(64), tail=()) and found.enrolments == 1 and found.for_search(1)[0] == found.threshold
+    with pytest.raises(ValueError, match="saved by an earlier version"):
+        found.for_search(2)
+
+
+def test_weights_that_were_named_without_their_configuration_are_the_same(tmp_path):
+    named = "sha256:aa+config:11"
+    thresholds = Thresholds([entry(64, weights="sha256:aa"), entry(64, "phone", "sha256:aa+sha256:bb")])
+    assert thresholds.find(64, weights=named) and thresholds.find(64, "phone", weights=f"{named}+sha256:bb")
+    with pytest.raises(ValueError, match="other weights"):
+        Thresholds([entry(64, weights=named)]).find(64, weights="sha256:aa+config:22")
 
 
 def test_put_replaces_the_entry_of_the_same_adapter_dimension_and_scorer():
@@ -283,6 +332,9 @@ def changed(**fields):
         (changed(calibration={"offset": 0, "slope": -1}), "entry 2: .* the slope positive"),
         (changed(calibration={"offset": "0", "slope": 1}), "entry 2: .*finite numbers"),
         (changed(calibration={"offset": 0, "slope": 1, "shorter": 1}), "entry 2: .*belong together"),
+        (changed(enrolments=0), "entry 2: not a threshold: enrolments: got 0"),
+        (changed(tail=[[1, "x"]]), "entry 2: not a threshold: tail: got"),
+        (changed(tail=[3]), "entry 2: not a threshold: "),
         (changed(calibration=[]), "entry 2: not a threshold: calibration: got"),
     ],
 )

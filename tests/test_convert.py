@@ -11,6 +11,7 @@ from conftest import padded, reference_order, relative_error
 from reference_weights import flattened, reference_tensor, reference_waveform, spread
 
 from mrl_redimnet.convert import ConversionError, convert_checkpoint, convert_config
+from mrl_redimnet_cli import main
 
 DATA = Path(__file__).parent / "data"
 RECORDINGS = {
@@ -354,6 +355,54 @@ def test_file_with_other_content(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ConversionError, match=f"'model_config' and 'state_dict', got .*{found}"):
         convert_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "number"), [("linear.weight", "nan"), ("backbone.stem.0.bias", "inf"), ("bn.running_var", "-inf")]
+)
+def test_numbers_that_are_none_are_named(checkpoint, key, number):
+    checkpoint["state_dict"][key].view(-1)[:2] = float(number)
+    with pytest.raises(
+        ConversionError, match=rf"\(1 problems\):\n  damaged: {key} .* has 2 numbers that are NaN or inf"
+    ):
+        convert_checkpoint(checkpoint)
+
+
+def test_a_damaged_checkpoint_leaves_no_folder(checkpoint, tmp_path, capsys):
+    checkpoint["state_dict"]["bn.running_var"][0] = -1.0
+    torch.save(checkpoint, tmp_path / "damaged.pt")
+    assert main(["convert", str(tmp_path / "damaged.pt"), str(tmp_path / "out")]) == 2
+    assert "damaged: bn.running_var" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "by"),
+    [("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile"), ("net.encoder.", "a model around it")],
+)
+def test_a_prefix_names_its_cause(checkpoint, prefix, by):
+    checkpoint["state_dict"] = {prefix + key: value for key, value in checkpoint["state_dict"].items()}
+    with pytest.raises(ConversionError, match=f"begin with '{prefix}' .*, which {by} has put there") as error:
+        convert_checkpoint(checkpoint)
+    assert "missing" not in str(error.value)
+    checkpoint["state_dict"] = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
+    convert_checkpoint(checkpoint)
+
+
+def test_a_wrapped_checkpoint_says_where_it_is(checkpoint, tmp_path):
+    state_dict = checkpoint["state_dict"]
+    for content, message in (
+        ({"epoch": 3, "model": checkpoint}, "one level deeper: give what is under 'model'"),
+        (state_dict, r"weights alone, \d+ tensors. The network's settings must come with them"),
+        (checkpoint | {"model_config": "b2"}, "model_config: expected a dict, got str"),
+        (
+            checkpoint | {"state_dict": {"model": state_dict, "optimizer": {}}},
+            "'model' is a dict, expected tensors alone",
+        ),
+    ):
+        torch.save(content, tmp_path / "wrapped.pt")
+        with pytest.raises(ConversionError, match=message):
+            convert_checkpoint(tmp_path / "wrapped.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mrl_redimnet.evaluation import LISTED, embed_trials, evaluate_trials
 from mrl_redimnet.evaluation_commands import list_names
 from mrl_redimnet.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.scoring import make_scorer, score
+from mrl_redimnet.scoring import make_scorer, score, with_enrolments
 from mrl_redimnet.trials import read_trials
 
 
@@ -286,6 +286,57 @@ def test_calibrate_adds_to_what_is_there(folder, adapters, speech):
     ]
     model = load_model(folder)
     assert thresholds.find(16, "telephony").weights == weights_of(model, adapters / "telephony") != weights_of(model)
+
+
+def test_calibrate_for_averaged_enrolments(folder, speech, tmp_path, capsys):
+    more = ["--false-accept", 0.1, "--dims", 16, 8]
+    assert run("calibrate", folder, *lists(speech), *more, "--enrolments", 3, 1, 2) == 0
+    thresholds = Thresholds.load(folder)
+    assert [(entry.dim, entry.enrolments) for entry in thresholds.entries] == [
+        (d, n) for d in (8, 16) for n in (1, 2, 3)
+    ]
+    trials, model = with_enrolments(read_trials(speech / "all.txt"), 3), load_model(folder)
+    scores = score(trials, trials.utterances, embed_trials(model, trials, speech / "wav"), 16)
+    entry = thresholds.find(16, enrolments=3)
+    assert entry.false_accepts == pytest.approx(np.mean(scores[trials.labels == 0] >= entry.threshold), abs=1e-9)
+    assert 0.08 < entry.false_accepts <= 0.1 and entry.targets == trials.labels.sum()
+    capsys.readouterr()
+    for values, message in (
+        ([0], "--enrolments: got 0, expected numbers from 1 on, or one file"),
+        ([1, "list.map"], "--enrolments: got list.map, expected numbers"),
+        ([5], "--enrolments 5: no speaker of all has so many utterances beside a test"),
+        (["nowhere.map"], "nowhere.map"),
+    ):
+        assert message in refusal(capsys, "calibrate", folder, *lists(speech), *more, "--enrolments", *values)
+    assert Thresholds.load(folder) == thresholds
+
+
+def test_lists_with_enrolments_have_the_threshold_of_their_number(folder, speech, tmp_path, capsys):
+    wav = speech / "wav"
+    (tmp_path / "enrol.map").write_text(
+        "".join(f"m{i} id{i}/0.wav id{i}/1.wav{' id1/2.wav' if i == 1 else ''}\n" for i in range(8))
+    )
+    tests = [path.relative_to(wav).as_posix() for path in sorted(wav.rglob("[23].wav"))]
+    rows = [(i, test) for i in range(8) for test in tests if (i, test) != (1, "id1/2.wav")]
+    lines = [f"{int(test.startswith(f'id{i}/'))} m{i} {test}\n" for i, test in rows]
+    (tmp_path / "several.txt").write_text("".join(lines))
+    (tmp_path / "two.txt").write_text("".join(line for line in lines if " m1 " not in line))
+    given = ["--folder", wav, "--enrolments", tmp_path / "enrol.map", "--trials"]
+    several, two = [*given, tmp_path / "several.txt"], [*given, tmp_path / "two.txt"]
+    assert run("calibrate", folder, *several, "--false-accept", 0.1, "--dims", 16) == 0
+    printed = capsys.readouterr().out
+    assert [entry.enrolments for entry in Thresholds.load(folder).entries] == [2, 3]
+    assert "rate of 0.1 rests on 1 of 14 impostor trials: uncertain" in printed
+    report = report_of(tmp_path, folder, *two, "--resamples", 0, "--dims", 16)
+    saved = report["lists"]["two"]["rows"][0]["saved"]
+    assert saved["enrolments"] == 2 and saved["threshold"] == Thresholds.load(folder).find(16, enrolments=2).threshold
+    capsys.readouterr()
+    report = report_of(tmp_path, folder, *several, "--resamples", 0, "--dims", 16)
+    assert "several averages 2 to 3 enrolment utterances: no saved threshold is for it" in capsys.readouterr().err
+    assert report["lists"]["several"]["rows"][0]["saved"] is None
+    report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, "--dims", 16)
+    assert "no threshold for 16 dims, no adapter, cosine; there are" in capsys.readouterr().err
+    assert report["lists"]["all"]["rows"][0]["saved"] is None
 
 
 def test_evaluate_applies_what_calibrate_saved(folder, speech, tmp_path, capsys):

@@ -28,6 +28,7 @@ from mrl_redimnet.calibration import Threshold, Thresholds, weights_of
 from mrl_redimnet.export import (
     adapter_base_number,
     deviation,
+    export_facts,
     export_onnx,
     export_onnx_adapter,
     export_torch,
@@ -350,6 +351,28 @@ def test_the_command_merges_an_adapter_into_a_model_of_the_hub_and_packs_it(mode
 
 
 # ---------------------------------------------------------------- what a file knows
+
+
+def test_thresholds_of_before_fingerprints_knew_the_configuration_are_kept(model, thresholds):
+    alone, config = weights_of(model).split("+config:")
+    entry = thresholds.find(8)
+    entries = {
+        "base": replace(entry, weights=alone),
+        "adapter": replace(entry, adapter="telephony", weights=f"{alone}+sha256:1"),
+        "other configuration": replace(entry, dim=16, weights=f"{alone}+config:{config[::-1]}"),
+        "its adapter": replace(entry, dim=16, adapter="telephony", weights=f"{alone}+config:{config[::-1]}+sha256:1"),
+        "averaged": replace(entry, enrolments=3),
+    }
+    kept = json.loads(export_facts(model, base="me/base", thresholds=Thresholds([*entries.values()]))["thresholds"])
+    assert [(each["adapter"], each["enrolments"]) for each in kept] == [(None, 1), ("telephony", 1), (None, 3)]
+
+
+def test_the_number_of_a_base_knows_its_configuration(model):
+    alone, config = weights_of(model).split("+config:")
+    assert adapter_base_number(alone) == int(alone.removeprefix("sha256:")[:8], 16) >> 1
+    other = f"{alone}+config:{(int(config, 16) ^ 2**60):016x}"
+    assert len({adapter_base_number(each) for each in (alone, weights_of(model), other)}) == 3
+    assert all(0 <= adapter_base_number(each) < 2**31 for each in (weights_of(model), other))
 
 
 def test_a_file_says_what_it_is(model, file, thresholds):

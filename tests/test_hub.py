@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from modeling_mrl_redimnet import MRLReDimNetModel
-from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint, lora_config
+from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint, lora_config
 from mrl_redimnet.adapters.hub import (
     ALLOWED,
     ALLOWED_IN_BASE,
@@ -30,7 +30,7 @@ from mrl_redimnet.adapters.hub import (
     push_adapter,
     push_base,
 )
-from mrl_redimnet.saving import save_model
+from mrl_redimnet.saving import load_model, save_model
 
 BASE = "anna/nano"
 REPOSITORY = "anna/nano-telephony"
@@ -433,6 +433,25 @@ def test_pickles_are_not_pulled(hub, adapter):
             look("anna/pickle")
         says(error, "anna/pickle", "adapter_model.bin", "pickle")
     assert not [request for request in hub.requests if "/resolve/" in request]
+
+
+def test_a_model_that_is_pickle_only_is_not_loaded(hub, folders):
+    push_base(folders / "base", BASE)
+    main = hub.repositories[BASE].commits[hub.repositories[BASE].branches["main"]]
+    main.files["pytorch_model.bin"] = main.files.pop("model.safetensors")
+    for load in (load_model, AdapterBank.load, MRLReDimNetModel.from_pretrained):
+        with pytest.raises(OSError, match="pickle only .* it, .*save_pretrained"):
+            load(BASE)
+
+
+def test_a_model_that_cannot_be_loaded_is_not_pushed(hub, folders, tmp_path):
+    broken = Path(shutil.copytree(folders / "base", tmp_path / "base"))
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["projection.segments.0.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HubError, match="cannot be loaded, so it is not pushed: .*1 tensor is missing"):
+        push_base(broken, BASE)
+    assert not hub.requests
 
 
 def test_not_an_adapter(hub, folders, adapter, tmp_path):

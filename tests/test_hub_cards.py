@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import tiny_config, tiny_model, waves
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
@@ -32,6 +33,7 @@ from mrl_redimnet.hub_cards import (
     save_card,
 )
 from mrl_redimnet.robustness import NumberRow
+from mrl_redimnet.saving import save_model
 
 BASE = Base("some-org/some-base", None, "sha256:" + "0f" * 32)
 ROWS = [VerificationRow(8, 0.1234, 0.5, 0.1, 0.15), VerificationRow(32, 0.05, 0.4, 0.025, 0.075)]
@@ -113,9 +115,24 @@ def test_base_card():
     for stated in ("# some-name", "some-org/some-name", "first 8 / 16 / 32 numbers", "Trained on x.", "org/speech"):
         assert stated in card.text
     assert "Licence of the weights: cc-by-4.0." in card.text
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "feature-extraction"
+    assert card.data.library_name == "transformers"
     assert card.data.license == "cc-by-4.0" and card.data.datasets == ["org/speech"]
     assert {"speaker-verification", "matryoshka", "mrl_redimnet"} <= set(card.data.tags)
+
+
+def test_a_card_promises_a_pipeline_where_one_runs(tmp_path):
+    """A classifier runs in transformers' own; no other model or adapter does."""
+    classifier = tiny_model(tiny_config(num_labels=3), kind=MRLReDimNetForSequenceClassification)
+    save_model(classifier, tmp_path / "classifier")
+    promised = ModelCard.load(tmp_path / "classifier" / "README.md").data.pipeline_tag
+    rows = pipeline(promised, model=str(tmp_path / "classifier"))(waves(8000)[0].numpy())
+    assert promised == "audio-classification" and len(rows) == 3
+    regressor = tiny_model(tiny_config(num_labels=1), kind=MRLReDimNetForSequenceClassification)
+    adapters = [AdapterFacts("tel", BASE), AdapterFacts("gender", BASE, "classification", ["a", "b"])]
+    cards = [base_card(tiny_model()), base_card(tiny_model(kind=MRLReDimNetForXVector)), base_card(regressor)]
+    cards += [adapter_card(facts, parameters=1, file_bytes=1) for facts in adapters]
+    assert [card.data.pipeline_tag for card in cards] == [None] * 5
+    assert not [card for card in cards if "pipeline_tag" in card.content]
 
 
 def test_base_card_says_which_network():
@@ -130,7 +147,7 @@ def test_adapter_card():
     for stated in ("# tel", "[some-org/some-base](https://huggingface.co/some-org/some-base)", BASE.fingerprint):
         assert stated in card.text
     assert "12,345 parameters, rank 4 in 2 layers, 67.9 kB" in card.text and "Trained on calls." in card.text
-    assert card.data.library_name == "peft" and card.data.pipeline_tag == "feature-extraction"
+    assert card.data.library_name == "peft"
     assert (card.data.base_model, card.data.base_model_relation) == ("some-org/some-base", "adapter")
     assert {"lora", "telephony", "speaker-verification", "redimnet"} <= set(card.data.tags)
 
@@ -142,7 +159,7 @@ def test_attribute_cards(tmp_path):
         [["trials", "weights", "accuracy %"], ["gender, AN4", "**adapter**", "93.10 [90.0, 95.0]"]]
     ]
     assert "1 parameters, rank 3, 2.35 MB" in card.text and "eer.png" not in card.text
-    assert card.data.pipeline_tag == "audio-classification" and "speaker-verification" not in card.data.tags
+    assert "speaker-verification" not in card.data.tags
     (entry,) = card.data.eval_results
     assert (entry.task_type, entry.metric_type, entry.metric_value) == ("audio-classification", "accuracy", 93.1)
     save_card(card, tmp_path, GENDER)

@@ -124,7 +124,11 @@ HEAVY = {"torch", "transformers", "numpy", "datasets", "peft", "mrl_redimnet"}
         (["verify", "--help"], 0, "Is this the enrolled speaker?"),
         (["verfy"], 2, "invalid choice: 'verfy'"),
         (["evaluate", "--scoring", "cosin"], 2, "invalid choice: 'cosin'"),
-        (["verify", "me/model", "nobody.wav", "--test", "nobody.wav"], 2, "ENROL: no file nobody.wav."),
+        (
+            ["verify", "me/model", "nobody.wav", "--test", "nobody.wav"],
+            2,
+            "ENROL: no file nobody.wav; TEST: no file nobody.wav.",
+        ),
         (["verify", "nomodel", "nobody.wav", "--test", "nobody.wav"], 2, "nomodel is not a folder"),
         (["embed", "me/model", "./nowhere", "--out", "x"], 2, "no file or folder ./nowhere"),
         (["adapters", "info", "nowhere"], 2, "nowhere is not a folder"),

@@ -5,10 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+import torch
+from conftest import tiny_model, waves
+from peft import AutoPeftModelForFeatureExtraction, get_peft_model
+from transformers import AutoModel
 
 import mrl_redimnet_cli as cli
 import train_hf  # noqa: F401  the commands below name it
+from mrl_redimnet.adapters import lora_config
 from mrl_redimnet.hub_cards import base_card
 from mrl_redimnet.recipe import parse_command_line
 from mrl_redimnet.saving import save_model
@@ -43,6 +47,24 @@ def test_readme_training_lines_parse(arguments, monkeypatch):
     assert arguments[:2] == ["launch", "train_hf.py"]
     recipe, resume = parse_command_line(arguments[2:], "")
     assert recipe.steps > 0 and not resume
+
+
+def test_readme_lines_load_a_base_with_its_adapter(tmp_path):
+    model = tiny_model()
+    save_model(model, tmp_path / "base")
+    adapted = get_peft_model(tiny_model(), lora_config("linear", 2, init_lora_weights=False)).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    lines = [line for block in blocks(README, "py") for line in block.splitlines() if "ADAPTER_REPO" in line]
+    assert len(lines) == 2
+    names = {"AutoModel": AutoModel, "AutoPeftModelForFeatureExtraction": AutoPeftModelForFeatureExtraction}
+    batch = {"input_values": waves(8000)[0][None]}
+    with torch.inference_mode():
+        expected, of_base = adapted(**batch).embeddings, model(**batch).embeddings
+        assert not torch.allclose(expected, of_base)
+        for line in lines:
+            loaded = eval(line.removeprefix("model = "), names | {"ADAPTER_REPO": str(tmp_path / "adapter")})
+            assert torch.equal(loaded(**batch).embeddings, expected)
 
 
 def test_readme_names_files_that_exist():

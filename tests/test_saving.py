@@ -1,22 +1,28 @@
 """Model and adapter folders: whole, loadable by every class, and replaced in one step or not at all."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import tiny_config, tiny_model, waves
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
+from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.distillation import Teacher
 from mrl_redimnet.evaluation import AttributeRow, VerificationRow
 from mrl_redimnet.folders import recover_folder, refuse_existing, replace_folder
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.saving import load_model, publish_adapter, save_adapter, save_model, write_adapter_card
+from mrl_redimnet_cli import main
 
 BATCH = torch.stack(waves(*[4000] * 2))
 FILES = {
@@ -44,6 +50,182 @@ def test_what_was_saved_is_loaded(tmp_path, kind):
         one, other = model(BATCH), loaded(BATCH)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert names(tmp_path / "model") == FILES
+
+
+def spoilt(source: Path, target: Path, change) -> Path:
+    """A copy of a saved model with the tensors that `change` makes of its own."""
+    shutil.copytree(source, target)
+    tensors = change(load_file(target / "model.safetensors"))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """An encoder and a model with a margin classifier, as folders."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(tiny_model(), folder / "encoder")
+    save_model(tiny_model(kind=MRLReDimNetForXVector), folder / "xvector")
+    return folder
+
+
+def without(*prefixes):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
+
+
+def before(prefix):
+    return lambda tensors: {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def cut_to_one_row(tensors):
+    return tensors | {SEGMENT: tensors[SEGMENT][:1].clone()}
+
+
+SEGMENT = "projection.segments.0.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            without("projection.segments.0."),
+            r"2 tensors are missing \(projection.segments.0.bias, projection.segments.0",
+        ),
+        (without("trunk."), r"\d+ tensors are missing \(trunk.mix.logits, .*, \.\.\.\)"),
+        (lambda tensors: {}, r"\d+ tensors are missing"),
+        (lambda tensors: tensors | {"head.weight": torch.ones(2)}, r"1 tensor is unknown to it \(head.weight\)"),
+        (cut_to_one_row, rf"of another shape \({SEGMENT} \(1, \d+\), expected \(8, \d+\)\)"),
+        (before("module."), "DistributedDataParallel puts 'module.' into names"),
+        (before("_orig_mod."), "torch.compile puts '_orig_mod.' into names"),
+        (before("net.encoder."), "All names begin with 'net.encoder.'"),
+        (
+            lambda t: {k.replace("segments.0.", "segments.0.base_layer."): v for k, v in t.items()},
+            "Layers of adapters",
+        ),
+    ],
+)
+def test_weights_that_are_not_wholly_the_models_are_refused(saved, tmp_path, change, message):
+    folder = spoilt(saved / "encoder", tmp_path / "model", change)
+    for load in (
+        load_model,
+        AdapterBank.load,
+        Teacher,
+        MRLReDimNetModel.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(folder)
+
+
+def test_every_command_that_loads_refuses_weights_that_are_not_whole(saved, tmp_path, capsys):
+    folder = spoilt(saved / "encoder", tmp_path / "model", without("projection.segments.0."))
+    sound = tmp_path / "a.wav"
+    soundfile.write(sound, BATCH[0].numpy(), 16_000)
+    (tmp_path / "list").write_text("1 a.wav a.wav\n0 a.wav a.wav\n")
+    trials = ["--trials", str(tmp_path / "list"), "--folder", str(tmp_path)]
+    for command in (
+        ["verify", folder, sound, "--test", sound, "--threshold", "0.3"],
+        ["embed", folder, sound, "--out", tmp_path / "out"],
+        ["evaluate", folder, *trials],
+        ["calibrate", folder, *trials],
+        ["rotate", folder, tmp_path, tmp_path / "out"],
+        ["export", folder, "--to", "torch", "--out", tmp_path / "model.pt2"],
+        ["push", folder, "me/model"],
+    ):
+        assert main([str(part) for part in command]) == 2, command
+        assert "2 tensors are missing (projection.segments.0.bias" in capsys.readouterr().err
+
+
+def test_a_repaired_prefix_loads(saved, tmp_path):
+    wrapped = spoilt(saved / "encoder", tmp_path / "model", before("module."))
+    repaired = MRLReDimNetModel.from_pretrained(wrapped, key_mapping={"module[.]": ""})
+    assert fingerprint(repaired) == fingerprint(load_model(saved / "encoder"))
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda whole: whole[:-100], lambda whole: whole[:5], lambda whole: b"version https://git"]
+)
+def test_a_file_that_is_not_whole_is_refused(saved, tmp_path, cut):
+    folder = Path(shutil.copytree(saved / "encoder", tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(cut(weights.read_bytes()))
+    for load in (load_model, AdapterBank.load, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match="model: the weights cannot be read .*damaged, not whole"):
+            load(folder)
+
+
+def test_a_new_head_is_put_on_an_encoder_and_an_encoder_taken_from_a_head(saved, tmp_path):
+    model, info = MRLReDimNetForXVector.from_pretrained(saved / "encoder", output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight"}
+    assert MRLReDimNetForXVector.from_pretrained(saved / "xvector", num_speakers=9, ignore_mismatched_sizes=True)
+    assert fingerprint(MRLReDimNetModel.from_pretrained(saved / "xvector")) == fingerprint(
+        load_model(saved / "xvector")
+    )
+    with pytest.raises(ValueError, match=r"another shape \(classifier.weight .* ignore_mismatched_sizes=True"):
+        MRLReDimNetForXVector.from_pretrained(saved / "xvector", num_speakers=9)
+    with pytest.raises(ValueError, match=r"1 tensor is missing \(classifier.weight\)"):
+        load_model(spoilt(saved / "xvector", tmp_path / "headless", without("classifier.")))
+    with pytest.raises(ValueError, match=SEGMENT):  # a new head is no new trunk
+        MRLReDimNetForXVector.from_pretrained(
+            spoilt(saved / "encoder", tmp_path / "cut", cut_to_one_row), ignore_mismatched_sizes=True
+        )
+
+
+def test_pickled_weights_are_refused_and_can_be_converted(saved, tmp_path):
+    folder = Path(shutil.copytree(saved / "encoder", tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for load in (load_model, AdapterBank.load, MRLReDimNetModel.from_pretrained):
+        with pytest.raises(OSError, match="pickle only .*safetensors, or, if you trust it, convert it"):
+            load(folder)
+    MRLReDimNetModel.from_pretrained(folder, use_safetensors=False).save_pretrained(tmp_path / "converted")
+    assert fingerprint(load_model(tmp_path / "converted")) == fingerprint(load_model(saved / "encoder"))
+
+
+def wrapped(kind: str) -> MRLReDimNetModel:
+    """A model whose layers are not its own any more."""
+    model, linear = tiny_model(), r".*segments\.\d+"
+    if kind == "compiled":
+        model.trunk = torch.compile(model.trunk)
+        return model
+    config = {
+        "lora": LoraConfig(target_modules=linear),
+        "merged lora": LoraConfig(target_modules=linear),
+        "dora": LoraConfig(target_modules=linear, use_dora=True),
+        "modules to save": LoraConfig(target_modules=linear, modules_to_save=["norm"]),
+        "ia3": IA3Config(target_modules=linear, feedforward_modules=[]),
+        "loha": LoHaConfig(target_modules=linear),
+        "oft": OFTConfig(target_modules=linear, oft_block_size=8),
+    }[kind]
+    adapted = get_peft_model(model, config)
+    if kind == "merged lora":
+        adapted.merge_adapter()
+    return adapted.get_base_model()
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged lora", "dora", "modules to save", "ia3", "loha", "oft", "compiled"])
+@pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_model])
+def test_a_model_with_wrapped_layers_is_not_saved(tmp_path, kind, save):
+    cause = "torch.compile puts" if kind == "compiled" else "Layers of adapters .* merge_and_unload"
+    with pytest.raises(ValueError, match=f"cannot be saved, because nothing could load it again: .*{cause}"):
+        save(wrapped(kind), tmp_path / "model")
+    assert names(tmp_path) == set()
+
+
+def test_what_peft_gives_back_plain_is_saved(tmp_path):
+    model = tiny_model()
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*segments\.\d+"))
+    with pytest.raises(ValueError, match="PeftModel cannot be saved as a model"):
+        save_model(adapted, tmp_path / "model")
+    save_model(adapted.merge_and_unload(), tmp_path / "model")
+    assert fingerprint(load_model(tmp_path / "model")) == fingerprint(model)
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    model, state = tiny_model(kind=MRLReDimNetForXVector), torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_speakers_and_card_facts_are_written(tmp_path):

@@ -6,8 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mrl_redimnet.scoring as scoring
-from mrl_redimnet.scoring import SCORERS, make_scorer, score, speaker_means, trial_seconds
-from mrl_redimnet.trials import Trials
+from mrl_redimnet.scoring import (
+    SCORERS,
+    by_enrolments,
+    make_scorer,
+    score,
+    speaker_means,
+    trial_seconds,
+    with_enrolments,
+)
+from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials
 
 TOP = 5
 NAMES = pytest.mark.parametrize("name", SCORERS)
@@ -226,3 +234,39 @@ def test_bad_cohort_rows():
     opposite = Trials([1], ["m"], ["a"], {"m": ["a", "b"]})
     with pytest.raises(ValueError, match="first that of m, which is zero"):
         score(opposite, ["a", "b"], np.array([[1.0, 0], [-1, 0]]), 2)
+
+
+def some_trials() -> Trials:
+    """All pairs of utterances of speakers with 2, 3, 4 and 5 of them."""
+    paths = [f"id{speaker}/{number}.wav" for speaker in range(4) for number in range(speaker + 2)]
+    return make_trials(paths, [path.split("/")[0] for path in paths])
+
+
+def test_averaged_enrolments_keep_trials_and_never_hold_the_test():
+    trials = some_trials()
+    assert with_enrolments(trials, 1) is trials
+    averaged = with_enrolments(trials, 3)
+    assert by_enrolments(averaged).keys() == {3} and by_enrolments(trials).keys() == {1}
+    for label, enrol, test in zip(averaged.labels, averaged.enrol, averaged.test, strict=True):
+        paths = averaged.models[enrol]
+        assert len(set(paths)) == 3 and test not in paths and len({path.split("/")[0] for path in paths}) == 1
+        assert (paths[0].split("/")[0] == test.split("/")[0]) == (label == 1)
+    speakers = {path.split("/")[0] for path in trials.enrol}
+    assert {paths[0].split("/")[0] for paths in averaged.models.values()} == speakers - {"id0"}
+    targets = [enrol[:3] for enrol, label in zip(averaged.enrol, averaged.labels, strict=True) if label]
+    assert set(targets) == {"id2", "id3"}  # id1 has no third utterance beside a test
+    assert with_enrolments(trials, 3).enrol == averaged.enrol != with_enrolments(trials, 3, seed=1).enrol
+    assert len(with_enrolments(trials, 9)) == 0
+    with pytest.raises(ValueError, match="enrolments of their own"):
+        with_enrolments(averaged, 2)
+    with pytest.raises(UnknownSpeakersError):
+        with_enrolments(Trials(np.array([1, 0]), ["a/x", "a/x"], ["b/y", "a/z"]), 2)
+
+
+def test_trials_by_the_number_of_their_enrolment_utterances():
+    models = {"a": ["a/1"], "b": ["b/1", "b/2"], "c": ["c/1", "c/2"]}
+    parts = by_enrolments(Trials(np.array([1, 0, 0, 1]), ["a", "b", "c", "b"], ["a/9", "a/9", "a/9", "b/9"], models))
+    assert {count: (part.enrol, part.labels.tolist()) for count, part in parts.items()} == {
+        1: (["a"], [1]),
+        2: (["b", "c", "b"], [0, 0, 1]),
+    }

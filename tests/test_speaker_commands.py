@@ -1,5 +1,6 @@
 """`mrl-redimnet verify` and `identify` on small files: decisions, names and exit statuses."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,33 @@ def test_verify_decides_by_the_saved_threshold(calibrated, files, capsys):
         assert float(llr) == pytest.approx(entry.calibration([score])[0], abs=0.02)
         assert told == ("accepted" if score >= entry.threshold else "rejected")
     assert {line.split()[0] for line in lines} == {"accepted", "rejected"}
+
+
+def test_verify_takes_the_threshold_of_as_many_enrolment_utterances(folder, files, speech, capsys):
+    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--enrolments", 1, 3) == 0
+    thresholds = Thresholds.load(folder)
+    enrol = [file for file in files[0].parent.glob("*.wav")]
+    expected = {
+        1: (1, None),
+        2: (3, "Not calibrated: for 2 enrolled utterances the threshold of 3 is used"),
+        3: (3, None),
+    }
+    for count, (used, told) in expected.items():
+        capsys.readouterr()
+        run("verify", folder, *enrol[:count], "--test", files[3])
+        heading = capsys.readouterr().out.splitlines()[0]
+        entry = thresholds.find(32, enrolments=used)
+        assert f"accepted from a score of {entry.threshold:.4f} on, set on all for 10 % false accepts" in heading
+        assert f"% misses there) with {used} enrolled utterance" in heading
+        assert ("Not calibrated" in heading) == (told is not None) and (told or "") in heading
+    assert f"{thresholds.find(32).threshold:.4f}" != f"{thresholds.find(32, enrolments=3).threshold:.4f}"
+    run("verify", folder, *enrol[:3], "--test", files[3], "--thresholds", folder)
+    assert (
+        run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--enrolments", 1, "--out", folder.parent) == 0
+    )
+    capsys.readouterr()
+    run("verify", folder, *enrol[:2], "--test", files[3], "--thresholds", folder.parent)
+    assert "Not calibrated: for 2 enrolled utterances the threshold of 1 is used; how many" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("threshold", "status", "told"), [(-1, 0, "accepted"), (1.01, 1, "rejected")])
@@ -183,18 +211,69 @@ def test_identify_calls_unknown_what_no_enrolled_speaker_is_near(folder, enrolle
 
 
 @pytest.mark.parametrize("durations", [[], ["--durations"]])
-def test_identify_uses_the_saved_threshold(folder, speech, enrolled, tests, capsys, durations):
-    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--dims", 16, *durations) == 0
+def test_identify_applies_the_rate_to_the_whole_search(folder, speech, enrolled, tests, capsys, durations):
+    more = ["--false-accept", 0.1, "--dims", 16, "--enrolments", 1, 2, 3, *durations]
+    assert run("calibrate", folder, *lists(speech), *more) == 0
+    shutil.rmtree(enrolled / "id2")
+    for file in sorted((enrolled / "id1").iterdir())[3:]:
+        file.unlink()
+    for file in sorted((enrolled / "id0").iterdir())[2:]:
+        file.unlink()
     capsys.readouterr()
     assert run("identify", folder, "--enrolled", enrolled, "--test", tests, "--dim", 16) == 0
     heading, found = identified(capsys)
-    entry = Thresholds.load(folder).find(16)
-    assert f"{entry.threshold:.4f}" in heading
+    entries = {
+        "id0": Thresholds.load(folder).find(16, enrolments=2),
+        "id1": Thresholds.load(folder).find(16, enrolments=3),
+    }
+    lowest = {name: entry.for_search(2)[0] for name, entry in entries.items()}
+    assert all(lowest[name] > entry.threshold for name, entry in entries.items())
+    assert all(f"{threshold:.4f}" in heading for threshold in lowest.values())
+    assert "so that about 10 % of strangers, or fewer, are taken for one of the 2 (5.1 % in each comparison" in heading
+    assert "Not calibrated" not in heading
     for test, (name, ranked) in found.items():
         speaker, score = ranked[0].split()
         of_speaker = sum(soundfile.info(file).duration for file in (enrolled / speaker).iterdir())
-        (accepted,), _ = entry.judge([float(score)], [[of_speaker, soundfile.info(tests / test).duration]])
-        assert name == (speaker if accepted else "unknown")
+        (llr,) = entries[speaker].calibration([float(score)], [[of_speaker, soundfile.info(tests / test).duration]])
+        assert name == (speaker if (llr if durations else float(score)) >= lowest[speaker] else "unknown")
+
+
+def test_identify_says_whose_threshold_is_not_calibrated(calibrated, enrolled, tests, capsys):
+    capsys.readouterr()
+    assert run("identify", calibrated, "--enrolled", enrolled, "--test", tests, "--dim", 16) == 0
+    heading, _ = identified(capsys)
+    (threshold, _) = Thresholds.load(calibrated).find(16).for_search(3)
+    assert f"accepted from a score of {threshold:.4f} on, meant so that about 10 % of strangers" in heading
+    assert "Not calibrated: for 4 enrolled utterances the threshold of 1 is used; how many false accepts" in heading
+
+
+def test_identify_says_how_many_impostors_a_search_takes(folder, speech, enrolled, tests, capsys):
+    assert run("calibrate", folder, *lists(speech), "--false-accept", 0.004) == 0
+    capsys.readouterr()
+    assert run("identify", folder, "--enrolled", enrolled, "--test", tests) == 0
+    heading, found = identified(capsys)
+    assert "no decision: 3 speakers are searched, and 448 impostor trials cannot show" in heading
+    assert "rate of 0.00134: it takes at least 749, and 22,470 to know it within 30 %" in heading
+    assert "unknown" not in {name for name, _ in found.values()}
+
+
+def test_identify_does_not_decide_by_thresholds_without_a_tail(calibrated, enrolled, tests, capsys):
+    file = calibrated / "thresholds.json"
+    content = json.loads(file.read_text())
+    for record in content["entries"]:
+        del record["tail"], record["enrolments"]
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    arguments = ["identify", calibrated, "--enrolled", enrolled, "--test", tests]
+    assert run(*arguments) == 0
+    assert "no decision: 3 speakers are searched, and the threshold was saved by an earlier" in identified(capsys)[0]
+    for speaker in ("id1", "id2"):
+        shutil.rmtree(enrolled / speaker)
+    for path in sorted((enrolled / "id0").iterdir())[1:]:
+        path.unlink()
+    assert run(*arguments) == 0
+    entry = Thresholds.load(calibrated).find(32)
+    assert f"accepted from a score of {entry.threshold:.4f} on, set on all for 10 %" in identified(capsys)[0]
 
 
 def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, capsys):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel, sample_mask
+from mrl_redimnet.adapters.facts import same_weights
 from mrl_redimnet.audio import SAMPLING_RATE, Encoded, name_of, read_audio
 from mrl_redimnet.bulk_inputs import Inputs, Utterance
 from mrl_redimnet.evaluation import BATCH_SECONDS, _length_batches, _Waveforms
@@ -282,7 +283,8 @@ class Made:
         """Raises ValueError, naming what differs, where a file was made with something else."""
         for name in ("adapter", "weights", "dim", "storage"):
             there, here = metadata.get(name), getattr(self, name)
-            if there != here:
+            same = same_weights(there or "", here) if name == "weights" else there == here
+            if not same:
                 was = f"{metadata.get('model')} ({there})" if name == "weights" else there or "none"
                 now = f"{self.model} ({here})" if name == "weights" else here or "none"
                 raise ValueError(

@@ -1,7 +1,8 @@
 """From scores to decisions: calibrated log-likelihood ratios, thresholds for a false-accept rate, and their file.
 
-Cosines of 64 and of 256 dimensions, and of two adapters, mean different things: each dimension of each set of weights
-has its own calibration and its own threshold, which `thresholds.json` keeps beside the model.
+Cosines of 64 and of 256 dimensions, of two adapters, and of one and three averaged enrolment utterances mean different
+things: each has its own calibration and its own threshold, which `thresholds.json` keeps beside the model. A threshold
+is for one comparison; a search among many enrolled speakers takes a higher one, see `Threshold.for_search`.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from mrl_redimnet.adapters.facts import fingerprint
+from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.stored import local_folder
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
@@ -24,6 +25,7 @@ from mrl_redimnet.folders import replace_file
 THRESHOLDS_FILE = "thresholds.json"
 VERSION = 1
 RIDGE = 1e-6  # keeps the slope finite where the scores separate the trials; far below what moves any other fit
+TAIL_STEP = 1.1  # each stored number of accepted impostors is at most so many times the one before it
 RULE_OF = 30  # errors that tell a rate within 30 % with 90 % confidence (Doddington et al., Speech Communication 2000)
 
 
@@ -131,17 +133,8 @@ def threshold_at(scores: ArrayLike, labels: ArrayLike, rate: float) -> float:
     Raises ValueError: a rate outside (0, 1), bad trials, or too few impostors (says how many are needed).
     """
     scores, targets = _checked(scores, labels)
-    if not 0.0 < rate < 1.0:
-        raise ValueError(f"the wanted false-accept rate must be between 0 and 1 (both excluded), got {rate}")
     impostors = np.sort(scores[~targets])[::-1]
-    accepted = math.floor(len(impostors) * rate)
-    accepted += (accepted + 1) / len(impostors) <= rate  # 100 * 0.29 is 28.999...
-    accepted -= accepted / len(impostors) > rate
-    if accepted < 1:
-        raise ValueError(
-            f"{len(impostors)} impostor trials cannot show a false-accept rate of {rate:g}: it takes at least "
-            f"{math.ceil(1 / rate):,}, and {math.ceil(RULE_OF / rate):,} to know it within 30 %"
-        )
+    accepted = _accepted(len(impostors), rate)
     if accepted < RULE_OF:
         warnings.warn(
             f"a false-accept rate of {rate:g} rests on {accepted} of {len(impostors):,} impostor trials: uncertain; "
@@ -151,6 +144,29 @@ def threshold_at(scores: ArrayLike, labels: ArrayLike, rate: float) -> float:
     return float(np.nextafter(impostors[accepted], np.inf))
 
 
+def _accepted(impostors: int, rate: float) -> int:
+    """How many of so many impostors may be accepted at a false-accept rate. ValueError where it is not even one."""
+    if not 0.0 < rate < 1.0:
+        raise ValueError(f"the wanted false-accept rate must be between 0 and 1 (both excluded), got {rate}")
+    accepted = math.floor(impostors * rate)
+    accepted += (accepted + 1) / impostors <= rate  # 100 * 0.29 is 28.999...
+    accepted -= accepted / impostors > rate
+    if accepted < 1:
+        raise ValueError(
+            f"{impostors:,} impostor trials cannot show a false-accept rate of {rate:.3g}: it takes at least "
+            f"{math.ceil(1 / rate):,}, and {math.ceil(RULE_OF / rate):,} to know it within 30 %"
+        )
+    return accepted
+
+
+def _tail(impostors: NDArray, most: int) -> tuple[tuple[int, float], ...]:
+    """Impostors' scores -> (how many are accepted, the lowest threshold at which they are): from 1 up to `most`."""
+    ranked, counts = np.sort(impostors)[::-1], [1]
+    while counts[-1] < most:
+        counts.append(min(most, max(counts[-1] + 1, int(counts[-1] * TAIL_STEP))))
+    return tuple((count, float(np.nextafter(ranked[count], np.inf))) for count in counts)
+
+
 @dataclass(frozen=True)
 class Threshold:
     """When to accept, for one dimension of one set of weights.
@@ -158,10 +174,13 @@ class Threshold:
     Attributes:
         dim: length of the prefix. scorer: `str()` of the scorer, its cohort included.
         adapter: its name, or None for the base. weights: what answered, see `weights_of`.
+        enrolments: how many utterances of a speaker were averaged for each enrolment.
         threshold: accept at or above; of scores, or of llrs where the calibration has duration terms.
         wanted: the false-accept rate asked for. false_accepts, misses: the rates on the trials it was set on.
         trials: name of those trials. targets, impostors: how many they were.
         calibration: fitted on the same trials.
+        tail: (number of accepted impostors, the threshold for that), for lower rates than `wanted`; see `for_search`.
+            Empty in what was saved before there were searches.
     """
 
     dim: int
@@ -176,12 +195,21 @@ class Threshold:
     targets: int
     impostors: int
     calibration: Calibration
+    enrolments: int = 1
+    tail: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "tail", tuple(map(tuple, self.tail)))  # lists, as JSON has them, are welcome
         for name, kind in _FIELDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or value != value:
                 raise ValueError(f"{name}: got {value!r}")
+        if self.enrolments < 1:
+            raise ValueError(f"enrolments: got {self.enrolments}, expected 1 or more")
+        for pair in self.tail:
+            count, value = pair if len(pair) == 2 else (None, None)
+            if not isinstance(count, int) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"tail: got {pair!r}, expected a number of impostors and a threshold")
 
     @classmethod
     def fit(
@@ -197,10 +225,11 @@ class Threshold:
         scorer: object = "cosine",
         seconds: ArrayLike | None = None,
         prior: float = 0.01,
+        enrolments: int = 1,
     ) -> "Threshold":
         """Calibrates scores [T] of labels [T], with duration terms where `seconds` [T, 2] are given, and sets the
-        threshold for a false-accept rate `wanted`. scorer: a `Scorer` or its `str()`. Errors as in `Calibration.fit`
-        and `threshold_at`."""
+        threshold for a false-accept rate `wanted`. scorer: a `Scorer` or its `str()`. enrolments: how many utterances
+        were averaged for each enrolment of the trials. Errors as in `Calibration.fit` and `threshold_at`."""
         calibration = Calibration.fit(scores, labels, seconds, prior)
         values, targets = _checked(calibration(scores, seconds) if calibration.uses_seconds else scores, labels)
         threshold = threshold_at(values, labels, wanted)
@@ -218,7 +247,30 @@ class Threshold:
             targets=int(targets.sum()),
             impostors=int((~targets).sum()),
             calibration=calibration,
+            enrolments=int(enrolments),
+            tail=_tail(values[~targets], _accepted(int((~targets).sum()), wanted)),
         )
+
+    def for_search(self, speakers: int) -> tuple[float, int]:
+        """The threshold for the best of `speakers` enrolled ones, and how many impostor trials it rests on.
+
+        A stranger is compared with all of them, and is to be taken for any of them at the rate `wanted`: each
+        comparison is allowed 1 - (1 - wanted)^(1 / speakers). That is exact where a stranger's scores with different
+        speakers are independent; where they rise and fall together, as they do, fewer strangers are accepted.
+
+        Raises ValueError where the impostor trials are too few for that rate (says how many it takes), or were not
+        kept (a threshold of an earlier version).
+        """
+        if speakers == 1:
+            return self.threshold, round(self.false_accepts * self.impostors)
+        if not self.tail:
+            raise ValueError(
+                "the threshold was saved by an earlier version, without what a search among several speakers needs: "
+                "set it again with `mrl-redimnet calibrate`"
+            )
+        allowed = _accepted(self.impostors, -math.expm1(math.log1p(-self.wanted) / speakers))
+        count, threshold = max(pair for pair in self.tail if pair[0] <= allowed)
+        return threshold, count
 
     def judge(self, scores: ArrayLike, seconds: ArrayLike | None = None) -> tuple[NDArray, NDArray]:
         """Scores [T], with duration terms also seconds [T, 2] -> accepted bool [T], natural-log LLRs [T]."""
@@ -227,16 +279,21 @@ class Threshold:
         return values >= self.threshold, llrs
 
     @property
-    def key(self) -> tuple[str | None, int, str]:
+    def key(self) -> tuple[str | None, int, str, int]:
         """What there is one threshold of."""
-        return self.adapter, self.dim, self.scorer
+        return self.adapter, self.dim, self.scorer, self.enrolments
 
     def __str__(self) -> str:
-        return f"{self.dim} dims, {'no adapter' if self.adapter is None else self.adapter}, {self.scorer}"
+        return _named(*self.key)
+
+
+def _named(adapter: str | None, dim: int, scorer: object, enrolments: int) -> str:
+    averaged = "" if enrolments == 1 else f", {enrolments} enrolment utterances"
+    return f"{dim} dims, {'no adapter' if adapter is None else adapter}, {scorer}{averaged}"
 
 
 _FIELDS = {
-    **dict.fromkeys(["dim", "targets", "impostors"], int),
+    **dict.fromkeys(["dim", "targets", "impostors", "enrolments"], int),
     **dict.fromkeys(["scorer", "weights", "trials"], str),
     **dict.fromkeys(["threshold", "wanted", "false_accepts", "misses"], int | float),
     "adapter": str | None,
@@ -246,37 +303,63 @@ _FIELDS = {
 
 @dataclass
 class Thresholds:
-    """The content of thresholds.json: at most one entry per adapter, dimension and scorer."""
+    """The content of thresholds.json: at most one entry per adapter, dimension, scorer and number of enrolments."""
 
     entries: list[Threshold] = field(default_factory=list)
     source: str = "these thresholds"  # for messages
 
     def put(self, entry: Threshold):
-        """Adds an entry, in the place of one for the same adapter, dimension and scorer."""
+        """Adds an entry, in the place of one for the same adapter, dimension, scorer and number of enrolments."""
         self.entries = sorted(
             [other for other in self.entries if other.key != entry.key] + [entry],
-            key=lambda each: (each.adapter or "", each.scorer, each.dim),
+            key=lambda each: (each.adapter or "", each.scorer, each.dim, each.enrolments),
         )
 
     def find(
-        self, dim: int, adapter: str | None = None, scorer: object = "cosine", weights: str | None = None
+        self,
+        dim: int,
+        adapter: str | None = None,
+        scorer: object = "cosine",
+        weights: str | None = None,
+        enrolments: int = 1,
     ) -> Threshold:
-        """The entry of a dimension. scorer: a `Scorer` or its `str()`. weights: of the model that answers now.
+        """The entry of a dimension and a number of averaged enrolment utterances.
 
-        Raises ValueError, naming what there is, without such an entry, and where it was set on other weights.
+        scorer: a `Scorer` or its `str()`. weights: of the model that answers now. Raises ValueError, naming what there
+        is, without such an entry, and where it was set on other weights.
         """
-        for entry in self.entries:
-            if entry.key == (adapter, dim, str(scorer)):
-                if weights is not None and entry.weights != weights:
-                    raise ValueError(
-                        f"{self.source}: the threshold for {entry} was set on other weights ({entry.weights}) than "
-                        f"those here ({weights}): set it again with `mrl-redimnet calibrate`"
-                    )
-                return entry
-        wanted = f"{dim} dims, {'no adapter' if adapter is None else adapter}, {scorer}"
+        found = self.find_nearest(dim, adapter, scorer, weights, enrolments)
+        if found.enrolments != enrolments:
+            raise self._missing(adapter, dim, scorer, enrolments)
+        return found
+
+    def find_nearest(
+        self,
+        dim: int,
+        adapter: str | None = None,
+        scorer: object = "cosine",
+        weights: str | None = None,
+        enrolments: int = 1,
+    ) -> Threshold:
+        """As `find`; where there is no entry for `enrolments`, that of the next larger number, else of the largest.
+
+        How many false accepts such an entry lets through is not known: whoever decides by it has to say so.
+        """
+        entries = {entry.enrolments: entry for entry in self.entries if entry.key[:3] == (adapter, dim, str(scorer))}
+        if not entries:
+            raise self._missing(adapter, dim, scorer, enrolments)
+        entry = entries[min((number for number in entries if number >= enrolments), default=max(entries))]
+        if weights is not None and not same_weights(entry.weights, weights):
+            raise ValueError(
+                f"{self.source}: the threshold for {entry} was set on other weights ({entry.weights}) than "
+                f"those here ({weights}): set it again with `mrl-redimnet calibrate`"
+            )
+        return entry
+
+    def _missing(self, *key) -> ValueError:
         there = "; ".join(map(str, self.entries)) or "none at all"
-        raise ValueError(
-            f"{self.source}: no threshold for {wanted}; there are: {there}. `mrl-redimnet calibrate` sets one"
+        return ValueError(
+            f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one"
         )
 
     def save(self, folder: str | Path):

@@ -98,6 +98,8 @@ SPEC_PARAMS = {  # reference name -> (our field, reference default)
     "freq_start_bin": ("freq_mask_start", 0),
     "eps": ("front_end_eps", 1e-8),
 }
+# What may have been around a network that was saved: the first part of its tensors' names -> what puts it there.
+WRAPPERS = {"module": "DistributedDataParallel", "_orig_mod": "torch.compile"}
 # Front-end constants the reference takes as parameters; we have one value of each.
 FIXED_SPEC_PARAMS = {"sample_rate": 16000, "n_fft": 512, "win_length": 400, "f_min": 20, "f_max": 7600}
 
@@ -106,7 +108,8 @@ def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None
     """A published checkpoint, as a path or as the loaded dict, to a model in eval mode that answers as it does.
 
     embedding_size: more dimensions than the checkpoint's head has; the new rows are zero and change no cosine.
-    Raises ConversionError listing unknown configuration keys and left-over, missing or misshapen tensors.
+    Raises ConversionError listing unknown configuration keys and left-over, missing, misshapen or damaged tensors, and
+    naming what the checkpoint is wrapped in.
     """
     checkpoint = _read(checkpoint)
     model_config = checkpoint["model_config"]
@@ -451,14 +454,18 @@ def convert_state_dict(
 
     model_config: the checkpoint's; the model's head may have more rows.
     """
+    rules = list(_rules(model.config, model_config))
+    _refuse_prefix(state_dict, [rule.key for rule in rules])
     left = {key: value for key, value in state_dict.items() if not _is_recomputed(key)}
     expected = model.state_dict()
     converted, problems = {}, []
-    for rule in _rules(model.config, model_config):
+    for rule in rules:
         if rule.key not in left:
             problems.append(f"missing: {rule.key}")
             continue
         tensor = left.pop(rule.key)
+        if damage := _damage(rule.key, tensor):
+            problems.append(damage)
         try:
             placed = rule.place(tensor)
         except (IndexError, RuntimeError):
@@ -479,6 +486,29 @@ def convert_state_dict(
             f"The checkpoint does not fit its own model_config ({len(problems)} problems):\n  " + "\n  ".join(problems)
         )
     return {name: _bins_outermost(name, value, model.config, model_config) for name, value in converted.items()}
+
+
+def _refuse_prefix(state_dict: dict[str, torch.Tensor], keys: list[str]):
+    """Raises ConversionError where the tensors have names that a wrapper has put something before."""
+    present = [key for key in keys if any(name.endswith(f".{key}") for name in state_dict)]
+    prefixes = {name.removesuffix(key) for key in present[:1] for name in state_dict if name.endswith(f".{key}")}
+    for prefix in prefixes:
+        if all(prefix + key in state_dict for key in present) and not set(keys) & set(state_dict):
+            by = WRAPPERS.get(prefix.split(".")[0], "a model around it")
+            raise ConversionError(
+                f"The names of the checkpoint's tensors begin with {prefix!r} ({prefix}{present[0]}), which {by} has "
+                f"put there. Save it again without: checkpoint['state_dict'] = {{name.removeprefix({prefix!r}): tensor "
+                "for name, tensor in checkpoint['state_dict'].items()}."
+            )
+
+
+def _damage(key: str, tensor: torch.Tensor) -> str | None:
+    """What is wrong with a tensor's numbers, if anything."""
+    if bad := int((~torch.isfinite(tensor)).sum()):
+        return f"damaged: {key} {tuple(tensor.shape)} has {bad} numbers that are NaN or infinite"
+    if key.endswith(".running_var") and bool((tensor < 0).any()):
+        return f"damaged: {key} {tuple(tensor.shape)} has negative variances"
+    return None
 
 
 # Where the pooling's channels are an axis of our tensors, once or for several statistics in a row.
@@ -514,6 +544,30 @@ def _read(checkpoint: str | Path | dict) -> dict:
                 "damaged, not whole, no checkpoint, or holds code."
             ) from error
     if not isinstance(checkpoint, dict) or not {"model_config", "state_dict"} <= set(checkpoint):
-        found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ConversionError(f"Expected a checkpoint with 'model_config' and 'state_dict', got {found}.")
+        raise ConversionError(f"Expected a checkpoint with 'model_config' and 'state_dict', got {_told(checkpoint)}.")
+    for key in ("model_config", "state_dict"):
+        if not isinstance(checkpoint[key], dict):
+            raise ConversionError(f"{key}: expected a dict, got {type(checkpoint[key]).__name__}.")
+    for key, value in checkpoint["state_dict"].items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(
+                f"state_dict: {key!r} is a {type(value).__name__}, expected tensors alone: the weights may lie deeper, "
+                "or other things among them."
+            )
     return checkpoint
+
+
+def _told(checkpoint) -> str:
+    """What was found in the place of a published checkpoint, and where the weights may be."""
+    if not isinstance(checkpoint, dict):
+        return type(checkpoint).__name__
+    found = str(sorted(map(str, checkpoint))[:5])
+    for key, value in checkpoint.items():
+        if isinstance(value, dict) and {"model_config", "state_dict"} <= set(value):
+            return f"{found}; they are one level deeper: give what is under {key!r}"
+    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return (
+            f"{found}: weights alone, {len(checkpoint)} tensors. The network's settings must come with them: save "
+            "{'model_config': the keyword arguments of the reference's ReDimNetWrap, 'state_dict': these}"
+        )
+    return found

@@ -31,7 +31,7 @@ from mrl_redimnet.page import (
     text_of,
     write_page,
 )
-from mrl_redimnet.scoring import Scorer
+from mrl_redimnet.scoring import Scorer, by_enrolments, with_enrolments
 from mrl_redimnet.systems import Material, System, check_output
 from mrl_redimnet.trials import Trials, read_trials
 
@@ -72,8 +72,8 @@ def evaluate(arguments):
     system = System.load(arguments)
     dims = system.dims(arguments.dims)
     scorer, material = system.scorer(arguments, domain), Material.load(system, lists.values(), arguments.folder, domain)
-    saved = _saved(arguments, system, dims, scorer)
-    scored = {name: _scored(material, trials, dims, scorer, saved) for name, trials in lists.items()}
+    saved = _saved(arguments, system, lists, dims, scorer)
+    scored = {name: _scored(material, trials, dims, scorer, saved[name]) for name, trials in lists.items()}
     report = {
         "conditions": _conditions(arguments, system, scorer),
         "lists": {name: _record(each, name, arguments, group_of) for name, each in scored.items()},
@@ -101,15 +101,27 @@ def _check_evaluation(arguments):
         raise ValueError(f"--resamples: got {arguments.resamples}, expected at least 0.")
 
 
-def _saved(arguments, system: System, dims: Sequence[int], scorer: Scorer) -> dict[int, Threshold]:
-    """The thresholds beside the model that are for these weights, by dimension; a note on the screen where not."""
-    thresholds, found = system.thresholds(arguments.thresholds, arguments.model), {}
-    for dim in dims if thresholds else ():
+def _saved(
+    arguments, system: System, lists: dict[str, Trials], dims: Sequence[int], scorer: Scorer
+) -> dict[str, dict[int, Threshold]]:
+    """Of each list, the thresholds beside the model that are for these weights and for as many enrolment utterances as
+    the list has, by dimension; a note on the screen where there are none."""
+    thresholds, found = system.thresholds(arguments.thresholds, arguments.model), {name: {} for name in lists}
+    notes = []
+    for name, trials in lists.items() if thresholds else ():
+        counts = list(by_enrolments(trials))
+        if len(counts) > 1:
+            notes.append(
+                f"{name} averages {counts[0]} to {counts[-1]} enrolment utterances: no saved threshold is for it"
+            )
+            continue
         try:
-            found[dim] = thresholds.find(dim, system.adapter, scorer, system.weights)
+            for dim in dims:
+                found[name][dim] = thresholds.find(dim, system.adapter, scorer, system.weights, counts[0])
         except ValueError as error:
-            print(f"Note: {error}", file=sys.stderr)
-            break
+            notes.append(str(error))
+    for note in dict.fromkeys(notes):
+        print(f"Note: {note}", file=sys.stderr)
     return found
 
 
@@ -193,42 +205,93 @@ def calibrate(arguments):
     if not 0 < arguments.false_accept < 1:
         raise ValueError(f"--false-accept: got {arguments.false_accept}, expected a rate between 0 and 1.")
     thresholds = Thresholds.load(out) if (out / THRESHOLDS_FILE).is_file() else Thresholds()
+    counts, arguments.enrolments = _counts_or_file(arguments.enrolments)
     lists, domain = read_lists(arguments), _domain(arguments)
+    parts = _by_count(lists, counts)
     system = System.load(arguments)
     dims = system.dims(arguments.dims)
     scorer, material = system.scorer(arguments, domain), Material.load(system, lists.values(), arguments.folder, domain)
     spoken = " + ".join(lists) + ("" if domain is None else f" as {arguments.domain}")
-    labels = np.concatenate([trials.labels for trials in lists.values()])
-    seconds = np.concatenate([material.seconds(trials) for trials in lists.values()]) if arguments.durations else None
-    entries = []
+    entries, problems = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for dim in dims:
-            scores = np.concatenate([material.scores(trials, dim, scorer) for trials in lists.values()])
-            entry = Threshold.fit(
-                scores,
-                labels,
-                wanted=arguments.false_accept,
-                dim=dim,
-                weights=system.weights,
-                trials=spoken,
-                adapter=system.adapter,
-                scorer=scorer,
-                seconds=seconds,
-            )
-            entries.append(entry)
-            thresholds.put(entry)
+        for count, trials in parts.items():
+            try:
+                entries += _entries(arguments, system, scorer, material, dims, spoken, count, trials)
+            except ValueError as error:
+                if counts or len(parts) == 1:  # else the list's own enrolments: some numbers of utterances are rare
+                    raise
+                problems.append(f"no threshold for {count} enrolment utterances: {error}")
+    if not entries:
+        raise ValueError("; ".join(problems))
+    for entry in entries:
+        thresholds.put(entry)
     thresholds.save(out)
     print(text_of(_entries_table(entries)))
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
+    for message in dict.fromkeys([*(str(warning.message) for warning in caught), *problems]):
         print(f"Note: {message}.")
     print(f"Written: {out / THRESHOLDS_FILE}, {len(thresholds.entries)} thresholds; `mrl-redimnet verify` uses them.")
+
+
+def _counts_or_file(values: Sequence[str]) -> tuple[list[int], Path | None]:
+    """--enrolments of `calibrate`: numbers of utterances, or the file that says which ones each enrolment has."""
+    if len(values) == 1 and not values[0].isdecimal():
+        return [], Path(values[0])
+    if wrong := [value for value in values if not value.isdecimal() or int(value) < 1]:
+        raise ValueError(f"--enrolments: got {', '.join(wrong)}, expected numbers from 1 on, or one file.")
+    return sorted(set(map(int, values))), None
+
+
+def _by_count(lists: dict[str, Trials], counts: Sequence[int]) -> dict[int, list[Trials]]:
+    """The trials by the number of enrolment utterances: averages made for `counts`, without counts the lists' own."""
+    parts: dict[int, list[Trials]] = {}
+    for name, trials in lists.items():
+        made = {count: with_enrolments(trials, count) for count in counts} if counts else by_enrolments(trials)
+        for count, each in made.items():
+            parts.setdefault(count, []).append(each)
+            if len(each) == 0:
+                raise ValueError(f"--enrolments {count}: no speaker of {name} has so many utterances beside a test.")
+            if counts and len(each) < len(trials):
+                dropped = len(trials) - len(each)
+                print(f"Note: {dropped:,} of {len(trials):,} trials of {name} have too few utterances for {count}.")
+    return parts
+
+
+def _entries(
+    arguments,
+    system: System,
+    scorer: Scorer,
+    material: Material,
+    dims: Sequence[int],
+    spoken: str,
+    count: int,
+    trials: Sequence[Trials],
+) -> list[Threshold]:
+    """Thresholds at every dimension for averages of `count` enrolment utterances. Errors as in `Threshold.fit`."""
+    labels = np.concatenate([each.labels for each in trials])
+    seconds = np.concatenate([material.seconds(each) for each in trials]) if arguments.durations else None
+    return [
+        Threshold.fit(
+            np.concatenate([material.scores(each, dim, scorer) for each in trials]),
+            labels,
+            wanted=arguments.false_accept,
+            dim=dim,
+            weights=system.weights,
+            trials=spoken,
+            adapter=system.adapter,
+            scorer=scorer,
+            seconds=seconds,
+            enrolments=count,
+        )
+        for dim in dims
+    ]
 
 
 def _entries_table(entries: Sequence[Threshold]) -> Table:
     rows = [
         [
             str(entry.dim),
+            str(entry.enrolments),
             f"{entry.threshold:.4f}" + (" (LLR)" if entry.calibration.uses_seconds else ""),
             *(f"{100 * rate:.2f}" for rate in (entry.wanted, entry.false_accepts, entry.misses)),
             f"{entry.impostors:,}",
@@ -236,5 +299,8 @@ def _entries_table(entries: Sequence[Threshold]) -> Table:
         ]
         for entry in entries
     ]
-    columns = ["dimensions", "threshold", "false accepts wanted %", "measured %", "misses %", "impostors", "targets"]
+    columns = [
+        *("dimensions", "enrolled utterances", "threshold", "false accepts wanted %", "measured %", "misses %"),
+        *("impostors", "targets"),
+    ]
     return Table(columns, rows)

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from configuration_mrl_redimnet import FFT_SIZE, SAMPLING_RATE
 from modeling_mrl_redimnet import MelFrontEnd, MRLReDimNetModel, MRLReDimNetPreTrainedModel
-from mrl_redimnet.adapters.facts import fingerprint
+from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import local_folder, read_adapter, scaling
 from mrl_redimnet.calibration import Thresholds
@@ -68,7 +68,11 @@ def export_facts(
     config = model.config
     weights = fingerprint(model) if weights is None else weights
     entries = [] if thresholds is None else thresholds.entries
-    kept = [entry for entry in entries if entry.weights == weights or entry.weights.startswith(f"{weights}+")]
+    kept = [
+        entry
+        for entry in entries
+        if same_weights(entry.weights, weights) or same_weights(entry.weights.rpartition("+sha256:")[0], weights)
+    ]
     return {
         "base": base,
         "revision": revision or "",
@@ -84,8 +88,11 @@ def export_facts(
 
 
 def adapter_base_number(weights: str) -> int:
-    """The base's fingerprint as the number an .onnx_adapter has room for: its first 31 bits."""
-    return int(weights.removeprefix("sha256:")[:8], 16) >> 1
+    """The base's fingerprint as the number an .onnx_adapter has room for: the first 31 bits of its hashes."""
+    number = 0
+    for start in re.findall(r"(?:sha256|config):([0-9a-f]{8})", weights):
+        number ^= int(start, 16)
+    return number >> 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

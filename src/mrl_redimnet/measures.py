@@ -132,6 +132,7 @@ class ScoredList:
             "threshold": saved.threshold,
             "wanted_false_accepts": saved.wanted,
             "set_on": saved.trials,
+            "enrolments": saved.enrolments,
             "false_accepts": float(accepted[~targets].mean()),
             "misses": float(1 - accepted[targets].mean()),
         }

@@ -257,12 +257,14 @@ def decisions_table(record: dict) -> Table:
             str(row["dim"]),
             f"{row['saved']['threshold']:.4f}",
             row["saved"]["set_on"],
+            str(row["saved"].get("enrolments", 1)),
             *(f"{100 * row['saved'][rate]:.2f}" for rate in ("wanted_false_accepts", "false_accepts", "misses")),
         ]
         for row in record["rows"]
         if row["saved"] is not None
     ]
-    columns = ["dimensions", "threshold", "set on", "for false accepts %", "false accepts here %", "misses here %"]
+    columns = ["dimensions", "threshold", "set on", "enrolled utterances", "for false accepts %"]
+    columns += ["false accepts here %", "misses here %"]
     return Table(columns, rows, f"Thresholds of {THRESHOLDS_FILE}")
 
 

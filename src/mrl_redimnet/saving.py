@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
+from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, WeightsError, refuse_wrapped
 from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import Vanilla
@@ -30,7 +31,13 @@ def save_model(
     """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
 
     card_facts: what `hub_cards.base_card` may state. What was there before is replaced at the end, in one rename.
+    Raises WeightsError for a model that carries adapters, or is wrapped in another way.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise WeightsError(
+            f"A {type(model).__name__} cannot be saved as a model: give the model inside it, without adapters."
+        )
+    refuse_wrapped(model)
 
     def write(target: Path):
         model.save_pretrained(target)
@@ -93,7 +100,11 @@ def write_adapter_card(folder: Path, evaluation: Evaluation | None = None):
 
 
 def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
-    """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode."""
+    """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode.
+
+    Raises WeightsError for weights that are not wholly those of that model, FileNotFoundError and OSError for what is
+    not there or is pickle only.
+    """
     refuse_missing(model)
     config = MRLReDimNetConfig.from_pretrained(model)
     name = (config.architectures or [MRLReDimNetModel.__name__])[0]

@@ -187,6 +187,51 @@ def trial_seconds(trials: Trials, utterances: Sequence[str], seconds: ArrayLike)
     return np.column_stack([enrol[enrol_rows], test[test_rows]])
 
 
+def with_enrolments(trials: Trials, count: int, seed: int = 0) -> Trials:
+    """The same trials with averages of `count` utterances enrolled: a trial's own and others of its speaker.
+
+    The others are drawn by `seed` among the list's utterances, never the trial's test. Trials of speakers with too few
+    utterances are left out, so the result may have none.
+
+    Raises ValueError where the enrolments are several utterances already, UnknownSpeakersError where the list does not
+    tell whose speech an utterance is.
+    """
+    if trials.models is not None:
+        raise ValueError("the trials have enrolments of their own: averages are made of trials of single utterances")
+    if count == 1:
+        return trials
+    by_enrol, by_test = trials.speakers
+    speaker_of = dict(zip([*trials.enrol, *trials.test], [*by_enrol, *by_test], strict=True))
+    spoken: dict[str, list[str]] = {}
+    for path in trials.utterances:
+        spoken.setdefault(speaker_of[path], []).append(path)
+    generator, order = np.random.default_rng(seed), {}
+    for path in dict.fromkeys(trials.enrol):
+        order[path] = [*generator.permutation([other for other in spoken[speaker_of[path]] if other != path])]
+    kept, names, models = [], [], {}
+    for row, (path, test) in enumerate(zip(trials.enrol, trials.test, strict=True)):
+        others = [str(other) for other in order[path][:count] if other != test][: count - 1]
+        if len(others) == count - 1:
+            kept.append(row)
+            names.append(" + ".join([path, *others]))
+            models[names[-1]] = [path, *others]
+    tests = [trials.test[row] for row in kept]
+    return Trials(trials.labels[kept], names, tests, models, trials.speaker_names)
+
+
+def by_enrolments(trials: Trials) -> dict[int, Trials]:
+    """The trials by the number of utterances that are averaged for their enrolments, fewest first."""
+    if trials.models is None:
+        return {1: trials}
+    counts = np.array([len(trials.models[name]) for name in trials.enrol])
+    parts = {}
+    for count in sorted(set(counts.tolist())):
+        rows = np.flatnonzero(counts == count)
+        enrol, test = ([names[row] for row in rows] for names in (trials.enrol, trials.test))
+        parts[count] = Trials(trials.labels[rows], enrol, test, trials.models, trials.speaker_names)
+    return parts
+
+
 def speaker_means(embeddings: ArrayLike, speakers: Sequence[str]) -> NDArray:
     """Average embedding of each speaker, sorted by name: [N, D] of speakers [N] -> float64 [S, D], a cohort."""
     embeddings = np.asarray(embeddings)

@@ -1,13 +1,14 @@
 """`mrl-redimnet verify | identify`: from files to decisions and names."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mrl_redimnet.audio import audio_info
-from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold
+from mrl_redimnet.calibration import RULE_OF, THRESHOLDS_FILE, Threshold
 from mrl_redimnet.evaluation import audio_below, embed_files
 from mrl_redimnet.scoring import Scorer, make_scorer, speaker_means
 from mrl_redimnet.search import SpeakerIndex
@@ -22,47 +23,117 @@ ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status of `verify`; 2 is that of
 
 @dataclass(frozen=True)
 class Judge:
-    """Accepts or rejects scores by a threshold given by hand, else by a saved one; with neither, it does not decide."""
+    """Accepts or rejects scores by a threshold given by hand, else by saved ones; with neither, it does not decide.
+
+    saved: {number of enrolment utterances: the threshold saved for it, or the nearest there is}. speakers: how many are
+    compared in one decision. lowest: {number of enrolment utterances: accepted from this on}, {} where `problem` says
+    why the saved thresholds cannot decide.
+    """
 
     given: float | None
-    saved: Threshold | None
+    saved: dict[int, Threshold]
+    speakers: int
+    lowest: dict[int, float]
+    rests_on: int = 0
+    problem: str = ""
 
     @classmethod
-    def of(cls, arguments, system: System, dim: int, scorer: Scorer) -> "Judge":
-        """From --threshold and --thresholds. ValueError where thresholds are saved, but none for this."""
-        thresholds = system.thresholds(arguments.thresholds, arguments.model)
+    def of(
+        cls, arguments, system: System, dim: int, scorer: Scorer, counts: Iterable[int], speakers: int = 1
+    ) -> "Judge":
+        """From --threshold and --thresholds, for enrolments of so many utterances each.
+
+        ValueError where thresholds are saved, but none for this dimension, adapter or scorer.
+        """
+        thresholds, saved = system.thresholds(arguments.thresholds, arguments.model), {}
         try:
-            saved = thresholds and thresholds.find(dim, system.adapter, scorer, system.weights)
+            for count in sorted(set(counts)) if thresholds else ():
+                saved[count] = thresholds.find_nearest(dim, system.adapter, scorer, system.weights, count)
         except ValueError:
             if arguments.threshold is None:
                 raise
-            saved = None
-        return cls(arguments.threshold, saved)
+            saved = {}
+        try:
+            found = {count: entry.for_search(speakers) for count, entry in saved.items()}
+        except ValueError as error:
+            return cls(arguments.threshold, saved, speakers, {}, problem=str(error))
+        lowest = {count: threshold for count, (threshold, _) in found.items()}
+        return cls(arguments.threshold, saved, speakers, lowest, min((each for _, each in found.values()), default=0))
 
     @property
     def uses_seconds(self) -> bool:
         """Whether it is to be given durations."""
-        return self.saved is not None and self.saved.calibration.uses_seconds
+        return any(entry.calibration.uses_seconds for entry in self.saved.values())
 
-    def __call__(self, scores: np.ndarray, seconds: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Scores [T], seconds [T, 2] of both sides -> accepted [T] or None, natural-log LLRs [T] or None."""
-        accepted, llrs = (None, None) if self.saved is None else self.saved.judge(scores, seconds)
-        return (accepted if self.given is None else scores >= self.given), llrs
+    def __call__(
+        self, scores: np.ndarray, counts: Sequence[int], seconds: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Scores [T], enrolment utterances [T], seconds [T, 2] of both sides -> accepted [T] or None, natural-log LLRs
+        [T] or None."""
+        accepted, llrs = np.zeros(len(scores), bool), np.zeros(len(scores))
+        for row, count in enumerate(counts if self.saved else ()):
+            entry, both = self.saved[count], None if seconds is None else seconds[row : row + 1]
+            (llrs[row],) = entry.calibration(scores[row : row + 1], both)
+            value = llrs[row] if entry.calibration.uses_seconds else scores[row]
+            accepted[row] = bool(self.lowest) and value >= self.lowest[count]
+        if self.given is not None:
+            accepted = scores >= self.given
+        decides = self.given is not None or self.lowest
+        return accepted if decides else None, llrs if self.saved else None
 
     def __str__(self) -> str:
         if self.given is not None:
-            return f"accepted from a score of {self.given:g} on, as given"
-        if self.saved is None:
+            return f"accepted from a score of {self.given:g} on, as given{self._not_calibrated()}"
+        if self.problem:
+            search = f"{self.speakers} speakers are searched, and " if self.speakers > 1 else ""
+            return f"no decision: {search}{self.problem}"
+        if not self.saved:
             return (
                 f"no decision: there is no {THRESHOLDS_FILE} beside the model. `mrl-redimnet calibrate` makes one from "
                 "labelled trials, or give --threshold"
             )
-        entry = self.saved
+        return (self._of_one() if self.speakers == 1 else self._of_search()) + self._not_calibrated()
+
+    def _from(self) -> str:
         unit = "an LLR" if self.uses_seconds else "a score"
+        low, high = min(self.lowest.values()), max(self.lowest.values())
+        return f"accepted from {unit} of {low:.4f}{'' if low == high else f' to {high:.4f}'} on"
+
+    def _of_one(self) -> str:
+        (entry,) = self.saved.values()
         return (
-            f"accepted from {unit} of {entry.threshold:.4f} on, set on {entry.trials} for {100 * entry.wanted:g} % "
-            f"false accepts ({100 * entry.misses:.1f} % misses there)"
+            f"{self._from()}, set on {entry.trials} for {100 * entry.wanted:g} % false accepts "
+            f"({100 * entry.misses:.1f} % misses there) with {_utterances(entry.enrolments)}"
         )
+
+    def _of_search(self) -> str:
+        entry = next(iter(self.saved.values()))
+        rate = -100 * np.expm1(np.log1p(-entry.wanted) / self.speakers)
+        uncertain = ": uncertain" if self.rests_on < RULE_OF else ""
+        meant = "meant " if self._not_calibrated() else ""
+        return (
+            f"{self._from()}, {meant}so that about {100 * entry.wanted:g} % of strangers, or fewer, are taken for one "
+            f"of the {self.speakers} ({rate:.2g} % in each comparison, {self.rests_on} of {entry.impostors:,} impostor "
+            f"trials of {entry.trials}{uncertain})"
+        )
+
+    def _not_calibrated(self) -> str:
+        """Says where a threshold for another number of enrolment utterances is used."""
+        other = {count: entry.enrolments for count, entry in self.saved.items() if entry.enrolments != count}
+        if not other:
+            return ""
+        wanted = " ".join(map(str, other))
+        used = ", ".join(
+            f"for {_utterances(count)} the threshold of {nearest} is used" for count, nearest in other.items()
+        )
+        return (
+            f". Not calibrated: {used}; how many false accepts that lets through, and what the LLRs are worth, is not "
+            f"known. `mrl-redimnet calibrate --enrolments {wanted}` sets what is missing"
+        )
+
+
+def _utterances(count: int) -> str:
+    return f"{count} enrolled utterance{'' if count == 1 else 's'}"
 
 
 def verify(arguments) -> int:
@@ -71,13 +142,14 @@ def verify(arguments) -> int:
     system = System.load(arguments)
     dim = system.dim(arguments.dim)
     scorer = system.scorer(arguments)
-    judge = Judge.of(arguments, system, dim, scorer)
     enrol, test = ([str(path) for path in paths] for paths in (arguments.enrol, arguments.test))
     models = {"enrolment": list(dict.fromkeys(enrol))}
+    count = len(models["enrolment"])
+    judge = Judge.of(arguments, system, dim, scorer, [count])
     trials = Trials(np.zeros(len(test), np.int8), ["enrolment"] * len(test), test, models)  # labels are not used
     material = Material.load(system, [trials], Path())
     scores = material.scores(trials, dim, scorer)
-    accepted, llrs = judge(scores, material.seconds(trials) if judge.uses_seconds else None)
+    accepted, llrs = judge(scores, [count] * len(test), material.seconds(trials) if judge.uses_seconds else None)
     print(f"{_title(system, dim)}, {scorer}: {judge}.")
     for row, path in enumerate(test):
         told = "undecided" if accepted is None else "accepted" if accepted[row] else "rejected"
@@ -110,17 +182,18 @@ def identify(arguments):
     system = System.load(arguments)
     dim = system.dim(arguments.dim)
     scorer = make_scorer("cosine")
-    judge = Judge.of(arguments, system, dim, scorer)
+    names, counts = sorted(set(speakers)), Counter(speakers)
+    judge = Judge.of(arguments, system, dim, scorer, counts.values(), len(names))
     embeddings = embed_files(system.model, [*files, *tests.values()], progress="embedding")
     units = scorer.units(embeddings, dim, [*map(str, files), *map(str, tests.values())])
-    names = sorted(set(speakers))
     index = SpeakerIndex(names, speaker_means(units[: len(files)], speakers), short=min(64, dim))
     found, scores = index.search(units[len(files) :], k=min(arguments.top_k, len(names)))
     lengths = _lengths(speakers, files, tests) if judge.uses_seconds else None
     print(f"{_title(system, dim)}, {len(names)} enrolled speakers: {judge}.")
     for row, test in enumerate(tests):
         seconds = lengths and np.array([[lengths[name], lengths[tests[test]]] for name in found[row]])
-        accepted, llrs = judge(np.asarray(scores[row], dtype=np.float64), seconds)
+        enrolled = [counts[name] for name in found[row]]
+        accepted, _ = judge(np.asarray(scores[row], dtype=np.float64), enrolled, seconds)
         first = "unknown" if accepted is not None and not accepted[0] else found[row][0]
         ranked = ", ".join(f"{name} {value:.4f}" for name, value in zip(found[row], scores[row], strict=True))
         print(f"{first}\t{test}\t{ranked}")

@@ -56,8 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _function(run: str):
     """The function that MODULE:FUNCTION names, its module imported now."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # of reading and writing models
+    set_verbosity_error()  # its report on tensors that do not fit: our errors name them
     module, name = run.split(":")
     return getattr(importlib.import_module(module), name)

@@ -28,12 +28,17 @@ def _add_lists(parser: argparse.ArgumentParser):
 
 
 def _add_paths_of_lists(parser: argparse.ArgumentParser):
+    """What lists are read with; --enrolments is added by the commands, which differ in what it may be."""
     formats = CHOICES["trials.FORMATS"]
     parser.add_argument("--folder", type=Path, required=True, help="what the paths are relative to")
     parser.add_argument("--format", choices=["auto", *formats], default="auto", help="of the lists [by their lines]")
-    parser.add_argument("--enrolments", type=Path, metavar="FILE", help="`name path ...`: utterances of each enrolment")
     parser.add_argument("--suffix", help="replaces that of every path, such as .flac")
-    must_be_there(parser, trials=file, folder=folder, enrolments=file)
+    must_be_there(parser, trials=file, folder=folder)
+
+
+def _add_enrolments(parser: argparse.ArgumentParser):
+    parser.add_argument("--enrolments", type=Path, metavar="FILE", help="`name path ...`: utterances of each enrolment")
+    must_be_there(parser, enrolments=file)
 
 
 def add_evaluate(commands):
@@ -42,6 +47,7 @@ def add_evaluate(commands):
     )
     add_model(parser)
     _add_lists(parser)
+    _add_enrolments(parser)
     add_scoring(parser)
     add_thresholds(parser)
     parser.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
@@ -63,6 +69,14 @@ def add_calibrate(commands):
     parser = add_command(commands, "calibrate", help="a threshold per dimension, saved beside the model")
     add_model(parser)
     _add_lists(parser)
+    parser.add_argument(
+        "--enrolments",
+        nargs="+",
+        metavar="N|FILE",
+        default=["1"],
+        help="thresholds for 1, 2 ... averaged enrolment utterances, drawn among the list's by speaker, such as "
+        "`--enrolments 1 2 3` [1]; or a file as `evaluate` takes it: `name path ...`, utterances of each enrolment",
+    )
     add_scoring(parser)
     parser.add_argument("--dims", type=int, nargs="+", help="prefixes to calibrate [the model's own]")
     parser.add_argument(
@@ -82,6 +96,7 @@ def add_robustness(commands):
     parser.add_argument("model", help="path or Hub id")
     parser.add_argument("--trials", type=Path, required=True, help="a list such as `1|0 path path`, see --format")
     _add_paths_of_lists(parser)
+    _add_enrolments(parser)
     parser.add_argument("--adapter", help="path or Hub id of an adapter to put on the model")
     parser.add_argument("--dims", type=int, nargs="+", help="prefixes to report [the model's own]")
     add_grid(parser)
