@@ -33,7 +33,8 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
         **kwargs,
     ) -> BatchFeature:
         """raw_speech: one waveform or a list of them, each a mono array, tensor or list [samples] (or [1, samples]),
-        floating point in -1 .. 1, or int16/int32 (scaled); sampling_rate in Hz: pass it, a wrong one is refused.
+        floating point (any precision) in -1 .. 1, or int16/int32 (scaled to it); sampling_rate in Hz: pass it, a wrong
+        one is refused.
 
         `padding` and further arguments are those of SequenceFeatureExtractor.pad. Raises ValueError saying which
         waveform is wrong, how, and what to do.
@@ -57,7 +58,13 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
     def _checked(self, waveform, index: int) -> np.ndarray:
         """One waveform as float32 [samples]."""
         where = f"raw_speech[{index}]"
-        array = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)
+        if isinstance(waveform, torch.Tensor):
+            waveform = waveform.detach().cpu()
+            if waveform.is_floating_point():  # numpy has no bfloat16
+                waveform = waveform.float()
+            array = waveform.numpy()
+        else:
+            array = np.asarray(waveform)
         if array.ndim == 2 and 1 in array.shape:
             array = array.reshape(-1)
         if array.ndim != 1:
@@ -91,7 +98,10 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
             return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
         if array.size == 0 or np.issubdtype(array.dtype, np.floating):
             return array.astype(np.float32)
-        raise ValueError(f"{where}: dtype {array.dtype}, expected floating point, int16 or int32.")
+        raise ValueError(
+            f"{where}: dtype {array.dtype}, expected floating point, int16 or int32. Convert it: floating point in "
+            "-1 .. 1, or the 16-bit samples as they are."
+        )
 
 
 MRLReDimNetFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

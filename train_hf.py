@@ -40,7 +40,7 @@ from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, augmente
 from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
 from mrl_redimnet.curves import Record
 from mrl_redimnet.distillation import Teacher, similarity_loss
-from mrl_redimnet.evaluation import as_records, embed_files, format_table
+from mrl_redimnet.evaluation import as_records, embed_usable, format_table
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import recover_folder
 from mrl_redimnet.groups import format_groups
@@ -609,7 +609,8 @@ def averaged(run: Run) -> Iterator[None]:
 
 def training_embeddings(run: Run, model, most: int = ROTATION_UTTERANCES, longest: float | None = None) -> np.ndarray:
     """Embeddings of `most` drawn training utterances (cut to `longest` seconds), for the rotation, [N, D]."""
-    return embed_files(model, run.crops.sources(most, run.recipe.seed), progress="rotation", longest=longest)
+    sources = run.crops.sources(most, run.recipe.seed)
+    return embed_usable(model, sources, "training speech to rotate on", progress="rotation", longest=longest)
 
 
 def rotate_in_training(run: Run):

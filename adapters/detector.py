@@ -86,6 +86,8 @@ def features(waveform: ArrayLike) -> NDArray[np.float32]:
 
 def _checked(waveform: ArrayLike) -> NDArray[np.float32]:
     """The part that is listened to."""
+    if isinstance(waveform, torch.Tensor):
+        waveform = waveform.detach().cpu().float().numpy()
     wave = np.asarray(waveform, dtype=np.float32)
     if wave.ndim != 1:
         raise ValueError(f"waveform: shape {wave.shape}, expected one channel [samples].")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import power, write
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning
 from mrl_redimnet.augmentation import (
     AUGMENTATIONS,
     AddNoise,
@@ -32,8 +33,10 @@ from mrl_redimnet.augmentation import (
     make_augmentations,
     mix_at_snr,
 )
+from mrl_redimnet.batches import CropMaker, Problem
 from mrl_redimnet.codecs import CODECS
 from mrl_redimnet.domains import make_domain
+from mrl_redimnet.material import MaterialError
 
 VOXCELEB_RECIPE = """
 - kind: one_of
@@ -632,3 +635,49 @@ def test_every_kind_can_be_made_by_its_name_alone(sources):
         options = {"choices": [{"kind": "gain"}]} if kind == "one_of" else {}
         out = make_augmentations([{"kind": kind, **options}], sources)(crop, np.random.default_rng(0))
         assert out.shape == crop.shape and out.dtype == np.float32 and not np.array_equal(out, crop)
+
+
+# ---------------------------------------------------------------- material that cannot be read
+
+
+def test_noise_that_cannot_be_read_is_told_at_the_start_as_noise(tmp_path):
+    write(tmp_path / "noise/good.wav", np.random.default_rng(0).standard_normal(16_000))
+    for name in ("bad.wav", "worse.wav"):
+        (tmp_path / "noise" / name).write_text("no audio")
+    with pytest.warns(AudioWarning, match="noise folder: 2 of 3 files cannot be used: .*bad.wav .*They are left out"):
+        noise = AddNoise(tmp_path / "noise", probability=1.0)
+    assert noise.files == [str(tmp_path / "noise/good.wav")]
+    (tmp_path / "noise/good.wav").unlink()
+    with pytest.raises(AudioError, match="noise folder: 2 of 2 files cannot be used"):
+        AddNoise(tmp_path / "noise")
+
+
+def test_noise_with_a_damaged_body_is_never_the_speechs_problem(tmp_path):
+    """Its header is good, so that only a draw shows it: another one is drawn, always the same."""
+    rng = np.random.default_rng(0)
+    for name in ("bad", "good"):
+        soundfile.write(tmp_path / f"{name}.flac", 0.1 * rng.standard_normal(64_000), SAMPLING_RATE)
+    content = (tmp_path / "bad.flac").read_bytes()
+    (tmp_path / "bad.flac").write_bytes(content[: len(content) // 4])
+    speech = write(tmp_path / "speech/a.wav", 0.1 * rng.standard_normal(32_000))
+    maker = CropMaker(1, augment=lambda crop, rng, strength: AddNoise(tmp_path, probability=1.0)(crop, rng))
+    with pytest.warns(AudioWarning, match="noise: .*bad.flac .*Another one is used"):
+        crops = [maker.make(str(speech), 2.0, 0, np.random.default_rng(seed), 1.0) for seed in range(8)]
+    assert all(isinstance(crop, dict) for crop in crops)
+    with pytest.warns(AudioWarning):
+        again = [maker.make(str(speech), 2.0, 0, np.random.default_rng(seed), 1.0) for seed in range(8)]
+    assert all(np.array_equal(one["input_values"], two["input_values"]) for one, two in zip(crops, again, strict=True))
+
+
+def test_material_that_cannot_be_read_at_all_ends_the_run_as_what_it_is(tmp_path):
+    speech = write(tmp_path / "speech/a.wav", 0.1 * np.ones(32_000))
+    talkers = FileTalkers([str(tmp_path / "gone.wav")])
+    maker = CropMaker(1, augment=lambda crop, rng, strength: Babble(talkers)(crop, rng))
+    with pytest.warns(AudioWarning), pytest.raises(MaterialError, match="speech for babble: 21 draws .*gone.wav"):
+        maker.make(str(speech), 2.0, 0, np.random.default_rng(0), 1.0)
+
+
+def test_a_crop_of_digital_silence_is_a_problem_of_its_file(tmp_path):
+    speech = write(tmp_path / "speech/a.wav", np.zeros(32_000))
+    problem = CropMaker(1).make(str(speech), 2.0, 0, np.random.default_rng(0), 1.0)
+    assert isinstance(problem, Problem) and problem.path == str(speech) and "a.wav is silent" in problem.reason

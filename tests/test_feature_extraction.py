@@ -125,3 +125,25 @@ def test_through_the_model(extractor, model):
         together = model(**extractor(utterances, sampling_rate=RATE)).embeddings
         for row, utterance in zip(together, utterances, strict=True):
             assert relative_error(row, model(utterance[None]).embeddings[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float64", "int16", "int32"])
+@pytest.mark.parametrize("form", [lambda wave: wave, lambda wave: wave[None], lambda wave: wave.requires_grad_()])
+def test_every_precision_is_the_same_waveform(extractor, kind, form):
+    (wave,) = waves(4_800)
+    wave = 0.1 * wave / wave.abs().max()
+    expected = extractor(wave, sampling_rate=RATE)["input_values"]
+    scale = {"int16": 2**15, "int32": 2**31}.get(kind, 1)
+    given = (wave.double() * scale).to(getattr(torch, kind))
+    if given.is_floating_point():
+        given = form(given)
+    tolerance = {"bfloat16": 1e-3, "float16": 1e-4, "int16": 1e-4}.get(kind, 1e-6)
+    torch.testing.assert_close(extractor(given, sampling_rate=RATE)["input_values"], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_other_kinds_of_numbers_are_refused_in_one_sentence(extractor, kind):
+    with pytest.raises(
+        ValueError, match=r"raw_speech\[0\]: dtype \w+, expected floating point, int16 or int32. Convert"
+    ):
+        extractor(torch.ones(4_800).to(kind), sampling_rate=RATE)

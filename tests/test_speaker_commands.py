@@ -284,7 +284,7 @@ def test_identify_needs_folders_of_speakers(folder, enrolled, tests, tmp_path, c
     shutil.copy(tests / "id0/0.wav", enrolled / "loose.wav")
     assert "loose.wav lies in no speaker's folder" in refusal(capsys, *arguments, enrolled)
     (enrolled / "loose.wav").unlink()
-    assert "k: got 0, expected 1 to the 3 enrolled" in refusal(capsys, *arguments, enrolled, "--top-k", 0)
+    assert "--top-k: got 0, expected at least 1" in refusal(capsys, *arguments, enrolled, "--top-k", 0)
     assert "TEST: no file or folder" in refusal(
         capsys, "identify", folder, "--enrolled", enrolled, "--test", tmp_path / "x"
     )

@@ -6,13 +6,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import TINY, tiny_config, tiny_model, waves
 from huggingface_hub import HfApi
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet import tasks
-from mrl_redimnet.audio import read_audio
+from mrl_redimnet.audio import AudioError, read_audio
 from mrl_redimnet.batches import CropDataset, CropMaker
 from mrl_redimnet.corpus import SpeakerTable, load_corpus
 from mrl_redimnet.domains import Noisy, Telephony, simulate
@@ -732,3 +733,64 @@ def test_a_test_without_usable_speech_is_refused_before_training(root, speech, l
 def test_a_label_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "labels.csv").write_text("speaker,gender\na,f\n", encoding="utf-8-sig")
     assert tasks.read_labels(tmp_path / "labels.csv", "gender", "speaker") == {"a": "f"}
+
+
+# ---------------------------------------------------------------- bad files, and paths that lead elsewhere
+
+
+def damaged(path: Path):
+    """A good header, and a body that does not decode."""
+    wave, rate = soundfile.read(path)
+    soundfile.write(path, np.tile(wave, 20), rate, format="FLAC")
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+@pytest.fixture
+def spoilt(root, tmp_path, monkeypatch):
+    """The training folder with one file of each speaker whose body is damaged."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = Path(shutil.copytree(root / "train", tmp_path / "train"))
+    for speaker in sorted((folder / "wav").iterdir()):
+        damaged(sorted(speaker.rglob("*.wav"))[0])
+    return folder
+
+
+def test_a_damaged_development_file_is_told_once_and_its_trials_left_out(spoilt, recipe, capsys):
+    task = make_task(recipe(train=str(spoilt), max_problem_share=0.5), load_corpus(spoilt))
+    test, model = task.development["development"], tiny_model(kind=MRLReDimNetForXVector)
+    rows = task.evaluate(model, test)
+    printed = capsys.readouterr().out
+    assert "2 of " in printed and "files cannot be used" in printed and printed.count("\n") == 1
+    lost = {path for path in test.trials.utterances if f"{path} cannot" in printed.replace(str(test.folder) + "/", "")}
+    assert len(lost) == 2
+    problems = {}
+    assert evaluate_trials(model, test.trials, test.folder, problems=problems) == rows and set(problems) == lost
+    assert task.evaluate(model, test) == rows and capsys.readouterr().out == ""
+    with pytest.raises(AudioError, match="cannot be read as audio"):
+        evaluate_trials(model, test.trials, test.folder)
+
+
+def test_too_many_damaged_development_files_end_the_run_with_the_reason(spoilt, recipe):
+    task = make_task(recipe(train=str(spoilt), max_problem_share=0.01), load_corpus(spoilt))
+    with pytest.raises(ValueError, match="files cannot be used .* At most 1 % may be unusable"):
+        task.evaluate(tiny_model(kind=MRLReDimNetForXVector), task.development["development"])
+
+
+def test_a_damaged_labelled_file_is_left_out(spoilt, labelled, capsys):
+    corpus = load_corpus(spoilt)
+    settings = labelled({name: "fm"[i % 2] for i, name in enumerate(sorted(set(corpus["speaker"])))})
+    settings.train, settings.max_problem_share = str(spoilt), 0.5
+    task = make_task(settings, corpus)
+    model = tiny_model(tiny_config(num_labels=2), kind=MRLReDimNetForSequenceClassification)
+    (row,) = task.evaluate(model, task.development["development"])
+    assert 0 <= row.value <= 1 and "files cannot be used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["/tmp/x.wav", "../x.wav", "a/../../x.wav", "", ".", "a/\0.wav", "C:\\x.wav"])
+def test_paths_of_data_are_no_places_to_write_elsewhere(recipe, tmp_path, path):
+    rows = {"audio": [{"bytes": b"ssh-rsa", "path": "x.wav"}], "path": [path]}
+    corpus = datasets.Dataset.from_dict(rows)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="does not name a file below .*development, and nothing is written elsewhere"):
+        tasks.development_folder(corpus, recipe())
+    assert sorted(tmp_path.rglob("*")) == before

@@ -21,7 +21,7 @@ import numpy as np
 
 from mrl_redimnet.audio import SAMPLING_RATE, audio_info, read_audio
 from mrl_redimnet.codecs import CODECS, band_limited, through_codec
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.material import draw_readable, usable_files
 from mrl_redimnet.rooms import RoomBank, reverberate
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -45,11 +45,12 @@ class Recordings:
     """Audio files to draw stretches from. Of a long file only the stretch is decoded.
 
     files: paths of audio files. seconds: their lengths where they are known, else each file's header tells when it is
-    first drawn. Raises ValueError for no files; `draw` raises AudioError for one that cannot be read.
+    first drawn. what: they are, for messages. Raises ValueError for no files.
     """
 
     files: Sequence[str]
     seconds: Sequence[float] | None = None
+    what: str = "recording"
     _lengths: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -59,7 +60,14 @@ class Recordings:
             raise ValueError(f"seconds: got {len(self.seconds):,}, expected one for each of {len(self.files):,} files.")
 
     def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
-        """[samples] float32: a drawn stretch of a drawn file, each as often; a shorter file repeated, see `fitted`."""
+        """[samples] float32: a drawn stretch of a drawn file, each as often; a shorter file repeated, see `fitted`.
+
+        A file that cannot be read is told once, as what it is, and another one drawn; `OTHER_DRAWS` in a row raise
+        MaterialError.
+        """
+        return draw_readable(lambda: self._stretch(rng, samples), self.what)
+
+    def _stretch(self, rng: np.random.Generator, samples: int) -> np.ndarray:
         index = int(rng.integers(len(self.files)))
         length = self._length(index)
         if length <= max(samples, _SHORT_SECONDS * SAMPLING_RATE):
@@ -79,8 +87,11 @@ class Recordings:
         return self._lengths[index]
 
 
+@dataclass
 class FileTalkers(Recordings):
     """Talkers for babble from files of speech, one talker each."""
+
+    what: str = "speech for babble"
 
 
 def fitted(audio: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -113,13 +124,14 @@ class AddNoise:
     """Adds a stretch of a drawn noise file at a drawn signal-to-noise ratio, with some probability.
 
     folder: noise files, at any depth. snr: [low, high] in dB, drawn uniformly; a ratio of powers over the crop.
-    Raises FileNotFoundError for a folder that is missing or without audio.
+    Files whose headers cannot be read are told and left out. Raises FileNotFoundError for a folder that is missing or
+    without audio, AudioError where none of it can be read.
     """
 
     def __init__(self, folder: str | Path, snr: tuple[float, float] = (0.0, 15.0), probability: float = 0.6):
-        self.files = _audio_files(folder, "noise folder")
+        self.files = usable_files(folder, "noise folder")
         self.snr, self.probability = snr, probability
-        self._recordings = Recordings(self.files)
+        self._recordings = Recordings(self.files, what="noise")
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """crop [samples] float32 -> the same with noise, by the generator's draws."""
@@ -396,7 +408,7 @@ def _make_babble(
     talkers = sources.talkers
     if folder is not None:
         part = Path(folder) / "speech"
-        talkers = FileTalkers(_audio_files(part if part.is_dir() else folder, "folder"))
+        talkers = FileTalkers(usable_files(part if part.is_dir() else folder, "folder"))
     if talkers is None:
         raise ValueError(
             "folder: there is no training speech to draw talkers from; give this entry a folder of speech."
@@ -465,12 +477,3 @@ def _first_given(folder: str | Path | None, setting: str | Path | None, what: st
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(known)}."
-
-
-def _audio_files(folder: str | Path, name: str) -> list[str]:
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{name}: {folder} is not a folder.")
-    files = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"{name}: no audio ({', '.join(AUDIO_SUFFIXES)}) below {folder}.")
-    return files

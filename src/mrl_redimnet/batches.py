@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 from torchaudio.transforms import Resample
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, read_audio
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, name_of, read_audio
 from mrl_redimnet.augmentation import Chain, InDomain, fitted
 from mrl_redimnet.corpus import SpeakerTable, audio_source, labels_of, seconds_of
+from mrl_redimnet.material import MaterialError, draw_readable
 
 SAMPLERS = ("speaker", "utterance")
 
@@ -65,8 +66,14 @@ class CropMaker:
         speed = self.draw_speed(rng) if speed is None else speed
         try:
             crop = self._crop(source, utterance_seconds, self.speeds[speed], rng, seconds)
+            if not crop.any():
+                raise AudioError(
+                    f"{name_of(source)} is silent where a crop was drawn from: leave it out if all of it is"
+                )
             if self.augment is not None:
                 crop = self.augment(crop, rng, strength)
+        except MaterialError:  # of what the crop is augmented with: not this utterance's fault
+            raise
         except AudioError as error:
             return Problem(getattr(source, "name", source), str(error))
         label = speaker + speed * self.speakers
@@ -104,7 +111,11 @@ class CorpusTalkers:
         self._seconds = seconds_of(self.corpus).astype(np.float32)
 
     def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
-        """`samples` of a drawn utterance, from a drawn place, float32; a shorter one is repeated."""
+        """`samples` of a drawn utterance, from a drawn place, float32; a shorter one is repeated, another one drawn for
+        one that cannot be read."""
+        return draw_readable(lambda: self._stretch(rng, samples), "training speech for babble")
+
+    def _stretch(self, rng: np.random.Generator, samples: int) -> np.ndarray:
         row, wanted = int(rng.integers(len(self.corpus))), samples / SAMPLING_RATE
         start = rng.uniform(0, max(0.0, float(self._seconds[row]) - wanted))
         return fitted(read_audio(audio_source(self.corpus, row), start=start, seconds=wanted), samples, rng)

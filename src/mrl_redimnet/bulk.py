@@ -38,6 +38,8 @@ from mrl_redimnet.audio import SAMPLING_RATE, Encoded, name_of, read_audio
 from mrl_redimnet.bulk_inputs import Inputs, Utterance
 from mrl_redimnet.evaluation import BATCH_SECONDS, _length_batches, _Waveforms
 from mrl_redimnet.folders import replace_file
+from mrl_redimnet.levels import refuse_silence
+from mrl_redimnet.scan import is_text, printable
 from mrl_redimnet.systems import System
 
 STORAGES = {"float32": np.float32, "float16": np.float16}
@@ -102,13 +104,19 @@ class _Sources(_Waveforms):
     def _attempt(self, row: int, step: Callable):
         try:
             source = self.files[row]
+            if not is_text(name_of(source)):
+                raise ValueError("its name is not UTF-8 text: rename it")
             if isinstance(source, str) and "://" in source:
                 with fsspec.open(source, "rb") as file:
                     self.files[row] = Encoded(source, file.read())
             return super()._attempt(row, step)
-        except OSError as error:
-            self.problems[row] = f"{name_of(self.files[row])}: {error}"
+        except (OSError, ValueError, ImportError) as error:  # ImportError: of a store that fsspec needs a package for
+            self.problems[row] = f"{printable(name_of(self.files[row]))}: {error}"
             return None
+
+
+def _read(source: str | Encoded) -> np.ndarray:
+    return refuse_silence(source, read_audio(source))
 
 
 def batches_of(
@@ -120,8 +128,9 @@ def batches_of(
     """
     places = [(task.key, row) for task in tasks for row in range(len(task.utterances))]
     ids = [utterance.id for task in tasks for utterance in task.utterances]
-    sources = _Sources([each.source for task in tasks for each in task.utterances], read_audio, extractor, None, True)
-    paths = [name_of(source) for source in sources.files]
+    files = [each.source for task in tasks for each in task.utterances]
+    sources = _Sources(files, _read, extractor, None, True)
+    paths = [name if is_text(name) else printable(name) for name in map(name_of, files)]
     for rows in _length_batches(sources.seconds(), batch_seconds):
         waves = {row: wave for row in rows if (wave := sources.wave(row)) is not None}
         if waves:

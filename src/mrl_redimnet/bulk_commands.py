@@ -14,6 +14,7 @@ from mrl_redimnet.bulk import Extraction, Process, Report, embed_corpus, read_em
 from mrl_redimnet.bulk_inputs import Inputs
 from mrl_redimnet.evaluation import LISTED
 from mrl_redimnet.folders import replace_file
+from mrl_redimnet.scan import printable
 from mrl_redimnet.systems import System, check_output
 
 # By these accelerate learns of other processes.
@@ -41,7 +42,7 @@ def embed(arguments) -> int:
     write = _to_file if single_file else _to_folder
     report = write(system, inputs, arguments.out, how, process)
     for problem in report.problems[:LISTED]:
-        print(f"Left out: {problem.id}: {problem.reason}", file=sys.stderr)
+        print(f"Left out: {printable(problem.id)}: {printable(problem.reason)}", file=sys.stderr)
     if len(report.problems) > LISTED:
         print(f"and {len(report.problems) - LISTED} more.", file=sys.stderr)
     print(_summary(report, system, how, arguments, process))

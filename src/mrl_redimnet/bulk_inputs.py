@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mrl_redimnet.audio import Encoded
-from mrl_redimnet.corpus import AUDIO_SUFFIXES, Columns, _walk, dataset_arguments, source_of
+from mrl_redimnet.corpus import Columns, dataset_arguments, is_remote, source_of
+from mrl_redimnet.folders import text_lines
+from mrl_redimnet.scan import AUDIO_SUFFIXES, LeftOut, is_hidden, is_text, printable, suffix_of, walk
 from mrl_redimnet.streaming import _open
 
 MANIFESTS = {".csv": ",", ".tsv": "\t", ".txt": None, ".lst": None}  # what separates columns; None: a path on each line
@@ -68,9 +70,9 @@ class Listing:
         """From (id, path)."""
         pairs, ids, paths = iter(pairs), [], []
         while some := list(islice(pairs, _ROWS)):
-            for column, values in zip((ids, paths), zip(*some, strict=True), strict=True):
-                column.append(pa.array(values, pa.large_string()))
-        return cls(*(pa.chunked_array(column, pa.large_string()) for column in (ids, paths)))
+            ids.append(pa.array([_id(name) for name, _ in some], pa.large_string()))
+            paths.append(pa.array([os.fsencode(path) for _, path in some], pa.large_binary()))
+        return cls(pa.chunked_array(ids, pa.large_string()), pa.chunked_array(paths, pa.large_binary()))
 
     def known_ids(self) -> pa.ChunkedArray:
         return self.ids
@@ -78,16 +80,25 @@ class Listing:
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
         for block in filter(wanted, range(-(-len(self.ids) // size))):
             ids, paths = (column.slice(block * size, size).to_pylist() for column in (self.ids, self.paths))
-            yield block, [Utterance(*pair) for pair in zip(ids, paths, strict=True)]
+            yield block, [Utterance(name, os.fsdecode(path)) for name, path in zip(ids, paths, strict=True)]
+
+
+def _id(name: str) -> str:
+    """A name as a table can hold it."""
+    return name if is_text(name) else printable(name)
 
 
 def _files_below(folder: str) -> Iterator[tuple[str, str]]:
     """(path relative to the folder, path) of its audio, sorted. FileNotFoundError where there is nothing to embed."""
-    found = ((path, f"{folder.rstrip('/')}/{path}") for path in _walk(Path(folder)))
+    left_out, archives = LeftOut(), _archives(folder)
+    found = ((path, f"{folder.rstrip('/')}/{path}") for path in walk(folder, left_out=left_out))
     first = next(found, None)
-    if first is None and not _archives(folder):
+    if first is None and not archives:
         raise FileNotFoundError(f"0 audio files ({', '.join(AUDIO_SUFFIXES)}), no *.parquet and no *.tar in {folder}.")
     yield from chain([] if first is None else [first], found)
+    left_out.suffixes.subtract(map(suffix_of, archives))
+    left_out.suffixes = +left_out.suffixes
+    left_out.warn(folder)
 
 
 def read_manifest(file: str | os.PathLike, folder: str | None = None) -> Iterator[tuple[str, str]]:
@@ -99,20 +110,22 @@ def read_manifest(file: str | os.PathLike, folder: str | None = None) -> Iterato
     """
     folder = os.path.dirname(os.fspath(file)) if folder is None else folder
     separator = MANIFESTS[Path(file).suffix.lower()]
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        if separator is None:
-            rows = ((number, {"path": line.strip()}) for number, line in enumerate(lines, 1) if line.strip())
-        else:
-            table = csv.DictReader(lines, delimiter=separator)
-            if "path" not in (table.fieldnames or ()):
-                there = ", ".join(table.fieldnames or ())
-                raise ValueError(f"{file}: no column is called path; the first line has {there or 'nothing'}")
-            rows = ((table.line_num, row) for row in table)
+    if separator is None:
+        rows = ((number, {"path": line.strip()}) for number, line in enumerate(text_lines(file), 1) if line.strip())
+    else:
+        table = csv.DictReader(text_lines(file), delimiter=separator)
+        if "path" not in (table.fieldnames or ()):
+            there = ", ".join(table.fieldnames or ())
+            raise ValueError(f"{file}: no column is called path; the first line has {there or 'nothing'}")
+        rows = ((table.line_num, row) for row in table)
+    try:
         for number, row in rows:
             path, name = row["path"], row.get("id", row["path"])
             if not path or not name:
                 raise ValueError(f"{file}, line {number}: the {'path' if not path else 'id'} is empty")
             yield name, path if "://" in path else os.path.join(folder, path)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {table.line_num}: {error}: a quotation mark without its end?") from error
 
 
 # ---------------------------------------------------------------- archives
@@ -133,16 +146,25 @@ class Archive:
         """The names are between the audio."""
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
-        stem, seen = self.url.rsplit("/", 1)[-1], set()
+        stem, seen, left_out = self.url.rsplit("/", 1)[-1], set(), LeftOut()
 
         def audio(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
             for entry in archive:
-                if entry.isfile() and entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    name = f"{stem}/{entry.name.removeprefix('./')}"
+                if entry.isdir():
+                    continue
+                if is_hidden(entry.name):
+                    left_out.hidden += 1
+                elif not entry.name.lower().endswith(AUDIO_SUFFIXES):
+                    left_out.suffixes[suffix_of(entry.name)] += 1
+                elif not entry.isfile():
+                    left_out.others.append(f"{printable(entry.name)}: a link, a pipe or a device")
+                else:
+                    name = _id(f"{stem}/{entry.name.removeprefix('./')}")
                     if name in seen:
                         raise ValueError(f"{self.url} holds {entry.name} twice: make it again, with each file once")
                     seen.add(name)
                     yield name, entry
+            left_out.warn(self.url)
 
         try:
             with fsspec.open(self.url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
@@ -186,6 +208,7 @@ class Table:
     number: int
     count: int
     ids: pa.ChunkedArray | None = None
+    remote: bool = False
     sequential: bool = True
 
     @property
@@ -202,7 +225,8 @@ class Table:
             rows = len(table)
             if wanted(block):
                 audio, ids = table.column(self.audio), self._ids(table, block * size)
-                yield block, [Utterance(name, source_of(audio[row].as_py())) for row, name in enumerate(ids)]
+                sources = (source_of(value, self.remote) for value in audio.to_pylist())
+                yield block, [Utterance(name, source) for name, source in zip(ids, sources, strict=True)]
         if rows == size and wanted(block + 1):
             yield block + 1, []
 
@@ -231,7 +255,8 @@ def _tables(source: str, split: str | None, columns: dict[str, str] | None) -> l
         if list(paths.features) == [used.path]:  # else reading them would mean reading the audio
             ids = [_column_of(paths.shard(count, number)) for number in range(count)]
     data = data.select_columns(needed).with_format("arrow")
-    return [Table(source, data, used.audio, used.path, number, count, ids[number]) for number in range(count)]
+    remote = saved is None and is_remote(source)
+    return [Table(source, data, used.audio, used.path, number, count, ids[number], remote) for number in range(count)]
 
 
 def _is_saved(folder: str) -> bool:
@@ -358,4 +383,5 @@ def _archives(source: str) -> list[str]:
         return found if "://" in source else [url.removeprefix("file://") for url in found]
     if not os.path.isdir(source):
         return []
-    return sorted(os.path.join(source, name) for name in os.listdir(source) if name.endswith(ARCHIVES))
+    found = (name for name in os.listdir(source) if name.endswith(ARCHIVES) and not is_hidden(name))
+    return sorted(os.path.join(source, name) for name in found)

@@ -21,8 +21,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from huggingface_hub import constants
 
 from mrl_redimnet.audio import AudioError, Encoded, audio_info
+from mrl_redimnet.scan import AUDIO_SUFFIXES, LeftOut, is_text, printable, walk
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
 # CN-Celeb's files are called GENRE-SESSION-UTTERANCE.flac: singing-01-001.flac is of the session singing-01.
@@ -33,7 +35,6 @@ LAYOUTS = {
     "cnceleb2": "speaker/session-utterance",  # CN-Celeb2_flac/data/id10000/singing-01-001.flac
     "voxblink2": "speaker/session/utterance",  # id000000/DwgYRqnQZHM/00000.wav
 }
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus")
 # The folders between a corpus's root and its speakers: VoxCeleb1 unpacks to wav/, VoxCeleb2 to aac/, CN-Celeb to data/.
 _INNER_FOLDERS = frozenset({"wav", "aac", "m4a", "flac", "data"})
 # What one process scans at a time: enough pieces for any num_proc.
@@ -73,11 +74,11 @@ def load_corpus(
     Of a folder: `source` holds the speakers' folders, or holds them in one folder named wav, aac, m4a, flac or data.
     `layout` is a name in LAYOUTS, or names the parts of a path from there on: `speaker` and (last) `utterance` must be
     there, `session` may, `*` is any folder. The last part may join names by "-" or "_" ("session-utterance"): the
-    file's name is then cut at the last of these. Without a session every utterance is its own. Files without an audio
-    suffix are ignored. Every file's header is read once, in `num_proc` processes (None: one for each processor core,
-    where there are many files); the result is cached in `cache_dir`
-    (None: the Hugging Face cache) under a fingerprint of all paths, sizes and modification times, so a changed folder
-    is read anew.
+    file's name is then cut at the last of these. Without a session every utterance is its own. Which files are audio,
+    and what is done with links and hidden files, is said in `mrl_redimnet.scan`. Every file's header is read once, in
+    `num_proc` processes (None: one for each processor core, where there are many files); the result is cached in
+    `cache_dir` (None: the Hugging Face cache) under a fingerprint of all paths, sizes and modification times, so a
+    changed folder is read anew.
 
     Of parquet and Hub data: `columns` says which column is the audio, speaker, session, path or seconds ({"speaker":
     "who"}) where the usual names do not find it; audio and speaker must be there. The data is copied to the cache
@@ -89,7 +90,7 @@ def load_corpus(
     cache = None if cache_dir is None else os.fspath(cache_dir)
     tables = load_tables(source, cache_dir=cache, num_proc=num_proc)
     if tables is not None:
-        return _uniform(tables, columns, num_proc)
+        return _uniform(tables, columns, num_proc, is_remote(source), cache)
     layout = layout_of(layout)
     manifest = _find_utterances(Path(os.path.abspath(source)), layout)
     builder = SpeechFolder(
@@ -108,15 +109,51 @@ def audio_source(dataset: datasets.Dataset, row: int) -> str | Encoded:
     return source_of(dataset[int(row)]["audio"])
 
 
-def source_of(audio: dict | bytes | str) -> str | Encoded:
-    """One value of an audio column as a data set stores it ({"bytes", "path"}, or either) as a source of audio."""
+def source_of(audio: dict | bytes | str | None, remote: bool = False) -> str | Encoded:
+    """One value of an audio column as a data set stores it ({"bytes", "path"}, or either) as a source of audio.
+
+    remote: the data comes from elsewhere, so a path that it names without bytes must be a URL or lie in the caches of
+    `datasets` and the Hub. A row without audio, or with such a path, gives a source whose reading raises AudioError.
+    """
+    data, path = (audio["bytes"], audio["path"]) if isinstance(audio, dict) else (audio, None)
     if isinstance(audio, str):
-        return audio
-    if isinstance(audio, bytes):
-        return Encoded("audio", audio)
-    if audio["bytes"] is None:
-        return audio["path"]
-    return Encoded(audio["path"] or "audio", audio["bytes"])
+        data, path = None, audio
+    if data is not None:
+        return Encoded(path or "audio", data)
+    if path is None:
+        return Encoded("audio", b"", "is missing: the data set's row holds none")
+    if remote and "://" not in path and not _is_cached(path):
+        return Encoded(path, b"", "is named by the data set, but is no part of it: files of this machine are not read")
+    return path
+
+
+def _is_cached(path: str, cache_dir: str | None = None) -> bool:
+    roots = (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE, cache_dir)
+    real = os.path.realpath(path)
+    return any(real.startswith(os.path.realpath(root) + os.sep) for root in roots if root is not None)
+
+
+def is_remote(source: str | os.PathLike) -> bool:
+    """Whether a source of tables is a store or the Hub, not parquet files of this machine."""
+    arguments = dataset_arguments(source)
+    return "://" in os.fspath(source) or (arguments is not None and arguments["path"] != "parquet")
+
+
+def _strays(data: datasets.Dataset, column: str, cache_dir: str | None) -> set[int]:
+    """Rows of remote data whose audio is only a path that is no part of the data."""
+    found, first = set(), 0
+    for block in blocks_of(data, column):
+        if pa.types.is_struct(block.type):
+            bare = pc.and_(pc.is_null(block.field("bytes")), pc.is_valid(block.field("path")))
+        else:
+            bare = pc.is_valid(block) if pa.types.is_string(block.type) else pa.array([False] * len(block))
+        for row in np.flatnonzero(bare.to_numpy(zero_copy_only=False)).tolist():
+            value = block[row].as_py()
+            path = value["path"] if isinstance(value, dict) else value
+            if "://" not in path and not _is_cached(path, cache_dir):
+                found.add(first + row)
+        first += len(block)
+    return found
 
 
 def labels_of(dataset: datasets.Dataset, speakers: "SpeakerTable") -> np.ndarray:
@@ -248,13 +285,16 @@ def speaker_names(feature) -> list[str] | None:
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def row_facts(row: dict, columns: Columns, names: list[str] | None, number: int) -> dict:
+def row_facts(row: dict, columns: Columns, names: list[str] | None, number: int, stray: bool = False) -> dict:
     """`path`, `speaker`, `session`, `seconds` and `problem` of one row of foreign data, as `load_corpus` gives them.
 
     number: of the row, for a path where there is none; such a path begins with the speaker, as trial lists want it.
+    stray: its audio is a file that is no part of the data, see `source_of`.
     """
     speaker = row[columns.speaker]
     problem = "" if speaker is not None else f"no {columns.speaker} is given"
+    if stray:
+        problem = "the data set names a file of this machine as its audio, which is not read"
     if names is not None and speaker is not None:
         speaker = names[speaker]
     speaker = "" if speaker is None else str(speaker)
@@ -266,7 +306,9 @@ def row_facts(row: dict, columns: Columns, names: list[str] | None, number: int)
     if "/" not in path:
         path = f"{speaker}/{path}"
     seconds = row[columns.seconds] if columns.seconds is not None else None
-    if seconds is None:
+    if seconds is None and stray:
+        seconds = 0.0
+    elif seconds is None:
         seconds = 0.0
         try:
             seconds = audio_info(source_of(row[columns.audio])).seconds
@@ -276,7 +318,13 @@ def row_facts(row: dict, columns: Columns, names: list[str] | None, number: int)
     return {"path": path, "speaker": speaker, "session": session, "seconds": float(seconds), "problem": problem}
 
 
-def _uniform(data: datasets.Dataset, given: dict[str, str] | None, num_proc: int | None) -> datasets.Dataset:
+def _uniform(
+    data: datasets.Dataset,
+    given: dict[str, str] | None,
+    num_proc: int | None,
+    remote: bool,
+    cache_dir: str | None,
+) -> datasets.Dataset:
     """Parquet or Hub data with the columns of `load_corpus`; the audio stays where it is, the rest is written anew."""
     columns = Columns.find(data.features, given)
     names = speaker_names(data.features[columns.speaker])
@@ -289,6 +337,7 @@ def _uniform(data: datasets.Dataset, given: dict[str, str] | None, num_proc: int
         data = data.cast_column(columns.audio, datasets.Audio(decode=False))
         needed.append(columns.audio)
     needed = list(dict.fromkeys(name for name in needed if name is not None))
+    strays = _strays(audio, "audio", cache_dir) if remote else set()
     facts = data.select_columns(needed).map(
         _facts_of_batch,
         with_indices=True,
@@ -296,16 +345,18 @@ def _uniform(data: datasets.Dataset, given: dict[str, str] | None, num_proc: int
         batch_size=100,
         remove_columns=needed,
         features=_FACTS,
-        fn_kwargs={"columns": columns, "names": names},
+        fn_kwargs={"columns": columns, "names": names, "strays": strays},
         num_proc=_processes(num_proc, len(data)) if columns.seconds is None else num_proc,
         desc="Reading headers" if columns.seconds is None else "Reading columns",
     )
     return datasets.concatenate_datasets([audio, facts], axis=1)
 
 
-def _facts_of_batch(batch: dict[str, list], numbers: list[int], columns: Columns, names: list[str] | None) -> dict:
+def _facts_of_batch(
+    batch: dict[str, list], numbers: list[int], columns: Columns, names: list[str] | None, strays: set[int]
+) -> dict:
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    facts = [row_facts(row, columns, names, number) for row, number in zip(rows, numbers, strict=True)]
+    facts = [row_facts(row, columns, names, n, n in strays) for row, n in zip(rows, numbers, strict=True)]
     return {key: [fact[key] for fact in facts] for key in _FACTS}
 
 
@@ -327,7 +378,7 @@ class SpeechFolderConfig(datasets.BuilderConfig):
 class SpeechFolder(datasets.GeneratorBasedBuilder):
     """Builder behind `load_corpus`. Its only split is called train, whatever the folder is used for."""
 
-    VERSION = datasets.Version("1.0.0")  # to be raised when the rows change, else old caches stay in use
+    VERSION = datasets.Version("1.1.0")  # to be raised when the rows change, else old caches stay in use
     BUILDER_CONFIG_CLASS = SpeechFolderConfig
 
     def _info(self) -> datasets.DatasetInfo:
@@ -345,12 +396,17 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, shards: list[list[str]]) -> Iterator[tuple[str, dict]]:
         parse = path_parser(self.config.layout)
-        for path in (path for shard in shards for top in shard for path in _walk(Path(self.config.folder), top)):
+        for path in (path for shard in shards for top in shard for path in walk(self.config.folder, top)):
             absolute = os.path.join(self.config.folder, path)
-            try:
-                seconds, problem = audio_info(absolute).seconds, ""
-            except AudioError as error:
-                seconds, problem = 0.0, str(error)
+            seconds, problem = 0.0, ""
+            if not is_text(path):  # no table can hold it
+                path, absolute = printable(path), printable(absolute)
+                problem = f"{absolute}: its name is not UTF-8 text: rename it"
+            else:
+                try:
+                    seconds = audio_info(absolute).seconds
+                except AudioError as error:
+                    problem = str(error)
             speaker, session = parse(path)
             facts = {"path": path, "speaker": speaker, "session": session, "seconds": seconds, "problem": problem}
             yield path, {"audio": {"path": absolute, "bytes": None}, **facts}
@@ -375,12 +431,12 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
     if not root.is_dir():
         raise ValueError(f"{root} is a file: give the folder that holds the speakers' folders, or parquet files")
     tops, total, wrong, first = [], 0, 0, []
-    digest = hashlib.sha256()
-    for path in _walk(root):
+    digest, left_out = hashlib.sha256(), LeftOut()
+    for path in walk(root, left_out=left_out):
         total += 1
         if parse(path) is None:
             wrong += 1
-            first = [*first, path][:3]
+            first = [*first, printable(path)][:3]
         if not tops or tops[-1] != path.split("/")[0]:
             tops.append(path.split("/")[0])
         stat = _stat(root / path)
@@ -392,6 +448,7 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
         return _find_utterances(root / inner[0], layout)
     if wrong:
         raise ValueError(_misplaced_message(root, layout, f"{wrong:,} of {total:,}", first))
+    left_out.warn(root)
     return _Manifest(root, tops, total, digest.hexdigest())
 
 
@@ -451,27 +508,10 @@ def path_parser(layout: str):
     return parse
 
 
-def _walk(root: Path, inside: str = "") -> Iterator[str]:
-    """The audio files below root/inside as paths relative to `root` with "/", in sorted order."""
-    folder = root / inside
-    if inside and not folder.is_dir():
-        yield inside
-        return
-    prefix = f"{inside}/" if inside else ""
-    with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries]
-    # A folder sorts as its files' paths do: with the "/" after its name.
-    for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * entry[1]):
-        if is_folder:
-            yield from _walk(root, prefix + name)
-        elif name.lower().endswith(AUDIO_SUFFIXES):
-            yield prefix + name
-
-
 def _stat(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
-    except FileNotFoundError:  # a dangling link: a file with a problem, not a reason to stop
+    except OSError:  # a broken link: a file with a problem, not a reason to stop
         return os.lstat(path)
 
 
@@ -559,7 +599,7 @@ def check_problems(
     if len(problems) > 5:
         summary += f"; and {len(problems) - 5:,} more"
     if report_path is not None:
-        lines = ["path\treason", *(f"{path}\t{' '.join(reason.split())}" for path, reason in problems)]
+        lines = ["path\treason", *(f"{printable(path)}\t{' '.join(reason.split())}" for path, reason in problems)]
         Path(report_path).write_text("\n".join(lines) + "\n", encoding="utf-8")
         summary += f" (all in {report_path})"
     if share > max_share:

@@ -1,8 +1,10 @@
 """Embeddings of whole utterances, and verification results at every Matryoshka dimension from one pass."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded, audio_info, name_of, read_audio
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning, Encoded, audio_info, name_of, read_audio
 from mrl_redimnet.domains import simulate
+from mrl_redimnet.levels import read_utterance, warn_of_silence
 from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
+from mrl_redimnet.scan import files_below
 from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials, missing_utterances
 
@@ -108,6 +111,34 @@ def embed_files(
     return result
 
 
+def embed_usable(
+    model: MRLReDimNetPreTrainedModel,
+    files: Sequence[str | Path | Encoded],
+    what: str,
+    load: Callable[[str | Path], np.ndarray] = read_utterance,
+    progress: str | None = None,
+    longest: float | None = None,
+) -> np.ndarray:
+    """As `embed_files`, without the files that cannot be used -> [n, D]; an AudioWarning names them as `what` they are.
+
+    For speech of which some is enough: cohorts, what a basis is rotated on. Raises AudioError where none can be used.
+    """
+    problems: dict[int, str] = {}
+    embeddings = embed_files(model, files, progress=progress, load=load, longest=longest, problems=problems)
+    if problems:
+        told = f"{what}: {problems_told(problems, len(files))}"
+        if len(problems) == len(files):
+            raise AudioError(told)
+        warnings.warn(f"{told}. The others are used", AudioWarning, stacklevel=2)
+    return np.delete(embeddings, list(problems), axis=0)
+
+
+def problems_told(problems: dict[int, str], count: int) -> str:
+    """{row: message} of `count` files in one line."""
+    more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+    return f"{len(problems):,} of {count:,} files cannot be used: {'; '.join([*problems.values()][:LISTED])}{more}"
+
+
 @dataclass
 class _Waveforms:
     """Files as waveforms that the model takes. What is none raises AudioError, or is kept in `problems` {row: why}."""
@@ -183,15 +214,19 @@ def evaluate_trials(
     resamples: int = 0,
     progress: str | None = None,
     domain: Callable | None = None,
+    problems: dict[str, str] | None = None,
 ) -> list[VerificationRow]:
     """Embeds a trial list's utterances below `folder` once, and scores every dimension (default: the model's).
 
     domain: from `mrl_redimnet.domains`, what the audio is made to sound like, each utterance always the same way.
-    Raises FileNotFoundError listing utterances that are not there.
+    problems: where it is given, an utterance that cannot be read becomes an entry {path: message} there, and its trials
+    are left out (`without`). Raises FileNotFoundError listing utterances that are not there; AudioError for one that
+    cannot be read.
     """
-    utterances = trials.utterances
-    embeddings = embed_trials(model, trials, folder, progress, domain)
-    return score_trials(trials, utterances, embeddings, dims or model.config.matryoshka_dims, resamples)
+    embeddings = embed_trials(model, trials, folder, progress, domain, problems)
+    read = [row for row, path in enumerate(trials.utterances) if path not in (problems or ())]
+    utterances, trials = [trials.utterances[row] for row in read], without(trials, problems or ())
+    return score_trials(trials, utterances, embeddings[read], dims or model.config.matryoshka_dims, resamples)
 
 
 def embed_trials(
@@ -200,18 +235,52 @@ def embed_trials(
     folder: str | Path,
     progress: str | None = None,
     domain: Callable | None = None,
+    problems: dict[str, str] | None = None,
 ) -> np.ndarray:
-    """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`."""
+    """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`, the
+    row of one that cannot be read is NaN."""
     check_present(trials, folder)
-    files = [Path(folder) / path for path in trials.utterances]
-    return embed_files(model, files, progress=progress, load=reader(folder, domain))
+    utterances, lost = trials.utterances, None if problems is None else {}
+    files = [Path(folder) / path for path in utterances]
+    embeddings = embed_files(model, files, progress=progress, load=reader(folder, domain), problems=lost)
+    if problems is not None:
+        problems.update({utterances[row]: reason for row, reason in lost.items()})
+    return embeddings
+
+
+def without(trials: Trials, lost: Collection[str]) -> Trials:
+    """The trials that need no utterance of `lost`; an enrolment of several goes on with those that are left.
+
+    Raises AudioError where no target trial or no impostor trial is left.
+    """
+    if not lost:
+        return trials
+    models = trials.models
+    if models is not None:
+        models = {name: [path for path in paths if path not in lost] for name, paths in models.items()}
+        models = {name: paths for name, paths in models.items() if paths}
+    sides = zip(trials.enrol, trials.test, strict=True)
+    kept = [b not in lost and (a not in lost if models is None else a in models) for a, b in sides]
+    labels = trials.labels[kept]
+    if len(set(labels.tolist())) < len(set(trials.labels.tolist())):
+        raise AudioError(
+            f"without {len(lost):,} utterances that cannot be read (first {sorted(lost)[0]}) there are no target "
+            "trials, or no impostor trials, left: copy or encode the files again"
+        )
+    enrol, test = ([*compress(side, kept)] for side in (trials.enrol, trials.test))
+    if models is not None:
+        models = {name: models[name] for name in dict.fromkeys(enrol)}
+    return replace(trials, labels=labels, enrol=enrol, test=test, models=models)
 
 
 def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str | Path], np.ndarray]:
-    """What reads files below `folder` into a domain; paths relative to it fix each file's draws."""
+    """What reads files below `folder` into a domain; paths relative to it fix each file's draws.
+
+    A file without a signal in it is warned of and given as it is.
+    """
 
     def load(file):
-        audio = read_audio(file)
+        audio = warn_of_silence(file, read_audio(file))
         return audio if domain is None else simulate(domain, audio, Path(file).relative_to(folder).as_posix())
 
     return load
@@ -219,12 +288,7 @@ def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str 
 
 def audio_below(folder: Path) -> list[Path]:
     """The audio files below a folder at any depth, sorted; FileNotFoundError where there are none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder with audio.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-    if not files:
-        raise FileNotFoundError(f"0 audio files ({', '.join(AUDIO_SUFFIXES)}) below {folder}.")
-    return files
+    return files_below(folder)
 
 
 def drawn(files: Sequence[Path], most: int) -> list[Path]:

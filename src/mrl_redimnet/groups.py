@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mrl_redimnet.folders import NotTextError, text_lines
 from mrl_redimnet.metrics import bootstrap_values, eer, error_curve, quantile_interval
 from mrl_redimnet.trials import Trials, speaker_of
 
@@ -78,15 +79,14 @@ def read_groups(file: str | os.PathLike[str], column: str) -> dict[str, str]:
         raise FileNotFoundError(f"no file {file}; expected a CSV file with the columns speaker (or path) and {column}.")
     group_of: dict[str, str] = {}
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines)
-            source = _source_column(file, table.fieldnames or [], column)
-            for row in table:
-                group, named = (row[column] or "").strip(), (row[source] or "").strip()
-                if group:
-                    _add_group(group_of, named, source, group, f"{file}, line {table.line_num}")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} is not a CSV file in UTF-8: {error}") from error
+        table = csv.DictReader(text_lines(file))
+        source = _source_column(file, table.fieldnames or [], column)
+        for row in table:
+            group, named = (row[column] or "").strip(), (row[source] or "").strip()
+            if group:
+                _add_group(group_of, named, source, group, f"{file}, line {table.line_num}")
+    except (NotTextError, csv.Error) as error:
+        raise ValueError(f"{file} is not a CSV file: {error}") from error
     if not group_of:
         raise ValueError(f"{file}: no line has a value in the column {column}.")
     return group_of

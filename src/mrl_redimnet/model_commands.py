@@ -5,7 +5,7 @@ from pathlib import Path
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.convert import convert_checkpoint
 from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
-from mrl_redimnet.evaluation import audio_below, drawn, embed_files
+from mrl_redimnet.evaluation import audio_below, drawn, embed_usable
 from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
@@ -42,15 +42,15 @@ def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
     if len(files) < 2:
         raise FileNotFoundError(f"1 audio file ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
     chosen = drawn(files, ROTATION_UTTERANCES)
-    embeddings = embed_files(model, chosen, progress="embedding")
-    if len(chosen) < model.config.embedding_size:
+    embeddings = embed_usable(model, chosen, "speech to rotate on", progress="embedding")
+    if len(embeddings) < model.config.embedding_size:
         print(
-            f"Note: {len(chosen)} utterances for {model.config.embedding_size} dimensions; speech of some hundred "
+            f"Note: {len(embeddings)} utterances for {model.config.embedding_size} dimensions; speech of some hundred "
             "speakers makes better prefixes."
         )
     kept = rotate(model, embeddings)
     shares = ", ".join(f"{dim}: {100 * kept[dim - 1]:.1f} %" for dim in model.config.matryoshka_dims)
-    print(f"Rotated on {len(chosen)} utterances; energy of the embeddings in each prefix: {shares}.")
+    print(f"Rotated on {len(embeddings)} utterances; energy of the embeddings in each prefix: {shares}.")
 
 
 def _save(model: MRLReDimNetPreTrainedModel, out: Path, speakers: SpeakerTable | None = None):

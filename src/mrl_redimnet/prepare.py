@@ -33,7 +33,7 @@ from mrl_redimnet.corpus import (
     speakers_of,
     split_usable,
 )
-from mrl_redimnet.folders import refuse_existing
+from mrl_redimnet.folders import refuse_existing, text_lines
 
 ROWS_PER_GROUP = 100  # what a reader holds at a time: some ten megabytes of encoded speech
 _TEXT = datasets.Value("string")
@@ -349,14 +349,13 @@ def read_listing(path: str | os.PathLike) -> tuple[set[str], int]:
     line without one.
     """
     found, trials = set(), 0
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.split()
-            paths = [os.path.splitext(text)[0] for text in fields if "/" in text]
-            if fields and not paths:
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} names no utterance (a path with '/')")
-            found.update(paths)
-            trials += len(paths) == 2
+    for number, line in enumerate(text_lines(path), start=1):
+        fields = line.split()
+        paths = [os.path.splitext(text)[0] for text in fields if "/" in text]
+        if fields and not paths:
+            raise ValueError(f"{path}, line {number}: {line.strip()!r} names no utterance (a path with '/')")
+        found.update(paths)
+        trials += len(paths) == 2
     return found, trials
 
 

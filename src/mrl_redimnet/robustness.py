@@ -40,13 +40,13 @@ from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio import SAMPLING_RATE
 from mrl_redimnet.augmentation import AddNoise, BandLimit, Clipping, mix_at_snr
 from mrl_redimnet.codecs import through_codec
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
 from mrl_redimnet.domains import simulate
 from mrl_redimnet.evaluation import check_present, embed_files, reader
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.rooms import draw_room, reverberate, simulated_response
+from mrl_redimnet.scan import is_hidden, walk
 from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials, UnknownSpeakersError
 
@@ -196,7 +196,7 @@ def _noise_folders(noise: str | Path | None, types: Sequence[str]) -> dict[str, 
     found = {
         folder.name: folder
         for folder in sorted(Path(noise).iterdir())
-        if folder.is_dir() and any(file.suffix.lower() in AUDIO_SUFFIXES for file in folder.rglob("*"))
+        if folder.is_dir() and not is_hidden(folder.name) and next(walk(folder), None) is not None
     }
     if not found or (unknown := [kind for kind in types if kind not in found]):
         wrong = ", ".join(unknown) if found else "any"

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
 from mrl_redimnet.extras import extra
+from mrl_redimnet.material import draw_readable, usable
+from mrl_redimnet.scan import AUDIO_SUFFIXES, files_below
 
 with extra("evaluation"):
     from scipy.signal import fftconvolve
@@ -65,9 +66,10 @@ class RoomBank:
         self._files = [] if self.folder is None else _response_files(self.folder)
 
     def draw(self, rng: np.random.Generator) -> RoomResponse:
-        """One response, by the generator's draw; AudioError for a recording that cannot be read or is silent."""
+        """One response, by the generator's draw. A recording that cannot be read, or is silent, is told and another one
+        drawn, see `mrl_redimnet.material`."""
         if self._files:
-            return recorded_response(self._files[rng.integers(len(self._files))])
+            return draw_readable(lambda: recorded_response(self._files[rng.integers(len(self._files))]), "rooms")
         return simulated_response(self.room_seed, int(rng.integers(self.room_count)))
 
 
@@ -77,12 +79,12 @@ _RECORDED_NOISE = re.compile(r"_type\d+_noise_|^noise-(free-sound|sound-bible)-"
 
 
 def _response_files(folder: str | Path) -> list[str]:
-    found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES]
-    files = sorted(str(p) for p in found if not _RECORDED_NOISE.search(p.name))
+    found = files_below(folder, "rooms")
+    files = [str(file) for file in found if not _RECORDED_NOISE.search(file.name)]
     if not files:
-        noise = f", only the {len(found):,} noise files of RIRS_NOISES" if found else ""
+        noise = f", only the {len(found):,} noise files of RIRS_NOISES"
         raise FileNotFoundError(f"rooms: no audio ({', '.join(AUDIO_SUFFIXES)}) below {folder}{noise}.")
-    return files
+    return usable(files, "rooms")
 
 
 def reverberate(audio: np.ndarray, response: RoomResponse) -> np.ndarray:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mrl_redimnet.audio import audio_info
+from mrl_redimnet.audio import AudioError, audio_info
 from mrl_redimnet.calibration import RULE_OF, THRESHOLDS_FILE, Threshold
-from mrl_redimnet.evaluation import audio_below, embed_files
+from mrl_redimnet.evaluation import audio_below, embed_files, problems_told
+from mrl_redimnet.levels import read_utterance
+from mrl_redimnet.scan import printable
 from mrl_redimnet.scoring import Scorer, make_scorer, speaker_means
-from mrl_redimnet.search import SpeakerIndex
 from mrl_redimnet.systems import Material, System
 from mrl_redimnet.trials import Trials
 
@@ -147,13 +148,15 @@ def verify(arguments) -> int:
     count = len(models["enrolment"])
     judge = Judge.of(arguments, system, dim, scorer, [count])
     trials = Trials(np.zeros(len(test), np.int8), ["enrolment"] * len(test), test, models)  # labels are not used
-    material = Material.load(system, [trials], Path())
+    material = Material.load(system, [trials], Path(), refuse_silence=True)
     scores = material.scores(trials, dim, scorer)
     accepted, llrs = judge(scores, [count] * len(test), material.seconds(trials) if judge.uses_seconds else None)
     print(f"{_title(system, dim)}, {scorer}: {judge}.")
     for row, path in enumerate(test):
         told = "undecided" if accepted is None else "accepted" if accepted[row] else "rejected"
-        print(f"{told:<10} score {scores[row]:.4f}{'' if llrs is None else f'  LLR {llrs[row]:+.2f}'}  {path}")
+        print(
+            f"{told:<10} score {scores[row]:.4f}{'' if llrs is None else f'  LLR {llrs[row]:+.2f}'}  {printable(path)}"
+        )
     if accepted is None:
         return UNDECIDED
     return ACCEPTED if accepted.all() else REJECTED
@@ -174,6 +177,8 @@ def _check_files(paths: Sequence[Path]):
 
 def identify(arguments):
     """`mrl-redimnet identify`."""
+    if arguments.top_k < 1:
+        raise ValueError(f"--top-k: got {arguments.top_k}, expected at least 1.")
     files = audio_below(arguments.enrolled)
     speakers = [file.relative_to(arguments.enrolled).parts[0] for file in files]
     if loose := [str(file) for file in files if file.parent == arguments.enrolled]:
@@ -184,19 +189,27 @@ def identify(arguments):
     scorer = make_scorer("cosine")
     names, counts = sorted(set(speakers)), Counter(speakers)
     judge = Judge.of(arguments, system, dim, scorer, counts.values(), len(names))
-    embeddings = embed_files(system.model, [*files, *tests.values()], progress="embedding")
+    problems: dict[int, str] = {}
+    all_files = [*files, *tests.values()]
+    embeddings = embed_files(system.model, all_files, progress="embedding", load=read_utterance, problems=problems)
+    if problems:
+        raise AudioError(problems_told(problems, len(all_files)))
     units = scorer.units(embeddings, dim, [*map(str, files), *map(str, tests.values())])
-    index = SpeakerIndex(names, speaker_means(units[: len(files)], speakers), short=min(64, dim))
-    found, scores = index.search(units[len(files) :], k=min(arguments.top_k, len(names)))
+    enrolled = scorer.units(speaker_means(units[: len(files)], speakers), dim, names)
+    similarities = units[len(files) :] @ enrolled.T  # [tests, names]
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, : arguments.top_k]
+    scores = np.take_along_axis(similarities, order, axis=1)
+    found = [[names[column] for column in row] for row in order]
     lengths = _lengths(speakers, files, tests) if judge.uses_seconds else None
     print(f"{_title(system, dim)}, {len(names)} enrolled speakers: {judge}.")
     for row, test in enumerate(tests):
         seconds = lengths and np.array([[lengths[name], lengths[tests[test]]] for name in found[row]])
-        enrolled = [counts[name] for name in found[row]]
-        accepted, _ = judge(np.asarray(scores[row], dtype=np.float64), enrolled, seconds)
+        averaged = [counts[name] for name in found[row]]
+        accepted, _ = judge(np.asarray(scores[row], dtype=np.float64), averaged, seconds)
         first = "unknown" if accepted is not None and not accepted[0] else found[row][0]
-        ranked = ", ".join(f"{name} {value:.4f}" for name, value in zip(found[row], scores[row], strict=True))
-        print(f"{first}\t{test}\t{ranked}")
+        pairs = zip(found[row], scores[row], strict=True)
+        ranked = ", ".join(f"{printable(name)} {value:.4f}" for name, value in pairs)
+        print(f"{printable(first)}\t{printable(test)}\t{ranked}")
 
 
 def _lengths(speakers: Sequence[str], files: Sequence[Path], tests: dict[str, Path]) -> dict:

@@ -34,6 +34,7 @@ from mrl_redimnet.corpus import (
     Columns,
     SpeakerTable,
     dataset_arguments,
+    is_remote,
     load_tables,
     row_facts,
     source_of,
@@ -104,7 +105,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
             raise ValueError(f"window: got {window}, expected 1 or more; rank: got {rank}, expected 0 to {world - 1}")
         self.make, self.keep, self.seed, self.window, self.epochs = make, keep, seed, window, epochs
         self.rank, self.world, self.workers = rank, world, workers
-        self.source = source
+        self.source, self._remote = source, is_remote(source)
         self._data = _open(source)
         self._columns = Columns.find(self._data.features, columns)
         self._names = speaker_names(self._data.features[self._columns.speaker])
@@ -178,8 +179,9 @@ class SpeechStream(torch.utils.data.IterableDataset):
     def _row(self, table: pa.Table, block: int, number: int) -> tuple[dict, str | Encoded]:
         """A row's facts, and its audio."""
         row = {name: table.column(name)[number].as_py() for name in table.column_names}
-        facts = row_facts(row, self._columns, self._names, block * self.window + number)
-        return facts, source_of(row[self._columns.audio])
+        audio = source_of(row[self._columns.audio], self._remote)
+        stray = isinstance(audio, Encoded) and bool(audio.problem)
+        return row_facts(row, self._columns, self._names, block * self.window + number, stray), audio
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.stored import local_folder
 from mrl_redimnet.audio import audio_info
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Thresholds, weights_of
-from mrl_redimnet.evaluation import audio_below, drawn, embed_files, reader
+from mrl_redimnet.evaluation import audio_below, drawn, embed_files, embed_usable, reader
+from mrl_redimnet.levels import read_utterance
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring import Scorer, make_scorer, score, trial_seconds
 from mrl_redimnet.trials import Trials
@@ -72,7 +73,7 @@ class System:
             raise ValueError(f"--scoring {arguments.scoring} needs --cohort, a folder with speech of other speakers.")
         files = drawn(audio_below(arguments.cohort), COHORT_UTTERANCES)
         load = reader(arguments.cohort, domain)
-        cohort = embed_files(self.model, files, progress="embedding the cohort", load=load)
+        cohort = embed_usable(self.model, files, "cohort", load, progress="embedding the cohort")
         return make_scorer(arguments.scoring, cohort, arguments.top)
 
     def thresholds(self, folder: Path | None, source: str) -> Thresholds | None:
@@ -98,11 +99,21 @@ class Material:
     folder: Path
 
     @classmethod
-    def load(cls, system: System, lists: Iterable[Trials], folder: Path, domain: Callable | None = None) -> "Material":
-        """Embeds every utterance of the lists once, in the domain; AudioError names a file that cannot be read."""
+    def load(
+        cls,
+        system: System,
+        lists: Iterable[Trials],
+        folder: Path,
+        domain: Callable | None = None,
+        refuse_silence: bool = False,
+    ) -> "Material":
+        """Embeds every utterance of the lists once, in the domain; AudioError names a file that cannot be read.
+
+        refuse_silence: or holds no signal, of which there is a warning else.
+        """
         utterances = sorted({path for trials in lists for path in trials.utterances})
         files = [folder / path for path in utterances]
-        load = reader(folder, domain)
+        load = read_utterance if refuse_silence else reader(folder, domain)
         return cls(utterances, embed_files(system.model, files, progress="embedding", load=load), folder)
 
     def seconds(self, trials: Trials) -> np.ndarray:

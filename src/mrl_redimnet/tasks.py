@@ -2,16 +2,27 @@
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers.utils import cached_file
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
-from mrl_redimnet.corpus import SpeakerTable, labels_of, load_corpus, seconds_of, speakers_of, split_usable
+from mrl_redimnet.audio import AudioError
+from mrl_redimnet.corpus import (
+    SpeakerTable,
+    check_problems,
+    labels_of,
+    load_corpus,
+    seconds_of,
+    speakers_of,
+    split_usable,
+)
 from mrl_redimnet.domains import make_domain
 from mrl_redimnet.evaluation import (
     AttributeRow,
@@ -22,8 +33,9 @@ from mrl_redimnet.evaluation import (
     embed_trials,
     evaluate_trials,
     reader,
+    without,
 )
-from mrl_redimnet.folders import refuse_missing
+from mrl_redimnet.folders import path_below, refuse_missing, replace_file, text_lines
 from mrl_redimnet.groups import GroupRow, error_rates, read_groups_for
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.scoring import score
@@ -89,6 +101,7 @@ class Verification:
             check_present(test.trials, test.folder)  # now, not after the training
         contents = corpus if streamed else contents_of(self.corpus)
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
+        self.unreadable = Unreadable(recipe, self.utterances)
         self.classes = classes_of(self.speakers, recipe.speeds)
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector, bool]:
@@ -106,15 +119,23 @@ class Verification:
 
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Error rates of one test at each of `dims`."""
-        return evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain)
+        problems: dict[str, str] = {}
+        rows = evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain, problems)
+        development = any(test is one for one in self.development.values())
+        self.unreadable.check(test, problems, len(test.trials.utterances), development)
+        return rows
 
     def by_group(self, model, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
         """Error rates by group of speakers, at the whole embedding; none where the test has no groups."""
         if test.group_of is None:
             return []
-        dim, utterances = model.config.embedding_size, test.trials.utterances
-        scores = score(test.trials, utterances, embed_trials(model, test.trials, test.folder, domain=test.domain), dim)
-        return error_rates(test.trials, scores, test.group_of, resamples, dim=dim)
+        problems: dict[str, str] = {}
+        embeddings = embed_trials(model, test.trials, test.folder, domain=test.domain, problems=problems)
+        read = [row for row, path in enumerate(test.trials.utterances) if path not in problems]
+        trials, utterances = without(test.trials, problems), [test.trials.utterances[row] for row in read]
+        dim = model.config.embedding_size
+        scores = score(trials, utterances, embeddings[read], dim)
+        return error_rates(trials, scores, test.group_of, resamples, dim=dim)
 
     @staticmethod
     def score(rows: Rows) -> float:
@@ -160,6 +181,7 @@ class Attribute:
             )
         contents = contents_of(self.corpus)
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
+        self.unreadable = Unreadable(recipe, self.utterances)
         self.classes = None  # the labels are the configuration's
 
     def _targets(self, table: dict[str, str], corpus: Dataset, recipe: Recipe) -> np.ndarray:
@@ -197,11 +219,20 @@ class Attribute:
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Accuracy, or mean absolute error, of whole utterances; no `dims`: heads take the whole embedding."""
         files = [test.folder / path for path in test.corpus["path"]]
-        embeddings = embed_files(model, files, progress=progress, load=reader(test.folder, test.domain))
+        problems: dict[int, str] = {}
+        load = reader(test.folder, test.domain)
+        embeddings = embed_files(model, files, progress=progress, load=load, problems=problems)
+        told_by_path = {str(files[row]): why for row, why in problems.items()}
+        development = any(test is one for one in self.development.values())
+        self.unreadable.check(test, told_by_path, len(files), development)
+        read = np.setdiff1d(np.arange(len(files)), list(problems))
+        if not len(read):
+            raise AudioError(f"none of the {len(files):,} labelled files below {test.folder} can be read")
         device = next(model.parameters()).device
-        logits = model.classifier(torch.from_numpy(embeddings).to(device)).float().cpu().numpy()
+        logits = model.classifier(torch.from_numpy(embeddings[read]).to(device)).float().cpu().numpy()
         answers = logits.argmax(1) if self.labels else logits[:, 0]
-        return [attribute_row(answers, test.targets, np.array(test.corpus["speaker"]), bool(self.labels), resamples)]
+        targets, speakers = test.targets[read], np.array(test.corpus["speaker"])[read]
+        return [attribute_row(answers, targets, speakers, bool(self.labels), resamples)]
 
     def by_group(self, model, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
         """None: the groups are those of trials."""
@@ -216,6 +247,26 @@ class Attribute:
     def curve(rows: Rows) -> dict:
         """What the run's record keeps of an evaluation."""
         return {row.metric: row.value for row in rows}
+
+
+class Unreadable:
+    """Files of development and test speech that cannot be read: each is told once."""
+
+    def __init__(self, recipe: Recipe, utterances: int):
+        """utterances: of the training speech."""
+        self.most, self.utterances, self.told = recipe.max_problem_share, utterances, set()
+
+    def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool):
+        """problems: {path: message} of the `files` files of a test.
+
+        Raises ValueError where development speech, which is judged early in the run, has more than the recipe's
+        max_problem_share of all utterances; a test at the run's end only tells.
+        """
+        summary = check_problems([*problems.items()], self.utterances + files, self.most if development else 1.0)
+        if not problems.keys() <= self.told:
+            self.told |= problems.keys()
+            if PartialState().is_main_process:
+                print(f"{test.folder}: {summary}. Their trials or labels are left out.")
 
 
 def contents_of(corpus: Dataset) -> StreamContents:
@@ -288,10 +339,10 @@ def development_folder(corpus: Dataset, recipe: Recipe) -> Path:
     if first["audio"]["bytes"] is None:
         return Path(first["audio"]["path"].removesuffix(first["path"]))
     for row in corpus:
-        file = folder / row["path"]
-        if not file.is_file() or file.stat().st_size != len(row["audio"]["bytes"]):
+        file, data = path_below(folder, row["path"], f"path of {recipe.train}"), row["audio"]["bytes"]
+        if not file.is_file() or file.stat().st_size != len(data):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(row["audio"]["bytes"])
+            replace_file(file, partial(Path.write_bytes, data=data))
     return folder
 
 
@@ -353,18 +404,17 @@ def test_domain(test: dict):
 
 def read_labels(file: str | Path, column: str, key: str) -> dict[str, str]:
     """`key` -> label from a CSV file with a header. Raises ValueError where columns are missing or labels differ."""
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines)
-        missing = {column, key} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; there are {rows.fieldnames}.")
-        table: dict[str, str] = {}
-        for number, row in enumerate(rows, start=2):
-            if table.setdefault(row[key], row[column]) != row[column]:
-                raise ValueError(
-                    f"{file}, line {number}: {row[key]} is {row[column]!r} here and {table[row[key]]!r} above; "
-                    "give label_key: path if labels belong to utterances."
-                )
+    rows = csv.DictReader(text_lines(file))
+    missing = {column, key} - set(rows.fieldnames or ())
+    if missing:
+        raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; there are {rows.fieldnames}.")
+    table: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        if table.setdefault(row[key], row[column]) != row[column]:
+            raise ValueError(
+                f"{file}, line {number}: {row[key]} is {row[column]!r} here and {table[row[key]]!r} above; "
+                "give label_key: path if labels belong to utterances."
+            )
     return table
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.folders import NotTextError, replace_file, text_lines
 
 
 class UnknownSpeakersError(ValueError):
@@ -329,15 +329,14 @@ def missing_utterances(trials: Trials, root: str | os.PathLike[str]) -> list[str
 def _lines(path: Path, what: str, expected: str) -> Iterator[tuple[int, str, list[str]]]:
     """Number, content and fields of every line of a text file that is not blank."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                fields = line.split()
-                if fields:
-                    yield number, line.rstrip("\n"), fields
+        for number, line in enumerate(text_lines(path), start=1):
+            fields = line.split()
+            if fields:
+                yield number, line.rstrip("\r\n"), fields
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"no {what} {path}; expected a text file of lines {expected}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); expected lines {expected}") from error
+    except NotTextError as error:
+        raise ValueError(f"{error}; expected lines {expected}") from error
 
 
 def _expected(format: str) -> str:

@@ -6,8 +6,12 @@ does the work, MODULE:FUNCTION, which takes the parsed arguments and may return 
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from mrl_redimnet_cli import corpora, hub, models, speakers, trials
@@ -35,12 +39,34 @@ def main(argv: list[str] | None = None) -> int:
     told in one message, or what the command's help says."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser().parse_args(argv, argparse.Namespace(command_line=argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are no UTF-8
     try:
         check_paths(arguments)
-        return _function(arguments.run)(arguments) or 0
+        run = _function(arguments.run)
+        with _notes():
+            return run(arguments) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"mrl-redimnet {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings about audio are shown in one line each, without the place in the code."""
+    from mrl_redimnet.audio import AudioWarning
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message, category, *where, **more):
+            if issubclass(category, AudioWarning):
+                print(f"Note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = shown
+        yield
 
 
 def make_parser() -> argparse.ArgumentParser:
