@@ -20,6 +20,7 @@ import copy
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple, has_file
 
 # As a Hub file this module finds its configuration beside itself; installed, under its own name. The relative import
@@ -63,6 +65,7 @@ MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
 PREEMPHASIS = 0.97
 LOG_FLOOR = 1e-6
 NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded stage
+HEAD_SIZES = 8  # fused attention kernels of accelerators take heads of multiples of so many channels
 
 
 @dataclass
@@ -307,34 +310,137 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.normaliser(x)(x)
 
-    def normaliser(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """What normalises x [..., C]. Where it learns: by x's own statistics, which move the running ones once; to call
-        it again computes the same anew."""
+        it again computes the same anew.
+
+        mask: as for x [B, frames, ..., C]; where the norm learns, padded frames count for nothing and come out as
+        zeros. Raises ValueError for a single value per channel (on accelerators the mask is not looked at for that).
+        """
         if not self.learns:
-            scale, shift = self.scale_and_shift()
+            scale, shift = (part.to(self.weight.dtype) for part in self.scale_and_shift())
             return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)
-        with torch.no_grad():
-            joint = self.synchronised and _processes() > 1
-            if not joint and x.numel() < 2 * self.num_features:
-                raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
-            mean, variance, count = _batch_statistics(x, self.num_features, joint)
-            self._move_statistics(mean, variance, count)
-            slope = (variance + self.eps).rsqrt()
-        return lambda x: _NormaliseByBatch.apply(x, self.weight, self.bias, mean, slope, count, joint)
+        joint = self.synchronised and _processes() > 1
+        if not joint:
+            self._check_count(x)
+        if _cpu_kernels(x):
+            return self._normaliser_on_cpu(x, mask, joint)
+        if mask is None and not joint:
+            return self._fused_normaliser()
+        return self._composed_normaliser(x, mask, joint)
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it does while it does not learn: x * scale [C] + shift [C]."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        """What it does while it does not learn: x * scale [C] + shift [C], both in float32 at least, because float16
+        could not hold what lies between."""
+        wide = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
+        return scale, self.bias.to(wide) - self.running_mean.to(wide) * scale
+
+    def _fused_normaliser(self):
+        """By torch's own batch norm: one operation forward, one backward."""
+        moving = [(self.running_mean, self.running_var, self._share_of_batch())]
+
+        def normalise(x):
+            mean, variance, share = moving.pop() if moving else (None, None, 0.0)
+            rows = x.reshape(-1, self.num_features)
+            return F.batch_norm(rows, mean, variance, self.weight, self.bias, True, share, self.eps).reshape(x.shape)
+
+        return normalise
+
+    def _composed_normaliser(self, x, mask, joint: bool):
+        """By operators that autograd differentiates: with padding to leave out, or a batch in several processes."""
+        mean, variance, count = _statistics(zero_padding(x, mask), mask)  # zeros first: padding may be NaN
+        if joint:
+            rows = mean.new_zeros(_processes(), 2 * self.num_features + 1)
+            rows[dist.get_rank()] = torch.cat([mean, variance, count])
+            mean, variance, count = _pooled(*_SumOverProcesses.apply(rows).split([len(mean), len(mean), 1], dim=1))
+        with torch.no_grad():
+            self._move_statistics(mean, variance, count)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return lambda x: zero_padding(torch.addcmul(shift, zero_padding(x, mask), scale).to(x.dtype), mask)
+
+    def _normaliser_on_cpu(self, x, mask, joint: bool):
+        """By kernels that are faster and lose fewer digits there."""
+
+        def valid(x):
+            return x if mask is None else x[mask[..., 0]][:, None]
+
+        with torch.no_grad():
+            rows = valid(x)
+            if not joint:
+                self._check_count(rows)
+            mean, variance, count = _statistics_on_cpu(rows, self.num_features, joint)
+            self._move_statistics(mean, variance, count)
+            slope = (variance + self.eps).rsqrt()
+
+        def normalise(x):
+            y = _NormaliseByBatch.apply(valid(x), self.weight, self.bias, mean, slope, count, joint)
+            if mask is None:
+                return y
+            return torch.zeros_like(x).masked_scatter(mask.view(*mask.shape[:2], *[1] * (x.dim() - 2)), y)
+
+        return normalise
+
+    def _check_count(self, x: torch.Tensor):
+        if x.numel() < 2 * self.num_features:
+            raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
+
+    def _share_of_batch(self) -> float:
+        """By how much the running statistics move towards this batch's, which is counted; as torch's own."""
+        if not torch.compiler.is_compiling() and not _tracking.get():
+            return 0.0  # not by other arguments to torch: checkpointing counts the tensors that each layer saves
+        if self.num_batches_tracked is None:
+            return self.momentum
+        self.num_batches_tracked.add_(1)
+        return 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 
     def _move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
         """As torch's own: by the unbiased variance; a plain mean over all batches without momentum."""
-        share = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            share = 1.0 / self.num_batches_tracked.item() if share is None else share
+        share = self._share_of_batch()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)
+        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), share)
+
+
+def _cpu_kernels(x: torch.Tensor) -> bool:
+    """Whether x takes the paths that were written for CPUs, with gradients by hand. All else (accelerators, compiled
+    graphs) has torch's public operators and autograd."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _statistics(x: torch.Tensor, mask: torch.Tensor | None):
+    """Over all valid places of x [B, ..., C], zero elsewhere: mean [C], biased variance [C], count [1], in float32 at
+    least."""
+    wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
+    places = math.prod(x.shape[:-1])
+    if mask is None:
+        count = x.new_full((1,), places, dtype=wide)
+    else:
+        count = mask.sum(dtype=wide).view(1) * (places // max(1, mask.numel()))
+    divisor = count.clamp(min=1)  # this process's share of a joint batch may be empty
+    mean = x.sum(dims, dtype=wide) / divisor
+    centre = functools.partial(_centred, x, mean)
+    return mean, zero_padding(lean(torch.square, centre(), centre), mask).sum(dims) / divisor, count
+
+
+def _centred(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return x.to(mean.dtype) - mean
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' x, of which the gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
 
 
 def _columns(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -344,15 +450,13 @@ def _columns(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.flatten(0, 1).flatten(1) if x.dim() == 4 else x.reshape(-1, channels)
 
 
-def _batch_statistics(x: torch.Tensor, channels: int, joint: bool):
+def _statistics_on_cpu(x: torch.Tensor, channels: int, joint: bool):
     """Over all but the last axis of x: mean [C], biased variance [C], count []; `joint`: of all processes."""
     table = _columns(x, channels)
     if len(table) == 0:  # this process's share of a joint batch
         means = variances = table.new_zeros(channels)
-    elif table.device.type == "cpu":
-        means, variances = torch.batch_norm_update_stats(table, None, None, 0.0)
     else:
-        variances, means = torch.var_mean(table, 0, correction=0)
+        means, variances = torch.batch_norm_update_stats(table, None, None, 0.0)
     counts = means.new_full((means.numel() // channels, 1), len(table))
     means, variances = means.view(-1, channels), variances.view(-1, channels)
     if joint:
@@ -374,7 +478,8 @@ def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
 
 
 class _NormaliseByBatch(torch.autograd.Function):
-    """(x - mean) * slope * weight + bias for the mean and slope of x itself, or of all processes' x where `joint`.
+    """On CPUs, (x - mean) * slope * weight + bias for the mean and slope of x itself, or of all processes' x where
+    `joint`.
 
     The backward pass is that of the sum of all processes' losses, so that gradients averaged over processes (as by
     DistributedDataParallel) are those of one process with the joined batch and the mean of the losses.
@@ -394,6 +499,7 @@ class _NormaliseByBatch(torch.autograd.Function):
         channels = len(weight)
         table, rows = _columns(x, channels), _columns(grad, channels)
         repeats = table.shape[1] // channels
+        # Only on CPUs does this give the last two without a weight; CUDA's gives empty ones.
         _, own_weight, own_bias = torch.ops.aten.native_batch_norm_backward(
             rows, table, None, None, None, mean.repeat(repeats), slope.repeat(repeats), True, 0.0, [False, True, True]
         )
@@ -428,25 +534,13 @@ class ChannelBatchNorm(BatchNorm):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.normaliser(x, mask)(x)
 
-    def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As of `BatchNorm`; padded frames come out as zeros where it learns."""
-        if mask is None or not self.learns:
-            return super().normaliser(x)
-        valid = mask[..., 0]
-        places = mask.view(*valid.shape, *[1] * (x.dim() - 2))
-        normalise = super().normaliser(x[valid][:, None])
-
-        def normalise_valid(x):
-            return torch.zeros_like(x).masked_scatter(places, normalise(x[valid][:, None]))
-
-        return normalise_valid
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory of the backward pass
 
 
-_recomputing = contextvars.ContextVar("recomputing", default=True)
+_recomputing = contextvars.ContextVar("recomputing", default=True)  # whether `lean` does
+_tracking = contextvars.ContextVar("tracking", default=True)  # whether batch norms move their running statistics
 
 
 @contextlib.contextmanager
@@ -459,12 +553,28 @@ def _keeping_all():
         _recomputing.reset(token)
 
 
+@contextlib.contextmanager
+def _again():
+    """The second forward pass of gradient checkpointing: batch norms compute as always, but keep their statistics."""
+    token = _tracking.set(False)
+    try:
+        with _keeping_all():
+            yield
+    finally:
+        _tracking.reset(token)
+
+
+def _checkpointing_contexts():
+    """Of the first and of the second forward pass, as torch's checkpointing asks for them."""
+    return _keeping_all(), _again()
+
+
 def lean(function: Callable, x: torch.Tensor, recipe: Callable[[], torch.Tensor]) -> torch.Tensor:
     """function(x), for whose backward pass `recipe` computes x anew instead of x being kept.
 
     For an x that is cheap to compute from what is kept anyway. The recipe must give x again, memory layout included.
     """
-    if not (torch.is_grad_enabled() and _recomputing.get()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and _recomputing.get()):
         return function(x)
     storage = x.untyped_storage().data_ptr()
     device = x.device.type
@@ -501,7 +611,7 @@ class Pointwise(nn.Linear):
 
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """What `Pointwise` does."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= ONEDNN_FLOOR:
+    if not _cpu_kernels(x) or x.numel() <= ONEDNN_FLOOR:
         return F.linear(x, weight, bias)
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -556,7 +666,8 @@ def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> t
 def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
     image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
-    if x.shape[-1] < 20:  # so few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns
+    # So few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns.
+    if x.shape[-1] < 20 and x.device.type == "cpu":
         image = image.contiguous()
     return conv(image)[:, :, 0].transpose(1, 2)
 
@@ -603,8 +714,9 @@ def activated_pointwise(pointwise: Callable, act: Callable, y: torch.Tensor, nor
 
 
 def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x + y for a y that nothing else needs: in its memory, unless a backward pass will come."""
-    return x + y if y.requires_grad else y.add_(x)
+    """x + y for a y that nothing else needs: in its memory, unless a backward pass will come or the sum is of a wider
+    type than y (autocast on CUDA gives norms in float32)."""
+    return x + y if y.requires_grad or torch.promote_types(x.dtype, y.dtype) != y.dtype else y.add_(x)
 
 
 class GroupedConv(nn.Conv2d):
@@ -767,6 +879,21 @@ class ConvPosition(nn.Module):
         return residual(x, self.norm(conv_time(self.conv, x, mask)))
 
 
+def attention(q, k, v, keys: torch.Tensor | None, multiple: int | None = None) -> torch.Tensor:
+    """Softmax attention of q, k, v [B, heads, frames, size]; keys [B, 1, 1, frames] true where a key counts, or None.
+
+    Heads are widened by zeros to a multiple of so many channels, which changes no product. By default they are on
+    accelerators: fused kernels refuse other sizes there (ours go from 5 to 27), and without them a layer holds a number
+    for every pair of frames.
+    """
+    size = q.shape[-1]
+    missing = -size % ((1 if q.device.type == "cpu" else HEAD_SIZES) if multiple is None else multiple)
+    if not missing:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+    q, k, v = (F.pad(part, (0, missing)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=size**-0.5)[..., :size]
+
+
 class TransformerLayer(nn.Module):
     """Post-norm transformer layer of 4 heads, x [B, frames, C]; padded frames are no keys."""
 
@@ -788,7 +915,7 @@ class TransformerLayer(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         keys = None if mask is None else mask[:, None, None, :, 0]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v, keys).transpose(1, 2).flatten(2)
         x = self.attention_norm(residual(x, self.out_proj(attended)))
         return self.ffn_norm(residual(x, self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh"))))
 
@@ -915,7 +1042,7 @@ class MapMix(nn.Module):
         return mixed.flatten(1, -2)
 
 
-class Stage(nn.Module):
+class Stage(GradientCheckpointingLayer):
     """Mixes all earlier maps, strides over frequency and time, 2-D blocks, then the 1-D block: the next map, or two.
 
     The answer is not added to the input: later mixing does that.
@@ -924,7 +1051,7 @@ class Stage(nn.Module):
     def __init__(self, config, index: int):
         super().__init__()
         stage = config.stages[index]
-        channels_in, _, channels, self.bins = config.stage_shapes()[index]
+        self.channels_in, _, channels, self.bins = config.stage_shapes()[index]
         width = int(channels * stage["expansion"])
         self.time_stride = config.time_strides()[index]
         strides = config.map_strides(index)
@@ -933,9 +1060,9 @@ class Stage(nn.Module):
         groups = config.stride_groups(index)
         self.grouped = groups > 1
         if self.grouped:
-            self.stride = GroupedConv(channels_in, width, kernel, stride=kernel, groups=groups)
+            self.stride = GroupedConv(self.channels_in, width, kernel, stride=kernel, groups=groups)
         else:  # a convolution that strides by its kernel is a linear layer on neighbouring places side by side
-            self.stride = Pointwise(math.prod(kernel) * channels_in, width)
+            self.stride = Pointwise(math.prod(kernel) * self.channels_in, width)
         block = functools.partial(BLOCKS_2D[config.block_2d], config, width, self.bins)
         if "kernels" in stage:
             block = functools.partial(block, kernels=stage["kernels"])
@@ -964,7 +1091,7 @@ class Stage(nn.Module):
     def _strided(self, x: torch.Tensor) -> torch.Tensor:
         """[B, frames, width] -> [B, frames / time stride, bins, 2-D width]."""
         if self.grouped:
-            return conv_image(self.stride, x.unflatten(-1, (-1, self.stride.in_channels)), None)
+            return conv_image(self.stride, x.unflatten(-1, (-1, self.channels_in)), None)
         x = x.unflatten(-1, (self.bins, -1))
         if self.time_stride > 1:
             x = x.unflatten(1, (-1, self.time_stride)).transpose(2, 3).flatten(3)
@@ -993,7 +1120,6 @@ class ReDimNetTrunk(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gradient_checkpointing = False
         self.stem = Stem(config)
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.stages)))
         self.mix = MapMix(config.map_strides(), config.trunk_width)
@@ -1007,10 +1133,7 @@ class ReDimNetTrunk(nn.Module):
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         maps = [self.stem(features, mask)]
         for stage in self.stages:
-            if self.gradient_checkpointing and self.training:
-                maps += self._gradient_checkpointing_func(stage.__call__, list(maps), mask)
-            else:
-                maps += stage(maps, mask)
+            maps = [*maps, *stage(maps, mask)]  # not longer in place: checkpointing may call the stage again
         x = self.mix(maps)
         if self.aggregate is not None:
             x = self.aggregate(x.unflatten(-1, (self.bins, -1))).flatten(2)
@@ -1107,7 +1230,9 @@ CACHED_NUMBERS = 2**20  # of float32, a block of a matrix; half or twice as many
 
 
 def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
-    """cos(theta + margin) of a cosine; past theta = pi - margin, where that would rise again, a line of the same end.
+    """cos(theta + margin) of a cosine; past theta = pi - margin, where that would rise again, cos(theta) - margin *
+    sin(margin), as in the paper's published code. There it falls by a step of cos(margin) + margin * sin(margin) - 1
+    (0.02 for a margin of 0.2), and goes on falling.
 
     The sine's argument stays above zero: its root has an infinite slope there, and a cosine can exceed 1 by rounding.
     """
@@ -1135,16 +1260,30 @@ def _with_slope(curve: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tu
         return output.detach(), *torch.autograd.grad(output.sum(), inputs)
 
 
-def harder_negatives(loss: Callable, logits, labels, count: int, margin: float, scale: float):
-    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): what loss(logits) gives, with `angular_gain` on the `count`
-    largest of each row's wrong speakers (all of them, where there are fewer)."""
-    count = min(count, logits.shape[2] - 1)
-    if count == 0 or margin == 0:
+def harder_negatives(logits, labels, count: int, margin: float, scale: float) -> torch.Tensor:
+    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): logits with `angular_gain` on the `count` largest of each row's
+    wrong speakers (all of them, where there are fewer)."""
+    nearest = _nearest_wrong(logits.detach(), labels, count)
+    if nearest is None or margin == 0:
+        return logits
+    moved = scale * angular_gain(logits.gather(2, nearest) / scale, margin)
+    return logits.scatter(2, nearest, moved)
+
+
+def harder_negatives_with_slopes(loss: Callable, logits, labels, count: int, margin: float, scale: float):
+    """What loss(logits) gives, of the logits as `harder_negatives` changes them; the slopes are by those given."""
+    nearest = _nearest_wrong(logits, labels, count)
+    if nearest is None or margin == 0:
         return loss(logits)
-    nearest = logits.scatter(2, _own(labels, logits), -torch.inf).topk(count, dim=2).indices
     moved, rise = _with_slope(lambda x: scale * angular_gain(x / scale, margin), logits.gather(2, nearest))
     losses, slopes, bias_slopes = loss(logits.scatter(2, nearest, moved))
     return losses, slopes.scatter_(2, nearest, slopes.gather(2, nearest) * rise), bias_slopes
+
+
+def _nearest_wrong(logits, labels, count: int) -> torch.Tensor | None:
+    """Which wrong speakers have each row's `count` largest logits, [R, K, count]; None for no speaker."""
+    count = min(count, logits.shape[2] - 1)
+    return None if count == 0 else logits.scatter(2, _own(labels, logits), -torch.inf).topk(count, dim=2).indices
 
 
 def _own(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -1152,8 +1291,17 @@ def _own(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return labels[:, None, None].expand(-1, logits.shape[1], -1)
 
 
-def aam_loss(logits, labels, margin: float, scale: float, bias: None, config):
+def aam_loss(logits, labels, margin: float, scale: float, bias: None, config) -> torch.Tensor:
     """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), with label smoothing."""
+    own = _own(labels, logits)
+    target = scale * angular_margin(logits.gather(2, own) / scale, margin)
+    logits = logits.scatter(2, own, target).flatten(0, 1)
+    losses = F.cross_entropy(logits, own.flatten(), reduction="none", label_smoothing=config.label_smoothing)
+    return losses.view(own.shape[:2])
+
+
+def aam_slopes(logits, labels, margin: float, scale: float, bias: None, config):
+    """`aam_loss` with its slopes, by one exponential per logit; none is kept."""
     own, smoothing = _own(labels, logits), config.label_smoothing
     plain = logits.gather(2, own)
     target, rise = _with_slope(lambda x: scale * angular_margin(x / scale, margin), plain)
@@ -1174,7 +1322,7 @@ def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tenso
     return 2.0 * ((cosine + 1.0) / 2.0).clamp(min=0.0).pow(exponent) - 1.0
 
 
-def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Tensor, config):
+def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Tensor, config) -> torch.Tensor:
     """SphereFace2-C: is it this speaker, yes or no, asked of every speaker; summed over these.
 
     lambda log(1 + exp(-s (g(cos_y) - m) - b)) + (1 - lambda) sum_{i != y} log(1 + exp(s (g(cos_i) + m) + b)): the
@@ -1182,14 +1330,10 @@ def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Te
     verification). bias: b of each prefix [K].
     """
     own = _own(labels, logits)
-
-    def losses(logits, bias):
-        similarity = sphereface2_similarity(logits / scale, config.sphereface2_exponent)
-        positive = F.softplus(-(scale * (similarity.gather(2, own) - margin) + bias[:, None]))[:, :, 0]
-        negative = F.softplus(scale * (similarity + margin) + bias[:, None]).scatter(2, own, 0.0).sum(2)
-        return config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative
-
-    return _with_slope(losses, logits, bias)
+    similarity = sphereface2_similarity(logits / scale, config.sphereface2_exponent)
+    positive = F.softplus(-(scale * (similarity.gather(2, own) - margin) + bias[:, None]))[:, :, 0]
+    negative = F.softplus(scale * (similarity + margin) + bias[:, None]).scatter(2, own, 0.0).sum(2)
+    return config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative
 
 
 def sphereface2_start_bias(config) -> float:
@@ -1209,25 +1353,37 @@ def sphereface2_start_bias(config) -> float:
 @dataclass(frozen=True)
 class SpeakerLoss:
     """compute: (logits [R, K, N] of K prefixes: scale * cosines, float32; labels [R]; margin; scale; bias [K] or None;
-    config) -> losses [R, K]; their slopes by the logits [R, K, N], a new tensor; the sums of their slopes by each bias
-    [K], or None. It leaves the logits as they were.
+    config) -> losses [R, K], for autograd.
 
     start_bias: config -> where each prefix's own learnt bias starts, None for a loss without one.
+
+    fast_slopes: of the same as `compute`, for training on a CPU, what `with_slopes` gives; None: as autograd finds it.
+    It leaves the logits as they were.
     """
 
-    compute: Callable[..., tuple]
+    compute: Callable[..., torch.Tensor]
     start_bias: Callable[[MRLReDimNetConfig], float] | None = None
+    fast_slopes: Callable[..., tuple] | None = None
+
+    def with_slopes(self, logits, labels, margin: float, scale: float, bias: torch.Tensor | None, config):
+        """Losses [R, K]; their slopes by the logits [R, K, N], a new tensor; the sums of their slopes by each bias [K],
+        or None."""
+        if self.fast_slopes is not None:
+            return self.fast_slopes(logits, labels, margin, scale, bias, config)
+        if bias is None:
+            return *_with_slope(lambda x: self.compute(x, labels, margin, scale, None, config), logits), None
+        return _with_slope(lambda x, bias: self.compute(x, labels, margin, scale, bias, config), logits, bias)
 
 
 # By config.loss; the configuration knows the names.
 LOSSES = {
-    "aam": SpeakerLoss(aam_loss),
+    "aam": SpeakerLoss(aam_loss, fast_slopes=aam_slopes),
     "sphereface2": SpeakerLoss(sphereface2_loss, sphereface2_start_bias),
 }
 
 
 class PrefixLosses(torch.autograd.Function):
-    """A loss of every prefix's scaled cosines, averaged over the batch, with all its gradients.
+    """A loss of every prefix's scaled cosines, averaged over the batch, with all its gradients; for CPUs.
 
     For prefix k of embedding e and row w, x_k = a_k <e[:d_k], w[:d_k]> with a_k = s / |e[:d_k]| |w[:d_k]|. Let g_k be
     the loss's slope by x_k. Then segment j of the gradients (numbers d_(j-1) to d_j) is
@@ -1244,7 +1400,7 @@ class PrefixLosses(torch.autograd.Function):
     def forward(ctx, embeddings, weight, bias, loss: Callable, dims, shares, scale: float, centers: int):
         """embeddings [B, D], weight [rows, D], both float32, bias [K] or None; dims [K]; shares [K] of the prefixes;
 
-        loss: (logits [R, K, N], which rows of the batch as a slice, bias) -> what `SpeakerLoss.compute` gives.
+        loss: (logits [R, K, N], which rows of the batch as a slice, bias) -> what `SpeakerLoss.with_slopes` gives.
         Gives loss [], prefix losses [K], and the longest prefix's logits [B, N]; only the first has gradients.
         """
         x, e_norms, w_norms = scaled_cosines(embeddings, weight, dims, scale)
@@ -1252,7 +1408,7 @@ class PrefixLosses(torch.autograd.Function):
         logits = x.new_empty(batch, rows // centers)
         losses, e_pull = x.new_empty(batch, count), x.new_empty(batch, count)
         w_pull, bias_slopes = x.new_zeros(count, rows), x.new_zeros(count)
-        for block in _blocks(batch, count * rows, x.device):
+        for block in _blocks(batch, count * rows):
             part = x[block]
             nearest, center = (part, None) if centers == 1 else part.unflatten(2, (-1, centers)).max(3)
             logits[block] = nearest[:, -1]
@@ -1285,7 +1441,7 @@ class PrefixLosses(torch.autograd.Function):
         if needs_w:
             d_w[:, ctx.dims[-1] :] = 0.0
         scaled, w_pull = embeddings * gradient, w_pull * -gradient
-        for block in _blocks(*weight.shape, weight.device):
+        for block in _blocks(*weight.shape):
             h = weight.new_zeros(len(embeddings), len(weight[block]))
             for k, part in reversed(_segments(ctx.dims)):
                 h.addcmul_(slopes[:, k, block], w_norms[k, block])
@@ -1308,7 +1464,7 @@ def scaled_cosines(embeddings: torch.Tensor, weight: torch.Tensor, dims: list[in
     e_norms = torch.stack([_squares(embeddings[:, part]) for _, part in _segments(dims)], 1)
     e_norms = e_norms.cumsum(1).add_(NORM_FLOOR).rsqrt_().mul_(scale)
     x, w_norms = weight.new_empty(*e_norms.shape, len(weight)), weight.new_empty(len(dims), len(weight))
-    for block in _blocks(*weight.shape, weight.device):
+    for block in _blocks(*weight.shape):
         dots, squares = weight.new_zeros(len(embeddings), len(weight[block])), 0.0
         for k, part in _segments(dims):
             dots.addmm_(embeddings[:, part], weight[block, part].T)
@@ -1323,6 +1479,11 @@ def _segments(dims: list[int]) -> list[tuple[int, slice]]:
     return list(enumerate(map(slice, [0, *dims[:-1]], dims)))
 
 
+def _unit(side: torch.Tensor) -> torch.Tensor:
+    """Rows of length one, or of zeros."""
+    return side * (side.square().sum(1, keepdim=True) + NORM_FLOOR).rsqrt()
+
+
 def _squares(side: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(side, dim=1).square()  # no tensor of the side's size in between
 
@@ -1331,9 +1492,9 @@ def _sums_from_here(terms: torch.Tensor, dim: int) -> torch.Tensor:
     return terms.flip(dim).cumsum(dim).flip(dim)
 
 
-def _blocks(count: int, width: int, device: torch.device) -> list[slice]:
-    """`count` rows of `width` numbers in slices that fit a CPU's cache; elsewhere all at once."""
-    size = max(1, CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
+def _blocks(count: int, width: int) -> list[slice]:
+    """`count` rows of `width` numbers in slices that fit a CPU's cache."""
+    size = max(1, CACHED_NUMBERS // width)
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
@@ -1384,30 +1545,52 @@ class MatryoshkaMarginClassifier(nn.Module):
         margin = self.margin if margin is None else margin
         shares = self.prefix_weights if prefix_weights is None else self._shares(prefix_weights)
         used = [k for k, share in enumerate(shares) if share > 0]
-        prefix_losses = embeddings.new_full((len(shares),), torch.nan, dtype=torch.float32)
+        # One by one: a list as an index would travel to the device and wait for it.
+        bias = None if self.bias is None else torch.stack([self.bias[k] for k in used]).float()
+        slopes_wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (embeddings, *self.parameters()))
+        compute = self._with_all_slopes if slopes_wanted and _cpu_kernels(embeddings) else self._by_autograd
         with torch.autocast(embeddings.device.type, enabled=False):
-            loss, prefix_losses[used], logits = PrefixLosses.apply(
-                embeddings.float(),
-                self.weight.float(),
-                None if self.bias is None else self.bias.float()[used],
-                functools.partial(self._losses, labels, margin),
-                [self.dims[k] for k in used],
-                [shares[k] for k in used],
-                self.scale,
-                self.config.sub_centers,
+            loss, losses, logits = compute(
+                embeddings.float(), labels, margin, bias, [self.dims[k] for k in used], [shares[k] for k in used]
             )
         if shares[-1] == 0:
             logits = self.logits(embeddings).detach()
-        return loss, prefix_losses, logits
+        if len(used) < len(shares):
+            left_out = losses.new_full((), torch.nan)
+            losses = torch.stack([losses[used.index(k)] if k in used else left_out for k in range(len(shares))])
+        return loss, losses, logits
 
-    def _losses(self, labels, margin: float, logits, block: slice, bias):
-        config, labels = self.config, labels[block]
+    def _by_autograd(self, embeddings, labels, margin: float, bias, dims: list[int], shares: list[float]):
+        """Of prefixes `dims`: loss [], prefix losses [K], the longest one's logits [B, speakers]."""
+        config, sides = self.config, (embeddings, self.weight.float())
+        cosines = [torch.matmul(e, w.T) for e, w in zip(*([_unit(x[:, :d]) for d in dims] for x in sides), strict=True)]
+        logits = self.scale * torch.stack(cosines, 1)
+        if config.sub_centers > 1:
+            logits = logits.unflatten(2, (-1, config.sub_centers)).max(3).values
+        longest = logits[:, -1].detach()
+        logits = harder_negatives(logits, labels, config.hard_negatives, self._gain(margin), self.scale)
+        losses = LOSSES[config.loss].compute(logits, labels, margin, self.scale, bias, config).mean(0)
+        return sum(loss * share for loss, share in zip(losses, shares, strict=True)), losses.detach(), longest
 
-        def loss(logits):
-            return LOSSES[config.loss].compute(logits, labels, margin, self.scale, bias, config)
+    def _with_all_slopes(self, embeddings, labels, margin: float, bias, dims: list[int], shares: list[float]):
+        """The same by `PrefixLosses`."""
 
-        gain = config.hard_negative_margin * (margin / self.margin if self.margin else 1.0)
-        return harder_negatives(loss, logits, labels, config.hard_negatives, gain, self.scale)
+        def loss(logits, block: slice, bias):
+            config, own = self.config, labels[block]
+
+            def of_harder(logits):
+                return LOSSES[config.loss].with_slopes(logits, own, margin, self.scale, bias, config)
+
+            gain = self._gain(margin)
+            return harder_negatives_with_slopes(of_harder, logits, own, config.hard_negatives, gain, self.scale)
+
+        return PrefixLosses.apply(
+            embeddings, self.weight.float(), bias, loss, dims, shares, self.scale, self.config.sub_centers
+        )
+
+    def _gain(self, margin: float) -> float:
+        """The margin of hard negatives at a step's margin."""
+        return self.config.hard_negative_margin * (margin / self.margin if self.margin else 1.0)
 
     def _shares(self, weights: list[float]) -> list[float]:
         if len(weights) != len(self.dims) or not min(weights) >= 0 or not sum(weights) > 0:
@@ -1560,10 +1743,22 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
 
         Overridden here because all of transformers' public ways to switch it on and off end here.
         """
-        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
-        if not options["use_reentrant"]:
-            options.setdefault("context_fn", lambda: (_keeping_all(), _untracked_batch_norms(self)))
+        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        if enable and options.get("use_reentrant"):
+            warnings.warn(
+                "use_reentrant=True: reentrant checkpointing would leave most weights without a gradient and count the "
+                "batch norms' statistics twice, so this model is checkpointed with use_reentrant=False. Gradients are "
+                "the same as without checkpointing.",
+                stacklevel=2,
+            )
+        options["use_reentrant"] = False
+        options.setdefault("context_fn", _checkpointing_contexts)
         super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -1650,9 +1845,9 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _refuse_extras(kwargs: dict):
-        """Callers such as PEFT pass unused arguments as None; an argument with a value is refused, not ignored."""
+        """Callers such as PEFT pass unused arguments as None or False; one with a value is refused, not ignored."""
         ignorable = ("return_dict", "output_attentions", "output_hidden_states")
-        given = [name for name, value in kwargs.items() if value is not None and name not in ignorable]
+        given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
         if given:
             raise TypeError(
                 f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
@@ -1669,22 +1864,10 @@ def _has_pickle(source, options: dict) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _untracked_batch_norms(model: nn.Module):
-    """Batch norms compute as always, but keep their running statistics.
-
-    Switching off `track_running_stats` would not do: checkpointing counts the tensors that each layer saves.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        with _keeping_all():
-            yield
-    finally:
-        for norm, values in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = values
+def _share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
+    Trainer, accumulating gradients); as it is for None."""
+    return loss if num_items is None else loss * (len(labels) / num_items)
 
 
 class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
@@ -1776,14 +1959,15 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         lengths = attention_mask.to(torch.long).sum(1)
         if torch.compiler.is_compiling():
             return lengths  # looking at values would break the graph; the mask is then always used
-        if bool((lengths == input_values.shape[1]).all()):
+        in_order = (attention_mask.bool() == sample_mask(lengths, input_values.shape[1])).all()
+        *ends, in_order = torch.cat([lengths, in_order[None]]).tolist()  # the one time that a GPU is waited for
+        if min(ends, default=input_values.shape[1]) == input_values.shape[1]:
             return None
-        if not torch.equal(attention_mask.bool(), sample_mask(lengths, input_values.shape[1])):
+        if not in_order:
             raise ValueError("attention_mask: padding must follow the audio (ones, then zeros, in every row).")
-        if int(lengths.min()) < self.config.min_samples:
-            row = int(lengths.argmin())
+        if min(ends) < self.config.min_samples:
             raise ValueError(
-                f"attention_mask: utterance {row} has {int(lengths[row])} samples, the model needs "
+                f"attention_mask: utterance {ends.index(min(ends))} has {min(ends)} samples, the model needs "
                 f"{self.config.min_samples}."
             )
         return lengths
@@ -1806,15 +1990,21 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         labels: torch.Tensor | None = None,
         margin: float | None = None,
         prefix_weights: list[float] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> MatryoshkaXVectorOutput:
         """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin, prefix_weights as in the
-        classifier's forward."""
+        classifier's forward.
+
+        num_items_in_batch: the loss is then the sum over this batch divided by it, as transformers' Trainer asks for
+        when it accumulates gradients over several batches.
+        """
         self._refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
         loss, prefix_losses, logits = self.classifier(embeddings, labels, margin, prefix_weights)
+        loss = _share_of_items(loss, labels, num_items_in_batch)
         return MatryoshkaXVectorOutput(loss=loss, logits=logits, embeddings=embeddings, prefix_losses=prefix_losses)
 
 
@@ -1833,9 +2023,11 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> SpeakerClassifierOutput:
-        """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1."""
+        """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1;
+        num_items_in_batch: as in MRLReDimNetForXVector."""
         self._refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)
@@ -1844,6 +2036,8 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
             loss = F.mse_loss(logits[:, 0].float(), labels.float())
         elif labels is not None:
             loss = F.cross_entropy(logits.float(), labels)
+        if loss is not None:
+            loss = _share_of_items(loss, labels, num_items_in_batch)
         return SpeakerClassifierOutput(loss=loss, logits=logits, embeddings=embeddings)
 
 

@@ -21,6 +21,7 @@ from hypothesis import settings
 from local_hub import ANNA, BERT, READER, LocalHub
 from sounds import write_speaker
 
+import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.saving import save_adapter, save_model
@@ -213,6 +214,21 @@ def reference_order(ours: torch.Tensor, config: MRLReDimNetConfig, model_config:
 def model() -> MRLReDimNetModel:
     """A small model of the usual kind, its own for each test."""
     return tiny_model()
+
+
+@pytest.fixture
+def device(monkeypatch) -> torch.device:
+    """The GPU for the tests in `tests/gpu`, which are skipped where there is none.
+
+    MRL_TEST_DEVICE=cpu runs them on the CPU, by the operators that a GPU would run: to see that the tests work.
+    """
+    name = os.environ.get("MRL_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is false (MRL_TEST_DEVICE=cpu runs these tests on the CPU)")
+    if name == "cpu":
+        monkeypatch.setattr(modeling_mrl_redimnet, "_cpu_kernels", lambda x: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions with all of float32's digits
+    return torch.device(name)
 
 
 def leave_together(rank: int, folder: str, results: dict):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -32,6 +33,13 @@ KINDS = {
     "sphereface2_all": dict(**SPHEREFACE2, sub_centers=2, hard_negatives=2, sphereface2_balance=0.4, scale=10.0),
     "sphereface2_exponent": dict(**SPHEREFACE2, sphereface2_exponent=1.7),
 }
+
+
+@pytest.fixture(params=[True, False], ids=["by hand", "by autograd"])
+def each_path(request, monkeypatch) -> bool:
+    """The gradients that CPUs have by hand (true), and those of accelerators by autograd."""
+    monkeypatch.setattr(modeling_mrl_redimnet, "_cpu_kernels", lambda x: request.param)
+    return request.param
 
 
 def margin_classifier(**changes) -> MatryoshkaMarginClassifier:
@@ -87,7 +95,7 @@ def sphereface2_oracle(cosines, label, margin, bias, config):
 @pytest.mark.parametrize("margin", [0.0, 0.2, 0.5, 1.4])
 @pytest.mark.parametrize("prefix_weights", [[1, 1, 1], [1, 2, 5]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_against_plain_loops(kind, prefix_weights, margin):
+def test_losses_and_gradients_against_plain_loops(kind, prefix_weights, margin, each_path):
     classifier = margin_classifier(margin=margin, prefix_weights=prefix_weights, **KINDS[kind])
     embeddings = torch.randn(6, 32)
     embeddings[0] = -3 * classifier.weight[0].detach() + 0.1 * torch.randn(32)  # its angle and a margin exceed pi
@@ -179,7 +187,7 @@ def test_between_the_passes_it_keeps_one_tensor_of_logits_per_prefix(kind):
 
 
 @pytest.mark.parametrize("frozen", ["embeddings", "weight"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen, each_path):
     for loss in LOSSES:
         classifier, embeddings = margin_classifier(loss=loss), torch.randn(6, 32, requires_grad=True)
         tensors = {"embeddings": embeddings, **dict(classifier.named_parameters())}
@@ -192,8 +200,34 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
         assert all(torch.equal(tensors[name].grad, whole[name]) for name in tensors if name != frozen)
 
 
+@pytest.mark.parametrize("kind", ["aam", "aam_all"])
+def test_a_loss_needs_no_slopes_of_its_own(kind, monkeypatch):
+    classifier, embeddings = margin_classifier(**KINDS[kind]), torch.randn(6, 32, requires_grad=True)
+    found = []
+    for loss in (LOSSES["aam"], dataclasses.replace(LOSSES["aam"], fast_slopes=None)):
+        monkeypatch.setitem(LOSSES, "aam", loss)
+        loss = classifier(embeddings, LABELS)[0]
+        found.append([loss, *torch.autograd.grad(loss, [embeddings, classifier.weight])])
+    torch.testing.assert_close(*found)
+
+
 def test_every_loss_that_a_configuration_may_name_is_compared():
     assert {changes.get("loss", "aam") for changes in KINDS.values()} == set(LOSSES) == set(SPEAKER_LOSSES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_loss_is_the_same_and_no_slope_is_computed(kind, scope, monkeypatch):
+    """Of a held-out batch, as transformers' Trainer and others ask for."""
+    model = tiny_model(tiny_config(**KINDS[kind]), kind=MRLReDimNetForXVector)
+    batch, labels = torch.stack(waves(6_000, 6_000)), torch.tensor([4, 0])
+    expected = model(batch, labels=labels)
+    monkeypatch.setattr(modeling_mrl_redimnet, "_with_slope", None)
+    with scope():
+        answer = model(batch, labels=labels)
+    assert not answer.loss.requires_grad
+    for name in ("loss", "logits", "prefix_losses"):
+        torch.testing.assert_close(answer[name], expected[name])
 
 
 def test_without_margin_it_is_a_softmax_of_scaled_cosines():
@@ -280,6 +314,15 @@ def test_margin_makes_every_angle_harder(margin):
     assert (moved.diff() > 0).all()
 
 
+@pytest.mark.parametrize("margin", [0.1, 0.2, 0.5, 1.4])
+def test_margin_past_the_largest_angle_is_a_line_one_step_lower(margin):
+    end = -math.cos(margin)
+    before, after = angular_margin(torch.tensor([end + 1e-9, end - 1e-9], dtype=torch.float64), margin)
+    assert before.item() == pytest.approx(-1.0, abs=1e-6)
+    step = math.cos(margin) + margin * math.sin(margin) - 1.0
+    assert before.item() - after.item() == pytest.approx(step, abs=1e-6) and step > 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights of prefixes
 
@@ -294,7 +337,7 @@ def empty_memory_is_nan():
 @pytest.mark.parametrize("kind", ["aam", "sphereface2_all"])
 @pytest.mark.parametrize("weights", [[1, 0, 0], [0, 3, 1], [0, 1, 0]])
 @pytest.mark.parametrize("given_late", [False, True])
-def test_a_prefix_of_weight_zero_is_left_out(kind, weights, given_late, empty_memory_is_nan):
+def test_a_prefix_of_weight_zero_is_left_out(kind, weights, given_late, empty_memory_is_nan, each_path):
     """The others' losses and the logits stay as they are; the loss is the mean of the others by their ratios."""
     whole = margin_classifier(**KINDS[kind])
     some = margin_classifier(**KINDS[kind], prefix_weights=None if given_late else weights)
@@ -347,7 +390,7 @@ def test_the_model_passes_margin_and_weights_on():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 1e-6, 1e4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_is_finite_at_the_ends(kind, dtype, factor):
+def test_loss_is_finite_at_the_ends(kind, dtype, factor, each_path):
     """Embeddings that are a speaker's row, or its opposite, or nothing: where an arccos or a norm has no slope."""
     classifier = margin_classifier(**KINDS[kind]).to(dtype)
     embeddings = (factor * classifier.weight[:3].detach()).requires_grad_()
@@ -376,7 +419,7 @@ def test_curves_are_finite_where_a_cosine_exceeds_one_by_rounding(curve, cosine)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_under_autocast_it_is_computed_in_float32(kind):
+def test_under_autocast_it_is_computed_in_float32(kind, each_path):
     classifier, embeddings = margin_classifier(**KINDS[kind]), torch.randn(6, 32)
     exact = (*classifier(embeddings, LABELS), classifier.logits(embeddings))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -387,14 +430,16 @@ def test_under_autocast_it_is_computed_in_float32(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_float32_under_autocast_and_rounded_once_for_half_precision(kind):
+def test_gradients_are_float32_under_autocast_and_rounded_once_for_half_precision(kind, each_path):
     classifier, embeddings = margin_classifier(**KINDS[kind]).bfloat16(), torch.randn(6, 32).bfloat16()
     exact = margin_classifier(**KINDS[kind])
     exact.load_state_dict(classifier.state_dict())
     found = []
     for one, e in ((exact, embeddings.float()), (classifier, embeddings)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(torch.autograd.grad(one(e.requires_grad_(), LABELS)[0], [e, *one.parameters()]))
+            loss = one(e.requires_grad_(), LABELS)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=each_path):  # autograd's own products would be half
+            found.append(torch.autograd.grad(loss, [e, *one.parameters()]))
     loss = exact(e32 := embeddings.detach().float().requires_grad_(), LABELS)[0]
     for without, within, half in zip(torch.autograd.grad(loss, [e32, *exact.parameters()]), *found, strict=True):
         assert torch.equal(within, without)

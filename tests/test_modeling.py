@@ -26,6 +26,7 @@ from modeling_mrl_redimnet import (
     Pointwise,
     whole_frames,
 )
+from mrl_redimnet.adapters.placement import PLACEMENTS, lora_config
 
 MODELS = (MRLReDimNetModel, MRLReDimNetForXVector, MRLReDimNetForSequenceClassification)
 
@@ -237,7 +238,7 @@ def test_gradient_checkpointing_changes_nothing(variant, options):
     config = tiny_config(variant, map_dropout=0.1)
     plain, saving = (tiny_model(config, kind=MRLReDimNetForXVector).train() for _ in range(2))
     saving.activation_checkpointing_enable(options)
-    assert saving.redimnet.trunk.gradient_checkpointing
+    assert saving.is_gradient_checkpointing
     batch = padded(waves(6_000, 8_000, 8_000))
     losses = []
     for model in (plain, saving):
@@ -249,6 +250,50 @@ def test_gradient_checkpointing_changes_nothing(variant, options):
     gradients = dict(saving.named_parameters())
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_reentrant_checkpointing_is_replaced_by_the_other_with_a_warning(variant, lora):
+    """Of maps in a list it would see no gradients, in silence: most weights would not train."""
+    plain, saving = (tiny_model(tiny_config(variant)).train() for _ in range(2))
+    with pytest.warns(UserWarning, match="use_reentrant=True.* is checkpointed with use_reentrant=False") as warned:
+        saving.activation_checkpointing_enable({"use_reentrant": True})
+    assert len(warned) == 1
+    if lora:
+        config = LoraConfig(target_modules=LINEAR, init_lora_weights=False)
+        plain, saving = (get_peft_model(model, config) for model in (plain, saving))
+        saving.load_state_dict(plain.state_dict())
+    for model in (plain, saving):
+        model(input_values=torch.stack(waves(6_000, 8_000)[1:] * 2)).embeddings.square().sum().backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    assert gradients and all(gradient is not None for gradient in gradients.values())
+    torch.testing.assert_close({n: p.grad for n, p in saving.named_parameters() if p.requires_grad}, gradients)
+    torch.testing.assert_close(dict(saving.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_only_some_stages_checkpointed_is_the_same():
+    plain, saving = (tiny_model().train() for _ in range(2))
+    saving.activation_checkpointing_enable(every_n_layers=2)
+    assert [stage.gradient_checkpointing for stage in saving.trunk.stages] == [True, False]
+    for model in (plain, saving):
+        model(torch.stack(waves(8_000, 8_000))).embeddings.square().sum().backward()
+    gradients = ({name: p.grad for name, p in model.named_parameters()} for model in (saving, plain))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_peft_looks_for_gradient_checkpointing_without_a_warning(model):
+    assert not get_peft_model(model, LoraConfig(target_modules=LINEAR)).base_model.model.is_gradient_checkpointing
+
+
+def test_a_copy_of_a_checkpointed_model_moves_its_statistics_once():
+    plain, saving = (tiny_model().train() for _ in range(2))
+    saving.activation_checkpointing_enable()
+    copied = copy.deepcopy(saving)
+    for model in (plain, copied):
+        model(torch.stack(waves(8_000, 8_000))).embeddings.sum().backward()
+    assert_same_tensors(dict(plain.named_buffers()), dict(copied.named_buffers()))
 
 
 def test_running_statistics_still_move_under_gradient_checkpointing():
@@ -263,9 +308,9 @@ def test_running_statistics_still_move_under_gradient_checkpointing():
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_by_its_older_name_and_off_again(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert model.trunk.gradient_checkpointing
+    assert model.is_gradient_checkpointing
     model.activation_checkpointing_disable()
-    assert not model.trunk.gradient_checkpointing
+    assert not model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -404,6 +449,23 @@ def test_trunk_compiles_as_one_graph(variant, masked):
         assert_equal(compiled(features, mask), model.trunk(features, mask))
 
 
+@pytest.mark.parametrize(
+    ("variant", "training", "masked"),
+    [("convnext_convatt", True, True), ("fwse_att", True, False), ("redimnet2_dual", False, True)],
+)
+def test_a_whole_model_compiles_as_one_graph_with_the_loss(variant, training, masked):
+    torch._dynamo.reset()  # it compiles the same code only so often
+    config = tiny_config(variant, scale=8.0)
+    model = tiny_model(config, kind=MRLReDimNetForXVector).double().train(training)
+    batch = padded(waves(8_000, 6_000)) if masked else {"input_values": torch.stack(waves(8_000, 8_000))}
+    gradients = []
+    for call in (model, torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")):
+        answer = call(**batch, labels=torch.tensor([0, 3]))
+        answer.loss.backward()
+        gradients.append([answer.loss, answer.embeddings, *(p.grad for p in call.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_tuple_output(model):
     wave = torch.stack(waves(8_000))
     with torch.inference_mode():
@@ -530,6 +592,97 @@ def test_gradient_checkpointing_leaves_frozen_norms_frozen(frozen):
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=name)
     assert plain.redimnet.trunk.stem.conv.weight.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def plain_operators(monkeypatch):
+    """The paths of accelerators, on a CPU."""
+    monkeypatch.setattr(modeling, "_cpu_kernels", lambda x: False)
+
+
+WIDTHS = {  # types of inputs and of weights, and how exact the answer can be
+    "float64": (torch.float64, torch.float64, 1e-12),
+    "float32": (torch.float32, torch.float32, 1e-6),
+    "autocast to bfloat16": (torch.bfloat16, torch.float32, 4e-3),
+    "autocast to float16": (torch.float16, torch.float32, 5e-4),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, 8e-3),
+    "float16": (torch.float16, torch.float16, 1e-3),
+}
+
+
+@pytest.mark.parametrize("cpu_kernels", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("types", WIDTHS)
+def test_a_norm_that_trains_has_autograds_gradients(types, masked, cpu_kernels, monkeypatch):
+    """Answer, gradients and statistics of each path against the plain formula in float64."""
+    monkeypatch.setattr(modeling, "_cpu_kernels", lambda x: cpu_kernels)
+    of_inputs, of_weights, limit = WIDTHS[types]
+    generator = torch.Generator().manual_seed(0)
+    norm = drawn(ChannelBatchNorm(6)).to(of_weights).train()
+    x = (2.0 + 3.0 * torch.randn(3, 40, 5, 6, generator=generator)).to(of_inputs).requires_grad_()
+    direction = torch.randn(3, 40, 5, 6, generator=generator).to(of_inputs)
+    mask = (torch.arange(40) < torch.tensor([[40], [17], [1]]))[..., None] if masked else None
+    valid = mask[..., 0] if masked else ...
+
+    exact, weight, bias = (t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias))
+    rows = exact[valid].flatten(0, -2)
+    variance, mean = torch.var_mean(rows, 0, correction=0)
+    expected = (exact - mean) / (variance + norm.eps).sqrt() * weight + bias
+    (expected[valid] * direction.double()[valid]).sum().backward()
+    moved = [0.9 * norm.running_mean.double() + 0.1 * mean.detach()]
+    moved.append(0.9 * norm.running_var.double() + 0.1 * rows.detach().var(0))
+
+    answer = norm(x, mask)
+    assert answer.dtype == of_inputs
+    assert not masked or not answer[~valid].any()
+    (answer * direction).sum().backward()
+    pairs = [(answer[valid], expected[valid]), (x.grad, exact.grad), (norm.weight.grad, weight.grad)]
+    pairs += [(norm.bias.grad, bias.grad), (norm.running_mean, moved[0]), (norm.running_var, moved[1])]
+    for ours, theirs in pairs:
+        assert relative_error(ours.detach(), theirs.detach()) < limit
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_training_step_of_plain_operators_is_that_of_cpu_kernels(variant, masked, monkeypatch):
+    """Loss, gradients and statistics, in float64 but for pooling and loss; sums of squares would lose digits."""
+    config = tiny_config(variant, scale=8.0)
+    batch = padded(waves(6_000, 8_000, 5_000)) if masked else {"input_values": torch.stack(waves(6_000, 6_000, 6_000))}
+    steps = []
+    for cpu_kernels in (True, False):
+        with monkeypatch.context() as patch:
+            if not cpu_kernels:
+                patch.setattr(modeling, "_cpu_kernels", lambda x: False)
+                patch.setattr(modeling.attention, "__defaults__", (8,))
+            model = tiny_model(config, kind=MRLReDimNetForXVector).double().train()
+            loss = model(**batch, labels=torch.tensor([0, 3, 1])).loss
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        steps.append({"loss": loss.detach(), **gradients, **dict(model.named_buffers())})
+    for name, expected in steps[0].items():
+        torch.testing.assert_close(steps[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_padding_may_be_nan_for_a_norm_that_trains(plain_operators):
+    norm, x = ChannelBatchNorm(3).train(), torch.randn(2, 5, 3)
+    mask = (torch.arange(5) < torch.tensor([[5], [3]]))[..., None]
+    x[1, 3:] = torch.nan
+    x.requires_grad_()
+    norm(x, mask).square().sum().backward()
+    assert x.grad.isfinite().all() and norm.weight.grad.isfinite().all() and norm.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [5, 8, 27])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_widened_by_zeros_attend_alike(size, masked):
+    q, k, v = torch.randn(3, 2, 4, 30, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    keys = (torch.arange(30) < torch.tensor([[30], [12]]))[:, None, None] if masked else None
+    answers = []
+    for multiple in (1, 8):
+        inputs = [part.clone().requires_grad_() for part in (q, k, v)]
+        answer = modeling.attention(*inputs, keys, multiple)
+        answers.append([answer, *torch.autograd.grad(answer.square().sum(), inputs)])
+    torch.testing.assert_close(*answers)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 5, 4), (2, 5, 3, 4)])
@@ -690,6 +843,22 @@ def test_adapters_chosen_per_utterance():
     assert relative_error(mixed[1], embed(adapted, input_values=wave)[1]) < 1e-5
 
 
+@pytest.mark.parametrize("variant", ["convnext_relu_att", "fwse_att", "redimnet2"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_an_adapter_switched_off_leaves_the_base(variant, placement):
+    """Bit for bit; to rounding where a batch norm would be folded into a layer that carries one."""
+    model, batch = tiny_model(tiny_config(variant)), padded(waves(8_000, 6_000))
+    base = embed(model, **batch)
+    adapted = get_peft_model(model, lora_config(placement, model=model, init_lora_weights=False)).eval()
+    assert relative_error(embed(adapted, **batch), base) > 1e-3
+    with adapted.disable_adapter():
+        off = embed(adapted, **batch)
+    if placement in ("conv", "all"):
+        assert relative_error(off, base) < 1e-6
+    else:
+        assert_equal(off, base)
+
+
 def test_norms_fold_into_the_last_axis():
     """Evaluation computes a batch norm as one multiply-add: the same as PyTorch's own."""
     model = tiny_model()
@@ -699,6 +868,29 @@ def test_norms_fold_into_the_last_axis():
         x.movedim(-1, 1), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
     ).movedim(1, -1)
     torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_norm_in_float16_does_not_overflow_between():
+    """Its scale is 300 / sqrt(1e-6), and its shift twice that: more than float16 holds."""
+    norm = BatchNorm(2, eps=1e-6).half().eval()
+    norm.weight.data.fill_(300.0)
+    norm.running_mean.fill_(2.0)
+    norm.running_var.fill_(0.0)
+    scale, shift = norm.scale_and_shift()
+    assert scale.isfinite().all() and shift.isfinite().all() and scale.max() > 65_504
+    half = torch.float16
+    wide = BatchNorm(2).half().eval()
+    wide.running_var.fill_(60_000.0)
+    x = torch.tensor([[60_000.0, -60_000.0]], dtype=half)
+    torch.testing.assert_close(wide(x), (x.float() / 60_000.0**0.5).half())
+
+
+def test_a_sum_has_the_wider_type_with_and_without_gradients():
+    """On CUDA autocast makes norms float32 and layers bfloat16."""
+    wide, narrow = torch.randn(3), torch.randn(3).bfloat16()
+    for x, y in ((wide, narrow), (narrow, wide)):
+        training = modeling.residual(x, y.clone().requires_grad_())
+        assert_equal(modeling.residual(x, y.clone()), training.detach())
 
 
 @pytest.mark.slow
@@ -731,6 +923,26 @@ def test_a_pointwise_layer_is_a_linear_layer(shape):
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "weight", "bias"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pointwise_layers_gradients_are_autograds(bias, frozen):
+    """Of the convolutions that it is computed by, against a linear layer in float64."""
+    torch.manual_seed(0)
+    layer, x = Pointwise(40, 24, bias=bias), torch.randn(3, 50, 4, 40)
+    assert x.numel() > modeling.ONEDNN_FLOOR
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != frozen)
+    exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()}
+    answer, expected = layer(x), F.linear(exact["x"], exact["weight"], exact.get("bias"))
+    assert relative_error(answer, expected) < 1e-6
+    (answer.square().sum()).backward()
+    (expected.square().sum()).backward()
+    for name, tensor in inputs.items():
+        assert (tensor.grad is None) is (name == frozen)
+        assert name == frozen or relative_error(tensor.grad, exact[name].grad) < 1e-5
 
 
 # Variant, with padding, in bfloat16.
