@@ -17,7 +17,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,14 @@ from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Van
 from mrl_redimnet.augmentation import InDomain, Sources, make_augmentations
 from mrl_redimnet.averaging import Ema, LastWeights
 from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, augmented
-from mrl_redimnet.corpus import SpeakerTable, check_problems, load_corpus, split_usable
+from mrl_redimnet.corpus import (
+    SpeakerTable,
+    check_problems,
+    evaluation_speakers,
+    load_corpus,
+    split_usable,
+    without_evaluation_speakers,
+)
 from mrl_redimnet.curves import Record
 from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.evaluation import as_records, embed_usable, format_table
@@ -51,17 +58,28 @@ from mrl_redimnet.partial import SampledRows
 from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import publish_adapter, save_adapter, save_model
-from mrl_redimnet.streaming import stream_contents
+from mrl_redimnet.streaming import StreamContents, stream_contents
 from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.tasks import Attribute, Verification, make_task, training_domain
+from mrl_redimnet.tasks import (
+    Attribute,
+    Verification,
+    base_speakers,
+    check_files,
+    make_task,
+    start_config,
+    training_domain,
+)
 from mrl_redimnet.training import (
     ChanceGuard,
     Progress,
+    Timing,
     augmentation_strength,
     build_optimizer,
     chance_loss,
+    due,
     freeze,
     learning_rate_at,
+    learning_rate_growth,
     load_checkpoint,
     margin_at,
     newest_step,
@@ -83,6 +101,8 @@ LONGEST_WAIT = timedelta(hours=12)
 def main(argv: list[str] | None = None):
     """Runs the training described by the command line `argv` (None: the process's own)."""
     recipe, resume = parse_command_line(argv, __doc__)
+    check_files(recipe)
+    check_fit(recipe, start_config(recipe))
     disable_progress_bar()  # of saving; the steps have their own
     accelerator = build_accelerator(recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
@@ -90,18 +110,19 @@ def main(argv: list[str] | None = None):
 
     # Data: training rows, development speech of other speakers; batches are a function of the step.
     task = prepare_task(recipe, accelerator)
-    recipe.steps = steps_of(recipe, task, accelerator)
+    recipe.steps, timing = steps_of(recipe, task, accelerator)
     crops = build_crops(recipe, task, accelerator)
 
     # Model, and what of it is trained: all, a part, or an adapter on it.
     model, fresh_classifier = task.build_model(recipe)
-    check_fit(recipe, model.config)
     synchronise_batch_norms(model, recipe.synchronise_norms)
-    run = Run(recipe, accelerator, task, crops, model, facts=facts_of(recipe, task, model))
+    for note in task.notes.values():
+        accelerator.print(f"Note: {note}")
+    run = Run(recipe, accelerator, task, crops, model, timing, facts=facts_of(recipe, task, model))
     if recipe.classifier_sample:
         run.rows = SampledRows(model.to(accelerator.device).classifier, recipe.classifier_sample, recipe.seed)
-    if fresh_classifier:
-        run.guard = chance_guard(recipe, model)
+    if isinstance(task, Verification):
+        run.guard = chance_guard(run, fresh_classifier)
     claim_output(recipe, task, resume)
     prepare_training(run, newest_step(checkpoints(recipe)) if resume else 0)
 
@@ -138,6 +159,7 @@ class Run:
     task: Verification | Attribute
     crops: DrawnCrops | StreamedCrops
     model: torch.nn.Module
+    timing: Timing
     guard: ChanceGuard | None = None
     facts: AdapterFacts | None = None
     strategy: Vanilla | None = None
@@ -180,9 +202,9 @@ def train(run: Run, progress: Progress, stop: int):
 
         progress.step = step + 1
         ends = progress.step == recipe.steps
-        if ends or progress.step % recipe.evaluate_every == 0:
+        if ends or due(progress.step, run.timing.evaluate_every):
             evaluate_and_keep_best(run, progress, history)
-        if ends or progress.ended or progress.step % recipe.checkpoint_every == 0:
+        if ends or progress.ended or due(progress.step, run.timing.checkpoint_every):
             history.check_finite()  # a checkpoint of weights that are no numbers would be no place to go on from
             progress.crops = run.crops.state()
             save_checkpoint(accelerator, checkpoints(recipe), progress, recipe)
@@ -329,7 +351,7 @@ def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Verification | Att
         with_embedded_corpus(recipe)
         accelerator.print(f"Reading {recipe.train}: all of it once when it is new or changed, later from a cache.")
         if recipe.streaming:
-            return make_task(recipe, stream_contents(recipe.train, recipe.columns))
+            return make_task(recipe, streamed_speech(recipe))
         return make_task(recipe, load_training_speech(recipe, accelerator))
 
 
@@ -356,6 +378,10 @@ def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
     """The usable rows of the training folder; the others are counted, listed, and too many of them stop the run."""
     corpus = load_corpus(recipe.train, recipe.layout, columns=recipe.columns)
     usable, problems = split_usable(corpus, recipe.min_seconds)
+    if not recipe.evaluation_speakers:
+        usable, left_out = without_evaluation_speakers(usable, recipe.layout, recipe.train)
+        if left_out is not None:
+            accelerator.print(f"Note: {left_out} evaluation_speakers: true trains on them, too.")
     report = Path(recipe.output) / "unusable_files.tsv"
     summary = check_problems(problems, len(corpus), recipe.max_problem_share, report)
     if problems:
@@ -363,11 +389,24 @@ def load_training_speech(recipe: Recipe, accelerator: Accelerator) -> Dataset:
     return usable
 
 
-def steps_of(recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator) -> int:
-    """The recipe's steps, or those of its epochs over the training utterances."""
-    if recipe.epochs is None:
-        return recipe.steps
-    return max(1, round(recipe.epochs * task.utterances / crops_per_step(recipe, accelerator)))
+def streamed_speech(recipe: Recipe) -> StreamContents:
+    """What there is to stream. Raises ValueError for speakers that are not to be trained on."""
+    contents = stream_contents(recipe.train, recipe.columns)
+    wrong = evaluation_speakers(contents.speakers.names, recipe.layout, recipe.train)
+    if wrong and not recipe.evaluation_speakers:
+        raise ValueError(
+            f"train: {len(wrong)} of the {len(contents.speakers):,} speakers of {recipe.train} are those of CN-Celeb's "
+            f"evaluation part ({wrong[0]} ... {wrong[-1]}), and none can be left out of a stream: `mrl-redimnet "
+            "prepare` leaves them out; evaluation_speakers: true trains on them."
+        )
+    return contents
+
+
+def steps_of(recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator) -> tuple[int, Timing]:
+    """The recipe's steps, or those of its epochs over the training utterances, and when things happen in them."""
+    epoch_steps = task.utterances / crops_per_step(recipe, accelerator)
+    steps = recipe.steps if recipe.epochs is None else max(1, round(recipe.epochs * epoch_steps))
+    return steps, Timing.of(replace(recipe, steps=steps), epoch_steps)
 
 
 def crops_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
@@ -427,10 +466,12 @@ def check_fit(recipe: Recipe, config):
         )
 
 
-def chance_guard(recipe: Recipe, model) -> ChanceGuard | None:
-    """Knows the loss of a classifier that has learnt nothing, and the step by which it must have."""
-    mean, deviation = chance_at(0, recipe, model)
-    return ChanceGuard(mean, deviation, deadline=int(recipe.warmup * recipe.steps) + recipe.chance_steps)
+def chance_guard(run: Run, fresh: bool) -> ChanceGuard:
+    """Knows the loss of a classifier that has learnt nothing, and the step by which it must have.
+
+    fresh: it has no rows of the model that the run starts from.
+    """
+    return ChanceGuard(*chance_at(0, run.recipe, run.model), deadline=run.timing.chance_until, fresh=fresh)
 
 
 def chance_at(step: int, recipe: Recipe, model) -> tuple[float, float]:
@@ -441,9 +482,9 @@ def chance_at(step: int, recipe: Recipe, model) -> tuple[float, float]:
 
 
 def guard_against_chance(run: Run, step: int, answer, history: History):
-    """Stops a run with a fresh classifier that is not set up right, or does not learn."""
-    if step == 0:
-        run.guard.check_start(float(answer.loss.detach()))
+    """Stops a run whose classifier is not set up right, or does not learn."""
+    if step == 0 and (warning := run.guard.check_start(float(answer.loss.detach()))):
+        run.accelerator.print(f"Note: {warning}")
     if history.loss is not None and step >= run.guard.deadline:
         chance, _ = chance_at(step, run.recipe, run.model)
         run.guard.check_progress(step, history.loss, chance - run.guard.mean)
@@ -474,13 +515,22 @@ def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
             f"output: {recipe.output} holds checkpoints of an earlier run: --resume goes on with it, another --output "
             "begins anew."
         )
-    if task.classes is None:
-        return
-    names = Path(recipe.output) / "speakers.json"
-    if earlier and names.is_file() and SpeakerTable.load(names).names != task.classes.names:
-        raise ValueError(f"train: the speakers below {recipe.train} are not those that {recipe.output} began with.")
-    if PartialState().is_main_process:
-        task.classes.save(names)
+    tables = {"speakers": task.classes} if task.classes is not None else {}
+    if recipe.dev_trials is None:
+        tables["development_speakers"] = SpeakerTable(sorted(task.development_speakers))
+        if earlier and not (Path(recipe.output) / "development_speakers.json").is_file():
+            everyone = task.development_speakers | set(task.speakers.names)
+            if (base_speakers(recipe) or set()) & everyone:
+                raise ValueError(
+                    f"output: {recipe.output} was begun by an earlier version, which held out other speakers: some of "
+                    f"those that {recipe.model} was trained on. Begin anew with another --output."
+                )
+    for name, table in tables.items():
+        file = Path(recipe.output) / f"{name}.json"
+        if earlier and file.is_file() and SpeakerTable.load(file).names != table.names:
+            raise ValueError(f"train: the speakers below {recipe.train} are not those that {recipe.output} began with.")
+        if PartialState().is_main_process:
+            table.save(file)
 
 
 def prepare_training(run: Run, resumed_at: int):
@@ -500,7 +550,7 @@ def prepare_training(run: Run, resumed_at: int):
         run.ema = Ema(model, recipe.ema)
         run.accelerator.register_for_checkpointing(run.ema)
     if recipe.average_last:
-        run.last = LastWeights(Path(recipe.output) / "last_weights", recipe.average_last)
+        run.last = LastWeights(Path(recipe.output) / "last_weights", run.timing.averaged)
     describe(run)
 
 
@@ -554,6 +604,12 @@ def describe(run: Run):
         + f".\n{recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} x {accelerator.num_processes} crops "
         f"of {recipe.crop_seconds} s on {accelerator.device}."
     )
+    growth, wanted = learning_rate_growth(recipe, accelerator.num_processes)
+    if growth < wanted:
+        accelerator.print(
+            f"Learning rates are those of the recipe times {growth:g}, not times {wanted:g} as the crops of a step are "
+            "(max_learning_rate_growth)."
+        )
     if run.strategy:
         accelerator.print(adapter_report(run.strategy.peft))
 
@@ -670,6 +726,7 @@ def final_report(run: Run, progress: Progress):
         print("\nRanks: " + ", ".join(f"{name} {rank}" for name, rank in ranks.items()))
     record = {
         "recipe": asdict(recipe),
+        "notes": list(task.notes.values()),
         "best_step": progress.best_step,
         "saved": saved,
         "development_scores": scores,

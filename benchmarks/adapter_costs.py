@@ -54,7 +54,7 @@ IN_TRAINING = {
 TRAINED = {name: (Vanilla, plan) for name, plan in ADAPTERS.items()} | IN_TRAINING
 SWAPPED = "linear, r=8"  # the adapter of the swaps and the goals
 FILE_GOAL_BYTES, SWAP_GOAL_MS = 2_000_000, 10.0
-RECIPE = Recipe(learning_rate=1e-5)  # so low that weights hardly move
+RECIPE = Recipe(learning_rate=1e-5, final_learning_rate=1e-5)  # so low that weights hardly move
 LIBRARIES = ["mrl_redimnet.training", "mrl_redimnet.adapters.bank"]
 NO_DATA = Probe(list, lambda batch: torch.zeros(()))  # none of the adapters here is initialised from data
 

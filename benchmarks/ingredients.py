@@ -61,7 +61,7 @@ PLAIN = {**OPTIONS, "spec_augment": False}
 LARGE_MARGIN = dict(steps=30, crop_seconds=4.0, batch_size=24, learning_rate=1e-4, margin_rise=[0, 0])
 LARGE_MARGIN |= dict(model_options={"margin": 0.4}, rotate_at=[], evaluate_every=15, ema=0.0)
 VARIANTS = {
-    "whole": Variant(dict(average_last=3)),
+    "whole": Variant(dict(average_last=0.75)),
     "no augmentation": Variant(dict(augmentations=[], model_options=PLAIN)),
     "speeds": Variant(dict(speeds=[1.0, 0.9, 1.1])),
     "rooms and babble": Variant(dict(augmentations=ROOMS)),
@@ -200,7 +200,8 @@ def embed(
     if weights == "mean":
         model = copy.deepcopy(model)
         last_turn = int(max(RECIPE["rotate_at"]) * SHORTER["steps"])  # weights of two bases have no mean
-        LastWeights(folder / "last_weights", VARIANTS["whole"].changes["average_last"]).mean_into(model, last_turn + 1)
+        kept = round(VARIANTS["whole"].changes["average_last"] * SHORTER["steps"] / SHORTER["evaluate_every"])
+        LastWeights(folder / "last_weights", kept).mean_into(model, last_turn + 1)
     embeddings = embed_trials(model, lists["both lists"], speech / "test" / "wav")
     if rotated:  # turning the embeddings is turning the model
         embeddings = embeddings @ principal_rotation(embed_files(model, training))[0].astype(np.float32)

@@ -176,6 +176,16 @@ def test_each_kind_has_its_own_part_of_musan(musan, sources):
     assert pitches({"kind": "babble", "count": [1, 1], "folder": str(musan)}, Sources()) == {3000, 3100}
 
 
+def test_without_training_speech_babble_is_of_musans_speech(musan, tmp_path):
+    """A stream has none to draw from; where there is some, it is used."""
+    entry = {"kind": "babble", "count": [1, 1]}
+    assert pitches(entry, Sources(noise=musan)) == {3000, 3100}
+    corpus = FileTalkers([str(write(tmp_path / "0.wav", tone(500)))])
+    assert pitches(entry, Sources(noise=musan, talkers=corpus), 5) == {500}
+    with pytest.raises(ValueError, match="or the setting `noise` the root of MUSAN, which has a folder speech"):
+        make_augmentations([entry], Sources(noise=musan / "noise"))
+
+
 def test_an_entry_may_have_a_folder_of_its_own(musan, sources, tmp_path):
     write(tmp_path / "0.wav", tone(500))
     for kind in ("noise", "music", "babble"):

@@ -589,6 +589,45 @@ def test_manifests_that_are_wrong(speech, tmp_path):
     assert list(read_manifest(tmp_path / "f.txt")) == [("a/b.wav", f"{tmp_path}/a/b.wav")]
 
 
+def test_lists_of_kaldi_and_nemo_are_read(tmp_path):
+    """Paths with spaces, ids of their own, lengths that are not needed."""
+    (tmp_path / "wav.scp").write_text("u1 /data/a b.wav\nu2\tc.wav\n\n")
+    assert list(read_manifest(tmp_path / "wav.scp")) == [("u1", "/data/a b.wav"), ("u2", f"{tmp_path}/c.wav")]
+    lines = [{"audio_filepath": "a.wav", "duration": 1.5, "text": ""}, {"path": "/b.wav", "id": 7, "offset": 0.0}]
+    for name in ("train.jsonl", "train.json"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+        assert list(read_manifest(tmp_path / name)) == [("a.wav", f"{tmp_path}/a.wav"), ("7", "/b.wav")]
+        assert len(Inputs.find([tmp_path / name]).shards[0].ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("wav.scp", "u1 sox a.wav -t wav - |", "wav.scp, line 1: u1 is a command, which is not run"),
+        ("wav.scp", "u1 /data/raw.ark:2047", "wav.scp, line 1: u1 lies in a Kaldi archive, which is not read"),
+        ("wav.scp", "u1", "wav.scp, line 1: the path is empty"),
+        ("a.jsonl", "a.wav", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '["a.wav"]', "a.jsonl, line 1: expected a mapping with audio_filepath"),
+        ("a.jsonl", '{"audio_filepath": "a.wav", "offset": 2.5}', "a part of a.wav .offset 2.5., only whole files"),
+        ("list", "a.wav", "list is a text file, no audio. If it is a list of files, its name must end"),
+        ("raw.list", '{"key": "u1", "wav": "a.wav"}', "raw.list is a text file, no audio"),
+    ],
+)
+def test_lists_that_are_no_audio_say_what_they_are(tmp_path, name, line, message):
+    (tmp_path / name).write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=message):
+        Inputs.find([tmp_path / name])
+
+
+def test_audio_without_a_known_suffix_is_no_text(tmp_path):
+    """NIST SPHERE files begin with a header of text."""
+    rng = np.random.default_rng(0)
+    header = b"NIST_1A\n   1024\nsample_count -i 800\nend_head\n".ljust(1024)
+    (tmp_path / "a.sph").write_bytes(header + rng.integers(-500, 500, 800, dtype=np.int16).tobytes())
+    (tmp_path / "b").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    assert len(Inputs.find([tmp_path / "a.sph", tmp_path / "b"]).shards[0].ids) == 2
+
+
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 @pytest.mark.parametrize("processes", [1, 3])
 def test_tar_archives(speech, system, expected, tmp_path, suffix, processes):

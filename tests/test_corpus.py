@@ -19,11 +19,13 @@ from mrl_redimnet.corpus import (
     SpeakerTable,
     audio_source,
     check_problems,
+    evaluation_speakers,
     labels_of,
     load_corpus,
     seconds_of,
     speakers_of,
     split_usable,
+    without_evaluation_speakers,
 )
 
 RATE = 16_000
@@ -392,6 +394,66 @@ def test_damaged_tables_are_refused(tmp_path, content):
     (tmp_path / "speakers.json").write_text(content)
     with pytest.raises(ValueError, match="speakers.json is not a speaker table"):
         SpeakerTable.load(tmp_path / "speakers.json")
+
+
+# ---------------------------------------------------------------- CN-Celeb's evaluation part
+
+
+@pytest.fixture
+def cnceleb(tmp_path):
+    """CN-Celeb_flac as it unpacks, in small: one speaker of the first eight hundred is not in dev.lst."""
+    root = tmp_path / "CN-Celeb_flac"
+    for name in ("id00000", "id00001", "id00017", "id00800", "id00999"):
+        utterance(root / "data" / name / "singing-01-001.flac")
+        utterance(root / "data" / name / "live_broadcast-02-003.flac")
+    (root / "dev").mkdir()
+    (root / "dev/dev.lst").write_text("id00000\nid00001\n")
+    utterance(root / "eval/enroll/id00800-enroll.flac")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["cnceleb1", "cnceleb2", "speaker/utterance", "speaker/session-utterance"])
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_speakers_that_dev_lst_does_not_list_are_left_out(cnceleb, tmp_path, layout, inside):
+    """Whatever the layout is called: the list lies beside the speakers."""
+    data = load_corpus(cnceleb / inside, layout, tmp_path / "cache")
+    kept, said = without_evaluation_speakers(data, layout, cnceleb / inside)
+    assert len(data) == 10 and speakers_of(kept) == ["id00000", "id00001"] and len(kept) == 4
+    assert "3 of 5 speakers (6 utterances) are those of CN-Celeb's evaluation part (id00017 ... id00999)" in said
+
+
+@pytest.mark.parametrize("layout", ["cnceleb1", "cnceleb2", "speaker/utterance"])
+def test_without_the_list_they_are_known_by_their_numbers(cnceleb, tmp_path, layout):
+    """As where both corpora lie in one folder."""
+    (cnceleb / "dev/dev.lst").unlink()
+    utterance(cnceleb / "data/id10000/vlog-01-001.flac")
+    data = load_corpus(cnceleb / "data", layout, tmp_path / "cache")
+    kept, said = without_evaluation_speakers(data, layout, cnceleb / "data")
+    assert speakers_of(kept) == ["id00000", "id00001", "id00017", "id10000"] and "2 of 6 speakers" in said
+
+
+def test_speakers_of_other_corpora_with_such_numbers_stay(tmp_path):
+    """VoxCeleb2 has an id00812, too; and any corpus may have a file dev/dev.lst."""
+    for name in ("id00812", "id00913"):
+        utterance(tmp_path / "vox2/aac" / name / "21Uxsk56VDQ" / "00001.wav")
+    (tmp_path / "vox2/dev").mkdir()
+    (tmp_path / "vox2/dev/dev.lst").write_text("utterance-1\n")
+    data = load_corpus(tmp_path / "vox2", "voxceleb2", tmp_path / "cache")
+    assert without_evaluation_speakers(data, "voxceleb2", tmp_path / "vox2") == (data, None)
+    assert evaluation_speakers(["id00812"], "voxceleb2", tmp_path / "vox2") == []
+    assert evaluation_speakers(["id00812", "id00001", "anna"], "cnceleb1", tmp_path) == ["id00812"]
+
+
+def test_in_a_mix_of_corpora_theirs_are_left_out_alone(tmp_path):
+    """In parquet files, too: there are no lists beside them."""
+    for name in ("id00812", "id00913"):
+        utterance(tmp_path / "mix" / name / "21Uxsk56VDQ-00001.wav")
+    for name in ("id00000", "id00850"):
+        utterance(tmp_path / "celebs" / name / "singing-01-001.flac")
+    data = {part: load_corpus(tmp_path / part, "speaker/utterance", tmp_path / "cache") for part in ("mix", "celebs")}
+    assert without_evaluation_speakers(data["mix"], "speaker/utterance", "s3://x") == (data["mix"], None)
+    kept, said = without_evaluation_speakers(data["celebs"], "speaker/utterance", "s3://x")
+    assert speakers_of(kept) == ["id00000"] and "1 of 2 speakers (1 utterances)" in said
 
 
 @pytest.mark.parametrize(("files", "given", "expected"), [(4, None, None), (4, 3, 3), (5, None, "all"), (5, 3, 3)])

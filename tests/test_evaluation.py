@@ -19,6 +19,7 @@ from mrl_redimnet.evaluation import (
     as_records,
     attribute_row,
     audio_below,
+    check_present,
     drawn,
     embed_files,
     embed_trials,
@@ -205,6 +206,18 @@ def test_a_model_is_scored_at_its_own_dimensions(folder, utterances, trials):
 
 def test_other_dimensions_may_be_asked_for(folder, trials):
     assert [row.dim for row in evaluate_trials(tiny_model(), trials, folder, dims=[3, 32])] == [3, 32]
+
+
+@pytest.mark.parametrize("there", ["all", "some"])
+def test_a_wrong_suffix_of_a_list_is_told_where_another_fits_all(tmp_path, there):
+    """CN-Celeb's lists say .wav of FLAC files."""
+    trials = Trials([1, 0], ["test/a-01-001.wav", "test/a-01-001.wav"], ["test/a.b-02.wav", "test/c.wav"])
+    (tmp_path / "test").mkdir()
+    for name in ("a-01-001.flac", "a-01-001.txt", "a.b-02.flac", *(["c.flac"] if there == "all" else [])):
+        (tmp_path / "test" / name).touch()
+    with pytest.raises(FileNotFoundError, match="3 of the trial list's 3 utterances are not below") as error:
+        check_present(trials, tmp_path)
+    assert ("give --suffix .flac" in str(error.value)) is (there == "all")
 
 
 def test_missing_utterances_are_listed(folder):

@@ -262,3 +262,19 @@ def test_the_command_prepares_and_tells_what_it_wrote(corpus, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "Note: " in told and "1 of 1 listed utterances are missing" in told
     assert "24 utterances of 4 speakers, 0.0 h, in 5 parquet files" in told
+
+
+def test_the_speakers_of_an_evaluation_part_are_left_out_unless_they_are_wanted(tmp_path, capsys):
+    for name in ("id00000", "id00001", "id00800"):
+        for session in ("01", "02"):
+            path = tmp_path / "CN-Celeb_flac/data" / name / f"singing-{session}-001.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sf.write(path, noise(0.1, 0), RATE)
+    (tmp_path / "CN-Celeb_flac/dev").mkdir()
+    (tmp_path / "CN-Celeb_flac/dev/dev.lst").write_text("id00000\nid00001\n")
+    for flags, speakers in (([], 2), (["--evaluation-speakers"], 3)):
+        out = tmp_path / f"out{speakers}"
+        assert main(["prepare", str(tmp_path / "CN-Celeb_flac"), str(out), "--layout=cnceleb1", *flags]) == 0
+        told = "1 of 3 speakers (2 utterances) are those of CN-Celeb's evaluation part" in capsys.readouterr().out
+        index = PreparedIndex.parse((out / "index.json").read_text(), "index.json")
+        assert (index.speakers, bool(index.notes), told) == (speakers, speakers == 2, speakers == 2)

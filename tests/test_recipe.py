@@ -321,16 +321,16 @@ def test_a_missing_file(capsys):
         (["--momentum", "1"], "momentum: got 1.0, expected a share"),
         (["--ema", "1"], "ema: got 1.0, expected a share"),
         (["--patience=-1"], "patience: got -1, expected at least 0"),
-        (["--average_last=-1"], "average_last: got -1, expected at least 0"),
+        (["--average_last=-1"], "average_last: got -1, expected a whole number of steps, a share"),
         (["--prefixes_per_step=-1"], "prefixes_per_step: got -1, expected at least 0"),
         (["--prefixes_from", "[0.5, 0.1]"], "prefixes_from: got [0.5, 0.1]; expected shares, the last"),
-        (["--prefixes_from", "[-0.1, 0]"], "prefixes_from: got [-0.1, 0]; expected shares, the last"),
-        (["--prefixes_from", "[2, 0]"], "prefixes_from: got [2, 0]; expected shares, the last"),
+        (["--prefixes_from", "[-0.1, 0]"], "prefixes_from: got [-0.1, 0], expected shares from 0 to below 1, the last"),
+        (["--prefixes_from", "[2, 0]"], "prefixes_from: got [2, 0], expected shares from 0 to below 1, the last"),
         (["--crop_seconds", "0"], "crop_seconds: got 0.0, expected a length, or [shortest, longest]"),
         (["--crop_seconds", "[3, 2]"], "crop_seconds: got [3, 2], expected a length, or [shortest, longest]"),
         (["--crop_seconds", "[1, 2, 3]"], "crop_seconds: got [1, 2, 3], expected a length, or [shortest, longest]"),
         (["--crop_seconds", "[0, 2]"], "crop_seconds: got [0, 2], expected a length, or [shortest, longest]"),
-        (["--crop_seconds", "[1, long]"], "crop_seconds: got [1, 'long'], expected numbers"),
+        (["--crop_seconds", "[1, long]"], "crop_seconds: got [1, 'long'], expected a length, or [shortest, longest]"),
         (["--utterances_per_speaker", "0"], "utterances_per_speaker: got 0, expected at least 1"),
         (["--utterances_per_speaker=5", "--batch_size=12"], "batch_size that it divides, got speaker and 12"),
         (
@@ -354,7 +354,7 @@ def test_a_missing_file(capsys):
         (["--label_file", "labels.csv"], "label_file and label_column: give both or neither"),
         (["--label_column", "age"], "label_file and label_column: give both or neither"),
         (["--segment_ranks", "4"], "segment_ranks: got 4, expected list"),
-        (["--rank", "0"], "rank: got 0 and start_rank 16; expected at least 1, and a start above it"),
+        (["--rank", "0"], "rank: got 0, expected at least 1"),
         (["--rank=8", "--start_rank=8", "--strategy=dynamic"], "rank: got 8 and start_rank 8"),
         (["--rank=8", "--start_rank=4", "--strategy=warm_up"], "rank: got 8 and start_rank 4"),
     ],
@@ -373,7 +373,7 @@ def test_what_only_a_whole_model_can_do_is_refused_for_a_part(capsys, trains):
     message = refusal(capsys, f"--trains={trains}", "--trunk_frozen_until=0.5")
     assert f"trunk_frozen_until: with trains: {trains} the trunk never trains; leave it out" in message
     assert parse(f"--trains={trains}").rotations == []
-    for word in ("--rotate_at=[0.5]", "--ema=0.99", "--average_last=3", "--classifier_sample=100"):
+    for word in ("--rotate_at=[0.5]", "--ema=0.99", "--average_last=0.5", "--classifier_sample=100"):
         message = refusal(capsys, f"--trains={trains}", word)
         assert f"{word[2:].partition('=')[0]}: works with trains: all; with {trains} leave it out" in message
         assert parse("--trains=all", word)
@@ -415,8 +415,11 @@ def test_a_stream_has_its_trials_given_and_crops_of_one_length():
         (["--streaming=true"], "streaming: sampler must be utterance, got speaker"),
         ([*STREAMING, "--sampler=speaker"], "streaming: sampler must be utterance, got speaker"),
         ([*STREAMING, *ATTRIBUTE], "streaming: label_file must be None, got labels.csv"),
-        ([*STREAMING, "--augmentation_rise=[0, 0.5]"], "streaming: augmentation_rise must be [0.0, 0.0], got [0, 0.5]"),
-        ([*STREAMING, "--crop_seconds=[2, 3]"], "streaming: crops have one length; crop_seconds: got [2, 3]"),
+        (
+            [*STREAMING, "--augmentation_rise=[0, 0.5]"],
+            "streaming: augmentation_rise must be [0.0, 0.0], got [0.0, 0.5]",
+        ),
+        ([*STREAMING, "--crop_seconds=[2, 3]"], "streaming: crops have one length; crop_seconds: got [2.0, 3.0]"),
         (["--streaming=true", "--sampler=utterance"], "streaming: no speakers can be held out of a stream"),
     ],
 )
@@ -449,3 +452,249 @@ def test_a_test_may_be_in_a_domain(task, test):
 )
 def test_a_test_has_the_entries_of_its_task(capsys, task, test, message):
     assert message in refusal(capsys, *task, f"--tests={{vox: {test}}}")
+
+
+# ---------------------------------------------------------------- every setting has its values
+
+
+def settings_of(kind: type) -> list[str]:
+    """The settings whose default is of a type."""
+    return [f.name for f in fields(Recipe) if type(f.default) is kind]
+
+
+NUMBERS = [*settings_of(int), *settings_of(float), "epochs", "learning_rate_batch"]
+
+
+def test_every_setting_has_a_check():
+    assert [field.name for field in fields(Recipe) if not callable(field.metadata.get("check"))] == []
+    assert len(NUMBERS) > 30
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("text", [".nan", "-.inf", "inf", "true", "'1e999'", "-1"])
+def test_what_is_no_number_in_range_is_refused(recipe_file, capsys, name, text):
+    assert f"{name}: got " in refusal(capsys, recipe_file(f"{name}: {text}\n"))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [float("nan"), True, "many"])
+def test_what_is_no_number_is_refused_in_python_as_well(name, value):
+    with pytest.raises(ValueError, match=f"{name}: got "):
+        Recipe(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("warmup: 6", "warmup: got 6.0, expected a share from 0 to below 1"),
+        ("rotate_at: [12]", "rotate_at: got [12], expected shares above 0 and below 1"),
+        ("rotate_at: [0]", "rotate_at: got [0], expected shares above 0 and below 1"),
+        ("rotate_at: [.nan]", "rotate_at: got [nan], expected shares above 0 and below 1"),
+        ("max_gradient_norm: 0", "max_gradient_norm: got 0.0, expected a number above 0"),
+        ("learning_rate: -1e-3", "learning_rate: got -0.001, expected at least 0"),
+        ("weight_decay: -0.1", "weight_decay: got -0.1, expected at least 0"),
+        ("weight_decays: {trunk: -1}", "weight_decays.trunk: got -1, expected at least 0"),
+        ("learning_rates: {trnk: 1}", "expected some of trunk, head, classifier. Did you mean trunk?"),
+        ("learning_rates: {trunk: .nan}", "learning_rates.trunk: got nan, expected a finite number"),
+        ("learning_rate: 1e-6", "final_learning_rate: got 2e-05, expected at most learning_rate, 1e-06"),
+        ("seed: 4294967296", "seed: got 4294967296, expected at least 0 and below 4294967296"),
+        ("speeds: [1.0, .nan]", "speeds: got [1.0, nan], expected a list of speeds"),
+        ("speeds: [1.0, true]", "speeds: got [1.0, True], expected a list of speeds"),
+        ("speeds: [1.0, 1.0]", "speeds: got [1.0, 1.0], expected a list of different speeds"),
+        ("crop_seconds: .inf", "crop_seconds: got inf, expected a length, or [shortest, longest]"),
+        ("crop_seconds: [1, true]", "crop_seconds: got [1, True], expected a length, or [shortest, longest]"),
+        ("margin_rise: [true, 1]", "margin_rise: got [True, 1], expected two rising shares"),
+        ("report_dims: [8.5]", "report_dims: got [8.5], expected whole numbers of at least 1"),
+        ("report_dims: ['8']", "report_dims: got ['8'], expected whole numbers of at least 1"),
+        ("segment_ranks: [0]", "segment_ranks: got [0], expected whole numbers of at least 1"),
+        ("max_problem_share: 1.5", "max_problem_share: got 1.5, expected at least 0 and at most 1"),
+        ("max_learning_rate_growth: 0.5", "max_learning_rate_growth: got 0.5, expected at least 1"),
+        ("output: ''", "output: got '', expected a text that is not empty"),
+        ("placement: convs", "expected one of attention, attention+ffn, pointwise, projection, linear, conv, all. Did"),
+        ("sampler: speekers", "sampler: got 'speekers', expected one of speaker, utterance. Did you mean speaker?"),
+        (
+            "domain: telefony",
+            "domain: got 'telefony', expected one of clean, noisy, telephony. Did you mean telephony?",
+        ),
+        ("mixed_precision: bf17", "mixed_precision: got 'bf17', expected one of no, bf16, fp16. Did you mean bf16?"),
+        ("strategy: warmup", "strategy: got 'warmup', expected one of vanilla, dynamic, warm_up, mixed. Did you mean"),
+        ("optimizer: adam", "optimizer: got 'adam', expected one of adamw, sgd. Did you mean adamw?"),
+        ("tracker: tensorbord", "Did you mean tensorboard?"),
+        ("layout: voxceleb3", "Did you mean voxceleb2?"),
+        ("layout: speaker", "layout 'speaker' must be one of"),
+        ("columns: {speakr: who}", "columns: got speakr, expected some of audio, speaker, session, path, seconds. Did"),
+        ("columns: {speaker: 3}", "columns.speaker: got 3, expected a text that is not empty"),
+        ("label_key: speakers", "label_key: got 'speakers', expected one of speaker, path. Did you mean speaker?"),
+        ("average_last: 10", "average_last: got 10, expected a share of the run such as 0.1, or passes such as"),
+        ("evaluate_every: 1.5", "evaluate_every: got 1.5, expected a whole number of steps, a share of the run"),
+        ("evaluate_every: 1 epohc", "evaluate_every: got '1 epohc', expected a whole number of steps, a share"),
+        ("checkpoint_every: 0 epochs", "checkpoint_every: got '0 epochs', expected a whole number of steps"),
+        ("chance_until: nan epochs", "chance_until: got 'nan epochs', expected a whole number of steps"),
+        ("chance_steps: 300", "no setting named 'chance_steps': it is chance_until, a number of steps or passes"),
+        ("seed: 1\nseed: 2", "seed: given twice"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_what_is_allowed(capsys, recipe_file, setting, message):
+    assert message in refusal(capsys, recipe_file(f"{setting}\n"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{loss: foo}", "model_options: loss: got 'foo', expected one of aam, sphereface2"),
+        ("{losss: aam}", "model_options: the model has no field named 'losss'. Did you mean loss?"),
+        ("{num_speakers: 5}", "model_options.num_speakers: leave it out"),
+        ("{margin: .nan}", "model_options.margin: got nan, expected a finite number"),
+        ("{margin: true}", "model_options.margin: got True, expected a finite number"),
+        ("{margin: 2}", "model_options: margin: got 2.0, expected 0 <= margin < 1.5"),
+        ("{scale: .inf}", "model_options.scale: got inf, expected a finite number"),
+        ("{scale: large}", "model_options.scale: got 'large', expected a finite number"),
+        ("{spec_augment: 1}", "model_options.spec_augment: got 1, expected true or false"),
+        ("{num_mel_bins: 24.0}", "model_options.num_mel_bins: got 24.0, expected a whole number"),
+        ("{matryoshka_dims: [64, true]}", "model_options.matryoshka_dims: got True, expected a whole number"),
+        ("{matryoshka_dims: 64}", "model_options.matryoshka_dims: got 64, expected a list"),
+        ("{matryoshka_dims: [64]}", "model_options: matryoshka_dims: must end at embedding_size=256"),
+    ],
+)
+def test_options_of_the_model_are_checked(capsys, options, message):
+    assert message in refusal(capsys, "--model_options", options)
+
+
+def test_options_of_the_model_are_checked_with_the_model_they_change(capsys, tmp_path):
+    MRLReDimNetConfig.from_size("nano").save_pretrained(tmp_path / "base")
+    base = f"--model={tmp_path / 'base'}"
+    assert parse(base, "--model_options={margin: 5e-1}").model_options == {"margin": 0.5}
+    assert "matryoshka_dims: must end at embedding_size=256" in refusal(
+        capsys, base, "--model_options={matryoshka_dims: [8]}"
+    )
+    assert "loss: got 'foo'" in refusal(capsys, base, "--model_options={loss: foo}")
+    assert "loss: got 'foo'" in refusal(capsys, "--model=owner/name", "--model_options={loss: foo}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{lora_alfa: 8}", "peft_options: LoraConfig has no field named 'lora_alfa'. Did you mean lora_alpha?"),
+        ("{r: 8}", "peft_options.r: leave it out, it is set by rank"),
+        ("{target_modules: x}", "peft_options.target_modules: leave it out, it is set by placement"),
+        ("{lora_alpha: true}", "peft_options.lora_alpha: got True, expected a finite number"),
+        ("{lora_alpha: 0}", "peft_options.lora_alpha: got 0, expected a number above 0"),
+        ("{lora_dropout: 1.5}", "peft_options.lora_dropout: got 1.5, expected a share from 0 to below 1"),
+        ("{lora_dropout: .nan}", "peft_options.lora_dropout: got nan"),
+        ("{use_dora: 1}", "peft_options.use_dora: got 1, expected true or false"),
+        ("{init_lora_weights: pisa}", "peft_options.init_lora_weights: got 'pisa', expected one of"),
+        ("{bias: some}", "peft_options.bias: got 'some', expected one of none, all, lora_only"),
+        ("{rank_pattern: 8}", "peft_options.rank_pattern: got 8, expected a mapping"),
+    ],
+)
+def test_options_of_peft_are_checked(capsys, options, message):
+    assert message in refusal(capsys, "--trains=adapter", "--peft_options", options)
+
+
+@pytest.mark.parametrize("word", ["pissa", "pissa_niter_16", "gaussian", "eva", "true"])
+def test_initialisations_of_peft_are_known(word):
+    assert parse(f"--peft_options={{init_lora_weights: {word}}}").peft_options
+
+
+def test_ranks_of_segments_need_a_placement_that_reaches_them(capsys):
+    message = refusal(capsys, "--placement=attention", "--segment_ranks=[4, 2]")
+    assert message.startswith("segment_ranks: the placement 'attention' does not reach the projection's segments")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{kind: noice}", "augmentations, entry 1: no kind named 'noice'. Did you mean noise?"),
+        ("{kind: noise, snrr: [0, 5]}", "entry 1 (noise): no option named 'snrr'. Did you mean snr?"),
+        ("{kind: noise, snr: [0, .nan]}", "entry 1 (noise): snr: got"),
+        ("{kind: noise, snr: 5}", "entry 1 (noise): snr: got 5, expected two numbers"),
+        ("{kind: noise, probability: 2}", "entry 1 (noise): probability: got 2, expected 0 to 1"),
+        ("{kind: noise, probability: true}", "entry 1 (noise): probability: got True, expected 0 to 1"),
+        ("{kind: noise, folder: 5}", "entry 1 (noise): folder: got 5, expected the path of a folder"),
+        ("{kind: reverberation, room_count: true}", "room_count: got True, expected a whole number"),
+        ("{kind: babble, count: [3, 2.5]}", "entry 1 (babble): count: got"),
+        ("{kind: codec, codecs: [gms]}", "codecs: no codec named 'gms'. Did you mean gsm?"),
+        ("{kind: gain, gain: [3, 1]}", "entry 1 (gain): gain: got 3 to 1"),
+        ("{kind: one_of, choices: [{kind: nose}]}", "choices, entry 1: no kind named 'nose'. Did you mean noise?"),
+    ],
+)
+def test_augmentations_are_checked_when_they_are_read(capsys, entry, message):
+    """No folder of sounds has to be there for that."""
+    assert message in refusal(capsys, f"--augmentations=[{entry}]")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--domain=noisy", "--train=a"], "noise: the noisy domain needs a folder of noise files"),
+        (["--domain=noisy", "--domain_options={snrr: [0, 5]}"], "unknown option snrr; its options: room_count, "),
+        (["--domain=noisy", "--domain_options={snr: [5, 0]}"], "snr: got 5 to 0"),
+        (
+            ["--domain=noisy", "--domain_options={room_probability: true}"],
+            "room_probability: got True, expected 0 to 1",
+        ),
+        (["--domain=noisy", "--domain_options={room_count: 0}"], "room_count: got 0, expected at least 1"),
+        (["--domain=telephony", "--domain_options={codecs: gsm}"], "codecs: got 'gsm', expected a list of some of"),
+        (["--domain=telephony", "--domain_options={codecs: [gms]}"], "codecs: got ['gms'], expected some of"),
+        (["--domain=telephony", "--domain_options={loss: [0, 2]}"], "loss: got 0 to 2"),
+        (["--domain_options={loss: [0, 0]}"], "clean domain: unknown option loss"),
+    ],
+)
+def test_domains_are_checked_when_they_are_read(capsys, argv, message):
+    assert message in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (
+            "{trials: a, folder: b, domain: telefony}",
+            "tests.vox.domain: got 'telefony', expected one of clean, noisy, ",
+        ),
+        ("{trials: a, folder: b, domain: noisy}", "tests.vox: noise: the noisy domain needs a folder"),
+        ("{trials: a, folder: b, domain: telephony, domain_options: {los: [0, 0]}}", "tests.vox: telephony domain: "),
+        ("{trials: a, folder: b, domain_options: 5}", "tests.vox.domain_options: got 5, expected a mapping"),
+        ("{trials: a, folder: b, suffix: flac}", "tests.vox.suffix: got 'flac', expected a point and letters"),
+        ("{trials: a, folder: b, format: kaldy}", "tests.vox.format: got 'kaldy', expected one of auto, voxceleb"),
+        ("{trials: a, folder: b, enrolments: 5}", "tests.vox.enrolments: got 5, expected a text that is not empty"),
+        ("{trials: a, folder: b, enrollments: c}", "Did you mean enrolments?"),
+        ("{trials: a, folder: b, group_column: age}", "tests.vox.group_column: needs groups"),
+        ("{trials: 5, folder: b}", "tests.vox.trials: got 5, expected a text that is not empty"),
+    ],
+)
+def test_entries_of_tests_are_checked_when_they_are_read(capsys, test, message):
+    assert message in refusal(capsys, f"--tests={{vox: {test}}}")
+
+
+def test_a_test_takes_what_evaluate_takes():
+    test = {"trials": "a", "folder": "b", "enrolments": "c", "suffix": ".flac", "format": "cnceleb"}
+    assert parse(f"--tests={{cnc-e: {test}}}").tests == {"cnc-e": test}
+
+
+def test_numbers_that_yaml_takes_for_strings_are_numbers_wherever_they_are():
+    recipe = parse(
+        "--margin_rise=[1e-1, 4e-1]",
+        "--rotate_at=[1e-1]",
+        "--model_options={margin: 2e-1, freq_mask_width: [0, 9]}",
+        "--peft_options={lora_dropout: 1e-1}",
+        "--augmentations=[{kind: gain, probability: 5e-1, gain: [-1e1, 1e1]}]",
+        "--domain=telephony",
+        "--domain_options={loss: [0, 1e-1]}",
+        "--evaluate_every=5e-2",
+    )
+    assert recipe.margin_rise == [0.1, 0.4] and recipe.rotate_at == [0.1] and recipe.evaluate_every == 0.05
+    assert recipe.model_options["margin"] == 0.2 and recipe.peft_options == {"lora_dropout": 0.1}
+    assert recipe.augmentations == [{"kind": "gain", "probability": 0.5, "gain": [-10.0, 10.0]}]
+    assert recipe.domain_options == {"loss": [0, 0.1]}
+
+
+@pytest.mark.parametrize("value", ["60", "0.05", "1 epoch", "0.5 epochs", "1e-1 epochs"])
+def test_stretches_of_a_run_are_steps_shares_or_passes(value, recipe_file):
+    for name in ("evaluate_every", "checkpoint_every", "chance_until"):
+        assert parse(recipe_file(f"{name}: {value}\n")) == parse(f"--{name}={value}") != Recipe()
+
+
+def test_the_settings_of_a_caller_are_not_changed():
+    tests = {"a": {"trials": "b", "folder": "c", "domain": "telephony", "domain_options": {"loss": [0, "1e-1"]}}}
+    Recipe(tests=tests)
+    assert tests["a"]["domain_options"] == {"loss": [0, "1e-1"]}

@@ -794,3 +794,133 @@ def test_paths_of_data_are_no_places_to_write_elsewhere(recipe, tmp_path, path):
     with pytest.raises(ValueError, match="does not name a file below .*development, and nothing is written elsewhere"):
         tasks.development_folder(corpus, recipe())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- speakers that are judged and known
+
+
+def test_development_speakers_are_those_that_the_base_was_not_trained_on(speech, recipe, saved):
+    """Whatever the seed; the speeds of its classes are no other speakers."""
+    names = sorted(set(speech["speaker"]))
+    _, folder = saved(classes_of(SpeakerTable(names[:4]), [1.0, 0.9]).names)
+    for seed in range(4):
+        task = make_task(recipe(model=folder, model_options={}, seed=seed), speech)
+        assert task.development_speakers == set(names[4:]) and set(task.speakers.names) == set(names[:4])
+        assert not task.notes
+
+
+def test_development_speakers_whom_the_base_knows_are_told_with_their_number(speech, recipe, saved):
+    names = sorted(set(speech["speaker"]))
+    _, folder = saved(names[:5])
+    task = make_task(recipe(model=folder, model_options={}, dev_speakers=3), speech)
+    assert names[5] in task.development_speakers and len(task.development_speakers) == 3
+    (note,) = task.notes.values()
+    assert f"development: 2 of its 3 speakers have the names of speakers that {folder} was trained on (" in note
+    assert "dev_trials can name other speakers" in note
+
+
+def test_a_base_that_does_not_say_whom_it_knows_is_told(speech, recipe, saved):
+    _, folder = saved(["a", "b"])
+    (Path(folder) / "speakers.json").unlink()
+    task = make_task(recipe(model=folder, model_options={}), speech)
+    assert "does not say whom it was trained on (it has no speakers.json). If the 2 development" in task.notes["base"]
+    assert task.development_speakers == make_task(recipe(), speech).development_speakers  # as without a base
+
+
+def test_random_weights_know_nobody(speech, recipe):
+    assert make_task(recipe(), speech).notes == {}
+
+
+def test_labels_are_judged_on_speakers_whom_the_base_does_not_know(root, speech, labelled, saved):
+    names = sorted(set(speech["speaker"]))
+    _, folder = saved(names[2:])
+    task = make_task(labelled(genders(root), model=folder, model_options={}), speech)
+    assert task.development_speakers == set(names[:2]) and not task.notes
+
+
+@pytest.mark.parametrize("known_to", ["the run", "the base"])
+def test_tests_of_speakers_that_are_trained_on_are_told(root, speech, recipe, saved, known_to):
+    tested = sorted(path.name for path in (root / "test/wav").iterdir())
+    _, folder = saved(tested[:1] if known_to == "the base" else ["somebody"])
+    lists = trial_test(root) if known_to == "the base" else trial_test(root, trials=str(root / "own.txt"))
+    training = sorted(set(speech["speaker"]))
+    paths = [next(path for path in speech["path"] if path.startswith(name)) for name in training[:2]]
+    (root / "own.txt").write_text(f"1 {paths[0]} {paths[0]}\n0 {paths[0]} {paths[1]}\n")
+    lists |= {"folder": str(root / "train/wav")} if known_to == "the run" else {}
+    given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"))
+    settings = recipe(model=folder, model_options={}, tests={"own": lists}, **given)
+    notes = [note for note in make_task(settings, speech).notes.values() if note.startswith("tests.own: ")]
+    number, whom = ("2 of its 2", "this run trains on") if known_to == "the run" else ("1 of its 2", f"{folder} was")
+    assert len(notes) == 1 and f"tests.own: {number} speakers have the names of speakers that {whom}" in notes[0]
+
+
+def test_rows_that_are_taken_over_are_told_and_can_be_left(speech, all_speakers, saved):
+    """Two corpora may call their speakers by the same numbers."""
+    names = sorted(set(speech["speaker"]))
+    before, folder = saved(["somebody", *names[:3]])
+    task = make_task(all_speakers(model=folder), speech)
+    task.build_model(all_speakers(model=folder))
+    note = task.notes["classifier"]
+    assert f"3 of its 6 rows are taken over from {folder}, whose speakers.json has 4 names" in note
+    assert "carry_classifier: false" in note
+    settings = all_speakers(model=folder, carry_classifier=False)
+    task = make_task(settings, speech)
+    model, fresh = task.build_model(settings)
+    assert fresh and "classifier" not in task.notes
+    assert not any(torch.equal(row, old) for row in model.classifier.weight for old in before.classifier.weight)
+
+
+# ---------------------------------------------------------------- lists with enrolments, files that are not there
+
+
+def test_a_test_may_have_enrolments_and_another_suffix(root, speech, recipe, tmp_path):
+    """As CN-Celeb has them: models of several recordings, and lists that say .wav of files with another suffix."""
+    names = sorted(path.name for path in (root / "test/wav").iterdir())
+    files = {name: sorted((root / "test/wav" / name).rglob("*.*")) for name in names}
+    suffix = files[names[0]][0].suffix
+    relative = {n: [f.relative_to(root / "test/wav").with_suffix(".xyz") for f in files[n]] for n in names}
+    lines = [f"{name}-enroll {relative[other][2]} {int(name == other)}" for name in names for other in names]
+    (tmp_path / "trials").write_text("\n".join(lines) + "\n")
+    (tmp_path / "models").write_text("".join(f"{n}-enroll {relative[n][0]} {relative[n][1]}\n" for n in names))
+    test = trial_test(root, trials=str(tmp_path / "trials"), enrolments=str(tmp_path / "models"), suffix=suffix)
+    with pytest.raises(ValueError, match="fits several formats|give their list"):
+        make_task(recipe(tests={"own": {k: v for k, v in test.items() if k != "enrolments"}}), speech)
+    # The format's folders for enrolments are CN-Celeb's: ../data beside eval.
+    (tmp_path / "models").write_text("".join(f"{n} {relative[n][0]} {relative[n][1]}\n" for n in names))
+    lines = [f"{name} {relative[other][2]} {'non' * (name != other)}target" for name in names for other in names]
+    (tmp_path / "trials").write_text("\n".join(lines) + "\n")
+    task = make_task(recipe(tests={"own": {**test, "format": "kaldi"}}), speech)
+    trials = task.tests["own"].trials
+    assert {len(paths) for paths in trials.enrolments.values()} == {2} and len(trials) == len(names) ** 2
+    with pytest.raises(FileNotFoundError, match=f"give --suffix {suffix}"):
+        make_task(recipe(tests={"own": {k: v for k, v in test.items() if k != "suffix"} | {"format": "kaldi"}}), speech)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(noise="nowhere"), "noise: nowhere is not a folder"),
+        (dict(rooms="nowhere"), "rooms: nowhere is not a folder"),
+        (dict(dev_trials="nowhere", dev_folder="."), "dev_trials: nowhere is not a file"),
+        (dict(dev_trials=__file__, dev_folder="nowhere"), "dev_folder: nowhere is not a folder"),
+        (dict(label_file="nowhere", label_column="age"), "label_file: nowhere is not a file"),
+        (dict(tests={"a": {"trials": "nowhere", "folder": "."}}), "tests.a.trials: nowhere is not a file"),
+        (dict(tests={"a": {"trials": __file__, "folder": "nowhere"}}), "tests.a.folder: nowhere is not a folder"),
+        (
+            dict(tests={"a": {"trials": __file__, "folder": ".", "enrolments": "nowhere"}}),
+            "tests.a.enrolments: nowhere is not a file",
+        ),
+        (dict(augmentations=[{"kind": "noise"}]), "entry 1 .noise.: noise: a folder of noise is needed"),
+        (dict(augmentations=[{"kind": "music", "folder": "nowhere"}]), "nowhere is not a folder"),
+    ],
+)
+def test_files_that_are_not_there_are_told_before_speech_is_read(recipe, settings, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        tasks.check_files(recipe(**settings))
+
+
+def test_a_column_of_labels_that_is_not_there_is_told_before_speech_is_read(root, labelled):
+    settings = labelled(genders(root))
+    settings.label_column = "wannted"
+    with pytest.raises(ValueError, match="no column wannted; there are .*Did you mean wanted?"):
+        tasks.check_files(settings)

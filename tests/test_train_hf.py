@@ -17,7 +17,7 @@ import torch
 from conftest import tiny_config, tiny_model, waves
 from no_gpu import pretended_gpu
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
     ALONE,
@@ -58,7 +58,7 @@ EVERYTHING = dict(
     prefixes_from=[0.5, 0.25, 0.0],
     prefixes_per_step=2,
     ema=0.5,
-    average_last=2,
+    average_last=0.9,
     report_dims=[4],
 )
 # What two processes do as one with twice the batch: nothing that draws from a process's own generator.
@@ -320,10 +320,26 @@ def test_settings_the_model_cannot_meet_are_refused_before_the_first_step(train,
         train(**settings)
 
 
+def test_settings_the_model_cannot_meet_are_refused_before_speech_is_read(train, monkeypatch):
+    monkeypatch.setattr(train_hf, "load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
+    with pytest.raises(ValueError, match="prefixes_from: 2 shares for the prefixes"):
+        train(prefixes_from=[0.5, 0])
+    with pytest.raises(FileNotFoundError, match="/nowhere is not a folder"):
+        train(model="/nowhere", model_options="{}")
+    with pytest.raises(FileNotFoundError, match="noise: /nowhere is not a folder"):
+        train(noise="/nowhere")
+
+
 def test_a_converted_model_is_trained_further(train, tmp_path, capsys):
     """Its classifier is new; the rest is what it was."""
     save_model(tiny_model(tiny_config(matryoshka_dims=[8, 32])), tmp_path / "converted")
-    output = train(model=tmp_path / "converted", model_options="{map_dropout: 0.1}", steps=1, learning_rate=0)
+    output = train(
+        model=tmp_path / "converted",
+        model_options="{map_dropout: 0.1}",
+        steps=1,
+        learning_rate=0,
+        final_learning_rate=0,
+    )
     trained, start = load_file(output / "last/model.safetensors"), load_file(tmp_path / "converted/model.safetensors")
     assert torch.equal(trained["redimnet.trunk.stem.conv.weight"], start["trunk.stem.conv.weight"])
     config = AutoModel.from_pretrained(output / "last").config
@@ -382,6 +398,61 @@ def test_epochs_are_counted_in_utterances(train):
     assert results_of(output)["recipe"]["steps"] == 6
 
 
+def test_evaluations_and_checkpoints_may_be_counted_in_passes(train, capsys):
+    """Of 16 utterances, four a step, three passes: an evaluation each, the last two averaged."""
+    settings = dict(evaluate_every="1 epoch", checkpoint_every="1.5 epochs", average_last="2 epochs", log_every=100)
+    output = train(epochs=3, **settings, learning_rate_batch=1, max_learning_rate_growth=2)
+    assert {line["step"] for line in Record(output).lines("evaluation")} == {4, 8, 12}
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
+    assert {path.name for path in (output / "last_weights").iterdir()} >= {f"step-{n:08d}.safetensors" for n in (8, 12)}
+    assert results_of(output)["recipe"]["average_last"] == "2 epochs"
+    assert "times 2, not times 4 as the crops of a step are (max_learning_rate_growth)" in capsys.readouterr().out
+
+
+def test_what_speakers_are_known_to_the_base_is_told_and_recorded(train, tmp_path, capsys):
+    """The second run's base was trained on four of six: the other two are held out, whatever the seed."""
+    first = train().rename(tmp_path / "first")
+    names = SpeakerTable.load(first / "development_speakers.json").names
+    capsys.readouterr()
+    second = train(model=first / "last", model_options="{}", seed=5)
+    assert SpeakerTable.load(second / "development_speakers.json").names == names
+    (note,) = results_of(second)["notes"]
+    assert f"classifier: 4 of its 4 rows are taken over from {first}/last" in note
+    assert f"Note: {note}" in capsys.readouterr().out
+    second.rename(tmp_path / "second")
+    settings = dict(model=first / "last", model_options="{}", dev_speakers=3)
+    third = train(**settings)
+    assert "development: 1 of its 3 speakers have the names of speakers that" in results_of(third)["notes"][0]
+    (third / "development_speakers.json").write_text('["x", "y", "z"]')
+    with pytest.raises(ValueError, match="not those that .* began with"):
+        train("--resume", **settings)
+    (third / "development_speakers.json").unlink()
+    with pytest.raises(ValueError, match="was begun by an earlier version, which held out other speakers"):
+        train("--resume", **settings)
+
+
+def test_rows_of_other_people_can_be_left(train, tmp_path, capsys):
+    """Their names are the same, as where two corpora number their speakers."""
+    first = train().rename(tmp_path / "first")
+    capsys.readouterr()
+    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, steps=1)
+    second = train(model=first / "last", model_options="{}", carry_classifier="false", **still)
+    assert "taken over" not in capsys.readouterr().out
+    before, after = rows_of(first / "last"), rows_of(second / "last")
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_classifier_that_was_taken_over_has_to_learn_as_well(train, tmp_path):
+    """Here its rows are all alike, and nothing moves."""
+    first = train().rename(tmp_path / "first")
+    weights = load_file(first / "last/model.safetensors")
+    weights["classifier.weight"] = torch.ones_like(weights["classifier.weight"])
+    save_file(weights, first / "last/model.safetensors", metadata={"format": "pt"})
+    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, warmup=0, steps=3, margin_rise=[1, 1])
+    with pytest.raises(RuntimeError, match="nothing is being learnt"):
+        train(model=first / "last", model_options="{}", chance_until=2, **still)
+
+
 # ---------------------------------------------------------------- precision, devices
 
 
@@ -403,7 +474,7 @@ def test_float16_without_a_gpu_is_refused(train, tmp_path):
 def test_a_model_saved_in_bfloat16_is_trained_in_float32(train, tmp_path, capsys):
     """At this learning rate no weight in bfloat16 would move, but for the smallest."""
     save_model(tiny_model().to(torch.bfloat16), tmp_path / "half")
-    output = train(model=tmp_path / "half", model_options="{}", learning_rate=1e-6)
+    output = train(model=tmp_path / "half", model_options="{}", learning_rate=1e-6, final_learning_rate=1e-6)
     assert capsys.readouterr().out.count("half is saved in torch.bfloat16; it is trained in float32.") == 1
     name = "redimnet.trunk.stem.conv.weight"
     start = load_file(tmp_path / "half/model.safetensors")[name.removeprefix("redimnet.")]
@@ -507,6 +578,27 @@ def test_a_stream_that_was_stopped_goes_on_where_it_was(train, corpus, prepared,
 
 
 # ---------------------------------------------------------------- runs that stop by themselves
+
+
+def test_a_stream_is_made_noisy_by_musan_alone(train, corpus, prepared, tmp_path):
+    """Babble is of its speech: a stream has no talkers to draw."""
+    for kind in ("noise", "music", "speech"):
+        shutil.copytree(corpus / "test/wav", tmp_path / "MUSAN" / kind)
+    kinds = "[{kind: one_of, choices: [{kind: noise}, {kind: babble}, {kind: music}]}]"
+    given = {"dev_trials": corpus / "test/trials.txt", "dev_folder": corpus / "test/wav"}
+    streamed = dict(train=prepared, streaming=True, sampler="utterance", **given)
+    output = train(**streamed, augmentations=kinds, noise=tmp_path / "MUSAN")
+    assert (output / "results.json").is_file()
+
+
+def test_a_stream_of_the_speakers_of_an_evaluation_part_is_refused(train, corpus, prepared, tmp_path):
+    """None can be left out of it."""
+    shards = shutil.copytree(prepared, tmp_path / "shards")
+    names = list(SpeakerTable.load(shards / "speakers.json").names)
+    SpeakerTable(["id00800", *names[1:]]).save(shards / "speakers.json")
+    given = {"dev_trials": corpus / "test/trials.txt", "dev_folder": corpus / "test/wav", "layout": "cnceleb1"}
+    with pytest.raises(ValueError, match="train: 1 of the 6 speakers .* are those of CN-Celeb's evaluation part"):
+        train(train=shards, streaming=True, sampler="utterance", **given)
 
 
 def notes_of(stopped: pytest.ExceptionInfo) -> str:

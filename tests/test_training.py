@@ -24,10 +24,12 @@ from mrl_redimnet.recipe import PARTS, Recipe
 from mrl_redimnet.training import (
     ChanceGuard,
     Progress,
+    Timing,
     augmentation_strength,
     build_optimizer,
     chance_loss,
     check_optimizer,
+    due,
     freeze,
     learning_rate_at,
     load_checkpoint,
@@ -373,6 +375,17 @@ def test_rates_grow_with_the_crops_of_a_step(model):
     assert {group["lr_scale"] for group in build_optimizer(model, recipe).param_groups} == {2.0}
 
 
+def test_rates_grow_up_to_a_limit(model):
+    recipe = Recipe(batch_size=256, learning_rate=0.1, learning_rate_batch=64)
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe, processes=2).param_groups} == {8.0}
+    for processes in (4, 8, 64):  # 1.2 at the highest
+        assert {group["lr_scale"] for group in build_optimizer(model, recipe, processes).param_groups} == {12.0}
+    recipe = Recipe(batch_size=256, learning_rate_batch=64, max_learning_rate_growth=20)
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe, processes=8).param_groups} == {20.0}
+    recipe = Recipe(batch_size=16, learning_rate_batch=64)
+    assert {group["lr_scale"] for group in build_optimizer(model, recipe).param_groups} == {0.25}
+
+
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
 def test_sgd_is_nesterovs(model, momentum, nesterov):
     optimizer = build_optimizer(model, Recipe(optimizer="sgd", momentum=momentum))
@@ -452,6 +465,46 @@ def test_measuring_chance_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# ---------------------------------------------------------------- when things happen
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 64])
+def test_what_is_given_in_passes_does_not_follow_the_number_of_processes(processes):
+    """VoxCeleb2 in batches of 256: ten of 120 passes are averaged, however many steps they are."""
+    epoch_steps = 1_092_009 / (256 * processes)
+    steps = round(120 * epoch_steps)
+    given = dict(steps=steps, average_last="10 epochs", evaluate_every="1 epoch", checkpoint_every="0.5 epochs")
+    timing = Timing.of(Recipe(**given, chance_until="2 epochs", warmup=0.05), epoch_steps)
+    assert timing.averaged == 10
+    assert timing.evaluate_every == epoch_steps and timing.checkpoint_every == epoch_steps / 2
+    assert timing.chance_until == pytest.approx(8 * epoch_steps, rel=1e-3)
+    evaluations = [step for step in range(1, steps + 1) if due(step, timing.evaluate_every)]
+    assert 119 <= len(evaluations) <= 120 and abs(evaluations[9] - 10 * epoch_steps) <= 1
+
+
+def test_what_is_given_in_shares_follows_the_run():
+    recipe = Recipe(steps=400, average_last=0.25, evaluate_every=0.05, checkpoint_every=0.1, chance_until=0.2, warmup=0)
+    assert Timing.of(recipe, epoch_steps=7.0) == Timing(20.0, 40.0, 5, 80.0)
+
+
+def test_what_is_given_in_steps_stays():
+    recipe = Recipe(steps=400, evaluate_every=50, checkpoint_every=100, chance_until=30, warmup=0.1)
+    assert Timing.of(recipe, epoch_steps=7.0) == Timing(50, 100, 0, 70)
+    assert [step for step in range(1, 401) if due(step, 50)] == list(range(50, 401, 50))
+
+
+@given(every=st.floats(0.3, 50), steps=st.integers(1, 300))
+def test_what_comes_every_so_often_comes_as_often_as_it_fits(every, steps):
+    times = sum(due(step, every) for step in range(1, steps + 1))
+    assert times == min(steps, int(steps / every)) or every < 1
+
+
+def test_an_end_of_the_run_without_two_evaluations_has_no_mean():
+    recipe = Recipe(steps=400, average_last=0.1, evaluate_every=100)
+    with pytest.raises(ValueError, match="average_last: 0.1 of this run is 40 steps, in which evaluate_every: 100"):
+        Timing.of(recipe, epoch_steps=7.0)
+
+
 # ---------------------------------------------------------------- guard
 
 
@@ -475,6 +528,17 @@ def test_guard_stops_a_run_that_learns_nothing_from_the_deadline_on():
     guard.check_progress(100, 9.0)
     guard.check_progress(100, 12.0, margin_cost=3.0)
     with pytest.raises(RuntimeError, match=r"After 100 steps the loss is 9.90, not below chance level \(10.00\)"):
+        guard.check_progress(100, 9.9)
+
+
+@pytest.mark.parametrize(("loss", "told"), [(4.0, False), (9.9, False), (10.1, True), (25.0, True)])
+def test_rows_that_were_taken_over_are_to_start_below_chance(loss, told):
+    """Above it they may be those of other people; that is told, and the run has to learn like any other."""
+    guard = ChanceGuard(mean=10.0, deviation=0.01, deadline=100, fresh=False)
+    said = guard.check_start(loss)
+    assert (said is not None) is told
+    assert not told or f"the first loss is {loss:.2f}" in said and "carry_classifier: false" in said
+    with pytest.raises(RuntimeError, match="nothing is being learnt"):
         guard.check_progress(100, 9.9)
 
 
@@ -635,7 +699,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_in_the_way(run, r
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # writing more bytes into a file is an error
     try:
         with pytest.raises((OSError, RuntimeError, SafetensorError)):
-            run.save(6, Recipe(columns={"audio": "x" * settings}))
+            run.save(6, Recipe(columns={"audio": "x" * (settings + 1)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert run.load().step == 3 and run.names() == ["step-00000003"]
@@ -686,7 +750,7 @@ def test_other_settings_are_refused_by_name(run):
 def test_settings_that_change_no_weight_may_change(run):
     run.save(3)
     free = dict(output="elsewhere", workers=4, log_every=1, evaluate_every=7, checkpoint_every=2, tracker="none")
-    free |= dict(report_dims=[8], resamples=10, chance_steps=5, base_repository="me/base")
+    free |= dict(report_dims=[8], resamples=10, chance_until=5, base_repository="me/base")
     assert run.load(Recipe(**free)).step == 3
 
 
@@ -707,6 +771,39 @@ def test_settings_of_what_is_trained_may_not(run, change):
     run.save(3)
     with pytest.raises(ValueError, match=f"other settings: {next(iter(change))} "):
         run.load(Recipe(**change))
+
+
+OLDER = ("max_learning_rate_growth", "evaluation_speakers", "carry_classifier", "chance_until")
+
+
+def as_older_run(run, **settings):
+    """The checkpoint as an earlier version would have written it: without settings that there were none of."""
+    file = run.folder / "step-00000003/settings.json"
+    stored = json.loads(file.read_text())
+    stored["recipe"] = {name: value for name, value in stored["recipe"].items() if name not in OLDER}
+    stored["recipe"] |= {"chance_steps": 300, **settings}
+    file.write_text(json.dumps(stored))
+
+
+def test_a_run_from_before_there_were_some_settings_goes_on(run):
+    run.save(3)
+    as_older_run(run)
+    assert run.load().step == 3
+
+
+def test_a_run_whose_rates_were_not_limited_does_not_go_on_with_a_limit(run):
+    recipe = dict(batch_size=2048, learning_rate_batch=64)
+    run.save(3, Recipe(**recipe))
+    as_older_run(run)
+    with pytest.raises(ValueError, match=r"max_learning_rate_growth \(was None, is 12.0\)"):
+        run.load(Recipe(**recipe))
+
+
+def test_a_run_that_averaged_a_number_of_evaluations_does_not_go_on(run):
+    run.save(3)
+    as_older_run(run, average_last=10)
+    with pytest.raises(ValueError, match=r"other settings: average_last \(was 10, is '10 epochs'\)"):
+        run.load(Recipe(average_last="10 epochs"))
 
 
 def test_the_newest_step_is_that_of_the_newest_whole_checkpoint(run):

@@ -10,9 +10,8 @@ its draws from the generator, the crop itself left alone. A recipe's entry is a 
 A new kind is an entry in `AUGMENTATIONS`: a class or function whose parameters are the kind's options, `sources` aside.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,7 @@ from mrl_redimnet.audio import SAMPLING_RATE, audio_info, read_audio
 from mrl_redimnet.codecs import CODECS, band_limited, through_codec
 from mrl_redimnet.material import draw_readable, usable_files
 from mrl_redimnet.rooms import RoomBank, reverberate
+from mrl_redimnet.settings import nearest
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -192,7 +192,7 @@ class Transcoding:
             raise ValueError(f"codecs: got {self.codecs!r}, expected a list of some of {', '.join(CODECS)}.")
         for name in self.codecs:
             if name not in CODECS:
-                raise ValueError(f"codecs: no codec named {name!r}.{_nearest(name, CODECS)}")
+                raise ValueError(f"codecs: no codec named {name!r}.{nearest(name, CODECS)}")
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """crop [samples] float32 -> the same through a codec, by the generator's draws."""
@@ -322,12 +322,14 @@ class Sources:
     """What a run has to augment with: its settings' folders, and the talkers of its training corpus.
 
     noise: the root of MUSAN (noise/, music/, speech/ below it), or any folder of noise. rooms: a folder of recorded
-    responses, see `RoomBank`; without one, rooms are simulated.
+    responses, see `RoomBank`; without one, rooms are simulated. talkers: for babble; without them MUSAN's speech.
+    unread: only options are to be checked; no folder is looked into, and none has to be given.
     """
 
     noise: str | Path | None = None
     rooms: str | Path | None = None
     talkers: Talkers | None = None
+    unread: bool = False
 
 
 def make_augmentations(entries: Sequence[dict], sources: Sources | None = None) -> Chain:
@@ -339,6 +341,16 @@ def make_augmentations(entries: Sequence[dict], sources: Sources | None = None) 
     return Chain(_steps(entries, "augmentations", sources or Sources()))
 
 
+def check_augmentations(entries: Sequence[dict]) -> None:
+    """Raises ValueError as `make_augmentations` does for kinds, options and their values; no folder is looked into."""
+    make_augmentations(entries, Sources(unread=True))
+
+
+def _unread(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What stands for an augmentation whose options are checked without its folder."""
+    return crop
+
+
 def _steps(entries: Sequence[dict], setting: str, sources: Sources) -> list[Step]:
     if not isinstance(entries, (list, tuple)):
         raise ValueError(f"{setting}: got {entries!r}, expected a list of entries such as {{kind: noise}}.")
@@ -348,9 +360,9 @@ def _steps(entries: Sequence[dict], setting: str, sources: Sources) -> list[Step
 def _step(entry: dict, where: str, sources: Sources) -> Step:
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(f"{where}: got {entry!r}, expected a mapping with a kind.{_nearest('', AUGMENTATIONS)}")
+        raise ValueError(f"{where}: got {entry!r}, expected a mapping with a kind.{nearest('', AUGMENTATIONS)}")
     if kind not in AUGMENTATIONS:
-        raise ValueError(f"{where}: no kind named {kind!r}.{_nearest(kind, AUGMENTATIONS)}")
+        raise ValueError(f"{where}: no kind named {kind!r}.{nearest(kind, AUGMENTATIONS)}")
     try:
         return _built(AUGMENTATIONS[kind], entry, sources)
     except FileNotFoundError as error:
@@ -365,7 +377,7 @@ def _built(build: Callable[..., Augmentation], entry: dict, sources: Sources) ->
     known = [name for name in parameters if name != "sources"]
     for name in options:
         if name not in known:
-            raise ValueError(f"no option named {name!r}.{_nearest(name, [*known, 'probability'])}")
+            raise ValueError(f"no option named {name!r}.{nearest(name, [*known, 'probability'])}")
     for name in known:
         if parameters[name].default is inspect.Parameter.empty and name not in options:
             raise ValueError(f"{name}: is needed.")
@@ -379,6 +391,9 @@ def _built(build: Callable[..., Augmentation], entry: dict, sources: Sources) ->
 def _make_noise(sources: Sources, snr: Sequence[float] = (0.0, 15.0), folder: str | Path | None = None) -> Augmentation:
     """folder: noise of this entry's own, instead of the setting `noise`."""
     check_range("snr", snr, -100.0, 100.0)
+    _check_folder(folder)
+    if sources.unread:
+        return _unread
     folder = _first_given(folder, sources.noise, "a folder of noise")
     part = Path(folder) / "noise"
     return AddNoise(part if part.is_dir() else folder, tuple(snr), probability=1.0)
@@ -387,6 +402,9 @@ def _make_noise(sources: Sources, snr: Sequence[float] = (0.0, 15.0), folder: st
 def _make_music(sources: Sources, snr: Sequence[float] = (5.0, 15.0), folder: str | Path | None = None) -> Augmentation:
     """folder: music of this entry's own, instead of MUSAN's in the setting `noise`."""
     check_range("snr", snr, -100.0, 100.0)
+    _check_folder(folder)
+    if sources.unread:
+        return _unread
     root = Path(_first_given(folder, sources.noise, "the root of MUSAN"))
     part = root / "music"
     if folder is None and not part.is_dir():
@@ -400,18 +418,28 @@ def _make_babble(
     count: Sequence[int] = Babble.count,
     folder: str | Path | None = None,
 ) -> Augmentation:
-    """folder: speech (or the root of MUSAN) of this entry's own, instead of the training corpus."""
+    """folder: speech (or the root of MUSAN) of this entry's own, instead of the training corpus.
+
+    Where there is no training corpus to draw from, because it is streamed, the talkers are those of MUSAN's speech in
+    the setting `noise`.
+    """
     check_range("snr", snr, -100.0, 100.0)
     check_range("count", count, 1, 100)
     if not all(isinstance(number, int) for number in count):
         raise ValueError(f"count: got {list(count)}, expected whole numbers.")
+    _check_folder(folder)
+    if sources.unread:
+        return _unread
     talkers = sources.talkers
+    if folder is None and talkers is None and sources.noise is not None and (Path(sources.noise) / "speech").is_dir():
+        folder = sources.noise
     if folder is not None:
         part = Path(folder) / "speech"
         talkers = FileTalkers(usable_files(part if part.is_dir() else folder, "folder"))
     if talkers is None:
         raise ValueError(
-            "folder: there is no training speech to draw talkers from; give this entry a folder of speech."
+            "folder: there is no training speech to draw talkers from, as where it is streamed; give this entry a "
+            "`folder` of speech, or the setting `noise` the root of MUSAN, which has a folder speech."
         )
     return Babble(talkers, tuple(count), tuple(snr))
 
@@ -423,8 +451,11 @@ def _make_reverberation(
     if folder is not None and room_count is not None:
         raise ValueError("room_count: counts simulated rooms, and a folder of recorded ones is given; give only one.")
     for name, value, least in (("room_count", room_count, 1), ("room_seed", room_seed, 0)):
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {least}.")
+    _check_folder(folder)
+    if sources.unread:
+        return _unread
     if room_count is not None:
         return Reverberation(RoomBank(room_count=room_count, room_seed=room_seed))
     return Reverberation(RoomBank(folder or sources.rooms, room_seed=room_seed))
@@ -468,12 +499,12 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def _check_folder(folder: object) -> None:
+    if folder is not None and (not isinstance(folder, (str, Path)) or not str(folder)):
+        raise ValueError(f"folder: got {folder!r}, expected the path of a folder.")
+
+
 def _first_given(folder: str | Path | None, setting: str | Path | None, what: str) -> str | Path:
     if folder is None and setting is None:
         raise ValueError(f"noise: {what} is needed; give the setting `noise`, or this entry a `folder`.")
     return setting if folder is None else folder
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(known)}."

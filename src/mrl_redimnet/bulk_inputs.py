@@ -4,9 +4,12 @@ Blocks are what processes share out, and what a stopped run goes on with. A bloc
 it: it is a function of the inputs and of the number of utterances in a block.
 """
 
+import codecs
 import csv
 import hashlib
+import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,11 @@ from mrl_redimnet.folders import text_lines
 from mrl_redimnet.scan import AUDIO_SUFFIXES, LeftOut, is_hidden, is_text, printable, suffix_of, walk
 from mrl_redimnet.streaming import _open
 
-MANIFESTS = {".csv": ",", ".tsv": "\t", ".txt": None, ".lst": None}  # what separates columns; None: a path on each line
+# Lists of files, by their suffix.
+TABLES = {".csv": ",", ".tsv": "\t"}  # and what separates their columns
+JSON_LINES = (".jsonl", ".json")  # as NeMo writes them
+KALDI = ".scp"
+MANIFESTS = (*TABLES, ".txt", ".lst", KALDI, *JSON_LINES)
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _ROWS = 100_000  # of a column that are looked at at a time
 
@@ -104,20 +111,24 @@ def _files_below(folder: str) -> Iterator[tuple[str, str]]:
 def read_manifest(file: str | os.PathLike, folder: str | None = None) -> Iterator[tuple[str, str]]:
     """(id, path) of every line of a manifest.
 
-    .csv and .tsv have a header with `path` and, if wanted, `id`; other files hold a path on each line. An id is the
-    path as it is written where none is given. Paths are relative to `folder` (None: the manifest's own), or absolute,
-    or URLs that fsspec knows. Raises ValueError, with the line, for a missing column, path or id.
+    .csv and .tsv have a header with `path` and, if wanted, `id`; .jsonl and .json, as NeMo's manifests, on each line a
+    mapping with `audio_filepath` or `path` and, if wanted, `id`; .scp, as Kaldi's wav.scp, on each line an id and a
+    path; .txt and .lst hold a path on each line. An id is the path as it is written where none is given. Paths are
+    relative to `folder` (None: the manifest's own), or absolute, or URLs that fsspec knows. Raises ValueError, with the
+    line, for a missing column, path or id, and for parts of files and commands, which are not read.
     """
     folder = os.path.dirname(os.fspath(file)) if folder is None else folder
-    separator = MANIFESTS[Path(file).suffix.lower()]
-    if separator is None:
-        rows = ((number, {"path": line.strip()}) for number, line in enumerate(text_lines(file), 1) if line.strip())
-    else:
-        table = csv.DictReader(text_lines(file), delimiter=separator)
+    suffix, lines = Path(file).suffix.lower(), text_lines(file)
+    if suffix in TABLES:
+        table = csv.DictReader(lines, delimiter=TABLES[suffix])
         if "path" not in (table.fieldnames or ()):
             there = ", ".join(table.fieldnames or ())
             raise ValueError(f"{file}: no column is called path; the first line has {there or 'nothing'}")
         rows = ((table.line_num, row) for row in table)
+    else:
+        row_of = _kaldi_row if suffix == KALDI else _json_row if suffix in JSON_LINES else _path_row
+        numbered = ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
+        rows = ((number, row_of(line, f"{file}, line {number}")) for number, line in numbered)
     try:
         for number, row in rows:
             path, name = row["path"], row.get("id", row["path"])
@@ -126,6 +137,52 @@ def read_manifest(file: str | os.PathLike, folder: str | None = None) -> Iterato
             yield name, path if "://" in path else os.path.join(folder, path)
     except csv.Error as error:
         raise ValueError(f"{file}, line {table.line_num}: {error}: a quotation mark without its end?") from error
+
+
+def _path_row(line: str, where: str) -> dict:
+    return {"path": line}
+
+
+def _kaldi_row(line: str, where: str) -> dict:
+    """A line of Kaldi's wav.scp: an id, and a path that may have spaces."""
+    name, _, path = line.partition(" ") if "\t" not in line else line.partition("\t")
+    path = path.strip()
+    if path.endswith("|"):
+        raise ValueError(f"{where}: {name} is a command, which is not run: write its audio to a file, and list that")
+    if re.search(r"\.ark:\d+$", path):
+        raise ValueError(f"{where}: {name} lies in a Kaldi archive, which is not read: list files of audio")
+    return {"id": name, "path": path}
+
+
+def _json_row(line: str, where: str) -> dict:
+    """A line of a NeMo manifest, or of one with `path` and `id`."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); expected a mapping with audio_filepath on each line") from error
+    path = row.get("audio_filepath", row.get("path")) if isinstance(row, dict) else None
+    if not isinstance(path, str):
+        raise ValueError(f"{where}: expected a mapping with audio_filepath, the path of a file")
+    if row.get("offset"):
+        raise ValueError(f"{where}: a part of {path} (offset {row['offset']}), only whole files are read: cut it out")
+    return {"path": path, "id": str(row.get("id", path))}
+
+
+def _refuse_text(file: str) -> None:
+    """ValueError for a text file, which a list of files may be under any name; it is no audio."""
+    if file.lower().endswith(AUDIO_SUFFIXES):
+        return
+    with open(file, "rb") as opened:
+        beginning = opened.read(4096)  # NIST SPHERE files begin with 1,024 bytes of text
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return
+    if text and all(char.isprintable() or char in "\t\r\n" for char in text):
+        raise ValueError(
+            f"{file} is a text file, no audio. If it is a list of files, its name must end as lists of its kind do: "
+            f"{', '.join(MANIFESTS)}"
+        )
 
 
 # ---------------------------------------------------------------- archives
@@ -319,6 +376,7 @@ class Inputs:
             if os.path.isfile(source) and Path(source).suffix.lower() in MANIFESTS:
                 files.append(read_manifest(source, folder))
             elif os.path.isfile(source) and not source.endswith(".parquet"):
+                _refuse_text(source)
                 files.append([(source, source)])
             elif _is_saved(source) or dataset_arguments(source) is not None:
                 shards += _tables(source, split, columns)

@@ -25,6 +25,7 @@ from huggingface_hub import constants
 
 from mrl_redimnet.audio import AudioError, Encoded, audio_info
 from mrl_redimnet.scan import AUDIO_SUFFIXES, LeftOut, is_text, printable, walk
+from mrl_redimnet.settings import near
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
 # CN-Celeb's files are called GENRE-SESSION-UTTERANCE.flac: singing-01-001.flac is of the session singing-01.
@@ -43,6 +44,7 @@ _SCAN_SHARDS = 256
 _MANY_FILES = 10_000
 # Rows of a whole column that are looked at at a time.
 _COLUMN_BLOCK = 100_000
+_SOME_ROWS = 100  # that tell which corpus it is
 # Where the columns of parquet and Hub data are looked for; a `label` counts when it has named classes.
 _USUAL_NAMES = {
     "audio": ("audio", "speech", "wav", "flac", "m4a", "mp3"),
@@ -51,6 +53,8 @@ _USUAL_NAMES = {
     "path": ("path", "file", "file_name"),
     "seconds": ("seconds",),  # other names may be of other units
 }
+
+COLUMN_ROLES = tuple(_USUAL_NAMES)
 
 
 def load_corpus(
@@ -490,7 +494,7 @@ def path_parser(layout: str):
         raise ValueError(
             f"layout {layout!r} must be one of {', '.join(LAYOUTS)}, or be made of 'speaker', optionally 'session', "
             "and any number of '*', separated by '/', each name once, with 'utterance' last (a file's name may join "
-            f"them: 'session-utterance'), for instance {DEFAULT_LAYOUT!r}"
+            f"them: 'session-utterance'), for instance {DEFAULT_LAYOUT!r}.{near(layout, LAYOUTS)}"
         )
     parts = ["[^/]+" if name == "*" else f"(?P<{name}>[^/]+)" for name in folders]
     # Of a file's name the first part takes what the others leave: the session of live-01-003 is live-01.
@@ -513,6 +517,58 @@ def _stat(path: Path) -> os.stat_result:
         return os.stat(path)
     except OSError:  # a broken link: a file with a problem, not a reason to stop
         return os.lstat(path)
+
+
+# CN-Celeb1's speakers; of its thousand those of the evaluation part are the last two hundred. (VoxCeleb2 has speakers
+# of such names, too.) Files are called GENRE-SESSION-UTTERANCE.
+_CNCELEB1 = re.compile(r"id00\d{3}")
+_CNCELEB1_EVALUATION = re.compile(r"id00[89]\d{2}")
+_CNCELEB_FILE = re.compile(r"(id\d{5}-)?[a-z_]+-\d{2}-\d{3}\.\w+")
+
+
+def evaluation_speakers(
+    names: Iterable[str], layout: str, source: str | os.PathLike, paths: Iterable[str] = ()
+) -> list[str]:
+    """Those of the speakers `names`, sorted, who belong to CN-Celeb's evaluation part, which lies among its data.
+
+    They are the ones that dev/dev.lst beside CN-Celeb1's speakers does not list or, where there is no such file,
+    id00800 to id00999. Speech is CN-Celeb's where `layout` (a name in LAYOUTS) says so, that file is there, or all
+    `paths`, of some utterances of speakers with these numbers, are called as its files are; else there are none.
+    """
+    names, folder = sorted(set(names)), Path(os.path.abspath(source))
+    ours = [name for name in names if _CNCELEB1.fullmatch(name)]
+    for lists in (folder, folder.parent):
+        file = lists / "dev" / "dev.lst"
+        if file.is_file():
+            listed = set(file.read_text(encoding="utf-8-sig").split())
+            if listed & set(ours):
+                return [name for name in ours if name not in listed]
+    paths = list(paths)
+    called_so = bool(paths) and all(_CNCELEB_FILE.fullmatch(path.rsplit("/", 1)[-1]) for path in paths)
+    if layout.startswith("cnceleb") or called_so:
+        return [name for name in ours if _CNCELEB1_EVALUATION.fullmatch(name)]
+    return []
+
+
+def without_evaluation_speakers(
+    dataset: datasets.Dataset, layout: str, source: str | os.PathLike
+) -> tuple[datasets.Dataset, str | None]:
+    """The rows without those of `evaluation_speakers`, and a sentence that says how many are left out (None: none)."""
+    table = SpeakerTable(speakers_of(dataset))
+    labels = labels_of(dataset, table)
+
+    def rows_of(names: Iterable[str]) -> np.ndarray:
+        return np.flatnonzero(np.isin(labels, [table.id(name) for name in names]))
+
+    suspects = rows_of(filter(_CNCELEB1_EVALUATION.fullmatch, table.names))[:_SOME_ROWS]
+    left = evaluation_speakers(table.names, layout, source, dataset.select(suspects)["path"])
+    if not left:
+        return dataset, None
+    rows = rows_of(left)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), rows)), (
+        f"{source}: {len(left)} of {len(table):,} speakers ({len(rows):,} utterances) are those of CN-Celeb's "
+        f"evaluation part ({left[0]} ... {left[-1]}) and left out."
+    )
 
 
 class SpeakerTable:

@@ -7,8 +7,8 @@ draws from the generator. A new domain is an entry in `DOMAINS`.
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from mrl_redimnet.codecs import (
     transcode,
 )
 from mrl_redimnet.rooms import RoomBank, at_power_of, reverberate
+from mrl_redimnet.settings import Number, near
 
 Domain = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -60,11 +61,7 @@ class Noisy:
     room_seed: int = 0
 
     def __post_init__(self):
-        if self.noise is None:
-            raise ValueError("noise: the noisy domain needs a folder of noise files, none was given.")
-        check_range("snr", self.snr, -100.0, 100.0)
-        if not 0 <= self.room_probability <= 1:
-            raise ValueError(f"room_probability: got {self.room_probability}, expected 0 to 1.")
+        _check_noisy(**{f.name: getattr(self, f.name) for f in fields(self)})
         self._bank = RoomBank(self.rooms, self.room_count, self.room_seed)
         self._add_noise = AddNoise(self.noise, snr=self.snr, probability=1.0)
 
@@ -73,6 +70,19 @@ class Noisy:
         if rng.random() < self.room_probability:
             audio = reverberate(audio, self._bank.draw(rng))
         return self._add_noise(audio, rng)
+
+
+def _check_noisy(noise, snr, room_probability, rooms, room_count, room_seed) -> None:
+    """The options of `Noisy`, without a look into the folders."""
+    if noise is None:
+        raise ValueError("noise: the noisy domain needs a folder of noise files, none was given.")
+    for name, folder in (("noise", noise), ("rooms", rooms)):
+        if folder is not None and not isinstance(folder, (str, Path)):
+            raise ValueError(f"{name}: got {folder!r}, expected the path of a folder.")
+    check_range("snr", snr, -100.0, 100.0)
+    Number(least=0, most=1, expected="0 to 1")("room_probability", room_probability)
+    Number(least=1, whole=True)("room_count", room_count)
+    Number(least=0, whole=True)("room_seed", room_seed)
 
 
 @dataclass
@@ -96,9 +106,12 @@ class Telephony:
 
     def __post_init__(self):
         known = telephone_codecs()
+        if not isinstance(self.codecs, (list, tuple)):
+            raise ValueError(f"codecs: got {self.codecs!r}, expected a list of some of {', '.join(known)}.")
         unknown = [name for name in self.codecs if name not in known]
         if unknown or not self.codecs:
-            raise ValueError(f"codecs: got {unknown or 'none'}, expected some of {', '.join(known)}.")
+            hint = near(unknown[0], known) if unknown else ""
+            raise ValueError(f"codecs: got {unknown or 'none'}, expected some of {', '.join(known)}.{hint}")
         check_range("loss", self.loss, 0.0, 1.0)
         check_range("band", self.band, 1.0, TELEPHONE_RATE / 2 - 1)
         if self.band[0] == self.band[1]:
@@ -135,14 +148,30 @@ def make_domain(name: str, noise: str | Path | None = None, **options) -> Domain
 
     Raises ValueError for an unknown domain or option, and whatever the domain's class says about its options.
     """
+    builder, parameters = _builder(name, options)
+    return builder(**({"noise": noise} if "noise" in parameters else {}), **options)
+
+
+def check_domain(name: str, **options) -> None:
+    """Raises ValueError as `make_domain` does for the name, the options and their values; no folder is looked into."""
+    builder, parameters = _builder(name, options)
+    if builder is Noisy:
+        _check_noisy(**{field.name: options.get(field.name, field.default) for field in fields(Noisy)})
+    else:
+        builder(**options)
+
+
+def _builder(name: str, options: dict) -> tuple[Callable[..., Domain], Mapping[str, inspect.Parameter]]:
+    """What builds a domain, and the options that it knows; ValueError for others."""
     if name not in DOMAINS:
-        raise ValueError(f"domain: got {name!r}, expected one of {', '.join(DOMAINS)}.")
-    builder = DOMAINS[name]
-    known = inspect.signature(builder).parameters
-    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"domain: got {name!r}, expected one of {', '.join(DOMAINS)}.{near(name, DOMAINS)}")
+    known = inspect.signature(DOMAINS[name]).parameters
+    if unknown := sorted(set(map(str, options)) - set(known)):
         expected = ", ".join(sorted(set(known) - {"noise"})) or "none"
-        raise ValueError(f"{name} domain: unknown option {', '.join(unknown)}; its options: {expected}.")
-    return builder(**({"noise": noise} if "noise" in known else {}), **options)
+        raise ValueError(
+            f"{name} domain: unknown option {', '.join(unknown)}; its options: {expected}.{near(unknown[0], known)}"
+        )
+    return DOMAINS[name], known
 
 
 def simulate(domain: Domain, audio: np.ndarray, path: str | os.PathLike, seed: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ from mrl_redimnet.levels import read_utterance, warn_of_silence
 from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.scan import files_below
 from mrl_redimnet.scoring import score
-from mrl_redimnet.trials import Trials, missing_utterances
+from mrl_redimnet.trials import Trials, fitting_suffix, missing_utterances
 
 BATCH_SECONDS = 60.0
 LISTED = 20  # missing files that a message names
@@ -302,10 +302,15 @@ def check_present(trials: Trials, folder: str | Path):
     missing = missing_utterances(trials, folder)
     if missing:
         rest = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        suffix = fitting_suffix(missing, folder)
+        hint = (
+            f". With the suffix {suffix} they are there: give --suffix {suffix} (in a recipe's test `suffix: {suffix}`)"
+        )
         raise FileNotFoundError(
             f"{len(missing)} of the trial list's {len(trials.utterances)} utterances are not below {folder}: "
             + ", ".join(missing[:LISTED])
             + rest
+            + (hint if suffix else "")
         )
 
 

@@ -32,6 +32,7 @@ from mrl_redimnet.corpus import (
     load_corpus,
     speakers_of,
     split_usable,
+    without_evaluation_speakers,
 )
 from mrl_redimnet.folders import refuse_existing, text_lines
 
@@ -77,7 +78,10 @@ class IncompleteError(ValueError):
 
 @dataclass(frozen=True)
 class PreparedIndex:
-    """What a prepared folder holds: `index.json`. shards: {"file", "rows", "bytes"} each; incomplete: what lacks."""
+    """What a prepared folder holds: `index.json`. shards: {"file", "rows", "bytes"} each; incomplete: what lacks.
+
+    notes: what was left out on purpose, in words.
+    """
 
     rows: int
     seconds: float
@@ -86,6 +90,7 @@ class PreparedIndex:
     seed: int
     shards: list[dict]
     incomplete: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     version: int = 1
 
     def save(self, folder: Path):
@@ -114,6 +119,7 @@ def prepare(
     expect: str | None = None,
     listing: str | os.PathLike | None = None,
     allow_incomplete: bool = False,
+    evaluation_speakers: bool = False,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> PreparedIndex:
@@ -122,7 +128,8 @@ def prepare(
     Utterances are shuffled over shards of about `shard_mb` megabytes by `seed`, so that any shard is a fair sample of
     the speakers. `num_proc` processes read headers, as many threads copy, each a hundred files at a time. expect: a
     name in EXPECTED, whose counts are compared; listing: a file that names the utterances there should be
-    (`read_listing`). Both are done before anything is written.
+    (`read_listing`). Both are done before anything is written. evaluation_speakers: keep the speakers of CN-Celeb's
+    evaluation part, which are otherwise left out (`index.notes` says so).
 
     `out` appears when all of it is written. A run that was stopped leaves what it had in `.NAME.writing` beside it;
     called again with the same corpus and settings, it keeps the shards that were complete.
@@ -136,7 +143,7 @@ def prepare(
         raise ValueError(f"shard_mb: got {shard_mb}, expected more than 0")
     if expect is not None and expect not in EXPECTED:
         raise ValueError(f"expect: got {expect!r}, expected one of {', '.join(EXPECTED)}")
-    layout = layout_of(layout)
+    named, layout = layout, layout_of(layout)
     usable, problems = split_usable(load_corpus(root, layout, cache_dir, num_proc), min_seconds=0)
     lacks = what_lacks(usable, expect, listing)
     if lacks and not allow_incomplete:
@@ -144,6 +151,12 @@ def prepare(
         raise IncompleteError("\n".join([f"{root} is not complete:", *lacks, *unusable]))
     if not len(usable):
         raise ValueError(f"{root}: none of its {len(problems):,} files can be used, first: {problems[0]}")
+
+    left_out = None
+    if not evaluation_speakers:
+        usable, left_out = without_evaluation_speakers(usable, named, root)
+        if not len(usable):
+            raise ValueError(f"{left_out} Nothing remains; with evaluation_speakers they are prepared, too.")
 
     plan = _Plan.make(usable, layout, shard_mb, seed)
     work = out.with_name(f".{out.name}.writing")
@@ -160,6 +173,7 @@ def prepare(
         seed=seed,
         shards=[{key: shard[key] for key in ("file", "rows", "bytes")} for shard in shards],
         incomplete=lacks,
+        notes=[] if left_out is None else [left_out],
     )
     speakers.save(work / "speakers.json")
     if problems:
@@ -371,9 +385,10 @@ def run(arguments):
         expect=arguments.expect,
         listing=arguments.list,
         allow_incomplete=arguments.allow_incomplete,
+        evaluation_speakers=arguments.evaluation_speakers,
         progress=True,
     )
-    for line in index.incomplete:
+    for line in (*index.notes, *index.incomplete):
         print(f"Note: {line}")
     report = arguments.out / "problems.tsv"
     if report.is_file():

@@ -1,6 +1,7 @@
 """What a training run learns and how it is judged: telling speakers apart, or an attribute of the speech."""
 
 import csv
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.utils import cached_file
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
 from mrl_redimnet.audio import AudioError
+from mrl_redimnet.augmentation import FileTalkers, Sources, make_augmentations
 from mrl_redimnet.corpus import (
     SpeakerTable,
     check_problems,
@@ -39,8 +41,9 @@ from mrl_redimnet.folders import path_below, refuse_missing, replace_file, text_
 from mrl_redimnet.groups import GroupRow, error_rates, read_groups_for
 from mrl_redimnet.recipe import Recipe
 from mrl_redimnet.scoring import score
+from mrl_redimnet.settings import near
 from mrl_redimnet.streaming import StreamContents
-from mrl_redimnet.trials import Trials, make_trials, read_trials
+from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 
 Rows = list[VerificationRow] | list[AttributeRow]
 
@@ -85,10 +88,11 @@ class Verification:
 
     def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents):
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
+        base = base_speakers(recipe)
         if recipe.dev_trials is not None:
             self.corpus, dev, folder = corpus, read_trials(recipe.dev_trials), Path(recipe.dev_folder)
         else:
-            self.corpus, held_out = hold_out(corpus, recipe)
+            self.corpus, held_out = hold_out(corpus, recipe, base)
             dev, folder = trials_of(held_out, recipe)
         self.development = {
             name: TrialTest(dev, folder, domain) for name, domain in development_domains(recipe).items()
@@ -96,25 +100,35 @@ class Verification:
         streamed = isinstance(corpus, StreamContents)
         if not streamed and (known := some_training_speakers(self.corpus, recipe)) is not None:
             self.development["training speakers"] = TrialTest(*trials_of(known, recipe))
-        self.tests = {name: trial_test(read_trials(test["trials"]), test) for name, test in recipe.tests.items()}
+        self.tests = {name: trial_test(test_trials(test), test) for name, test in recipe.tests.items()}
         for test in (*self.tests.values(), *self.development.values()):
             check_present(test.trials, test.folder)  # now, not after the training
         contents = corpus if streamed else contents_of(self.corpus)
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
         self.unreadable = Unreadable(recipe, self.utterances)
         self.classes = classes_of(self.speakers, recipe.speeds)
+        self.development_speakers = speakers_in(dev)
+        self.notes = notes_on_speakers(
+            recipe,
+            base,
+            self.speakers,
+            self.development_speakers,
+            {n: speakers_in(t.trials) for n, t in self.tests.items()},
+        )
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector, bool]:
         """The model to train, and whether its classifier knows none of the classes yet."""
         if recipe.model in SIZES:
             return start_model(MRLReDimNetForXVector, recipe, num_speakers=len(self.classes))
         model, headless = start_model(MRLReDimNetForXVector, recipe)
-        names = (
-            None
-            if headless
-            else cached_file(recipe.model, "speakers.json", _raise_exceptions_for_missing_entries=False)
-        )
-        carried = carry_classifier(model, None if names is None else SpeakerTable.load(names), self.classes)
+        old = None if headless or not recipe.carry_classifier else saved_speakers(recipe.model)
+        carried = carry_classifier(model, old, self.classes)
+        if carried:
+            self.notes["classifier"] = (
+                f"classifier: {carried:,} of its {len(self.classes):,} rows are taken over from {recipe.model}, whose "
+                f"speakers.json has {len(old):,} names, because names are the same. If they are those of other people "
+                "(two corpora with the same numbers, for instance), give carry_classifier: false."
+            )
         return model, carried == 0
 
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
@@ -160,7 +174,8 @@ class Attribute:
         numbers = all(is_number(value) for value in found)
         self.name = "regression" if numbers else "classification"
         self.labels = () if numbers else tuple(sorted(found))
-        self.corpus, held_out = hold_out(corpus, recipe)
+        base = base_speakers(recipe)
+        self.corpus, held_out = hold_out(corpus, recipe, base)
         self.targets = self._targets(table, self.corpus, recipe)
         dev_targets = self._targets(table, held_out, recipe)
         self.development = {
@@ -183,6 +198,9 @@ class Attribute:
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
         self.unreadable = Unreadable(recipe, self.utterances)
         self.classes = None  # the labels are the configuration's
+        self.development_speakers = set(speakers_of(held_out))
+        tested = {name: set(speakers_of(test.corpus)) for name, test in self.tests.items()}
+        self.notes = notes_on_speakers(recipe, base, self.speakers, self.development_speakers, tested)
 
     def _targets(self, table: dict[str, str], corpus: Dataset, recipe: Recipe) -> np.ndarray:
         found = [label_of(table, key, recipe) for key in corpus[recipe.label_key]]
@@ -285,6 +303,36 @@ def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification 
     return Verification(recipe, corpus) if recipe.label_column is None else Attribute(recipe, corpus)
 
 
+def check_files(recipe: Recipe):
+    """Raises FileNotFoundError or ValueError for files and folders of the recipe that are not there, or not as said.
+
+    To be called before any speech is read, which may take long.
+    """
+    files = {"dev_trials": recipe.dev_trials, "label_file": recipe.label_file}
+    folders = {"dev_folder": recipe.dev_folder, "noise": recipe.noise, "rooms": recipe.rooms}
+    for name, test in recipe.tests.items():
+        files |= {f"tests.{name}.{key}": test.get(key) for key in ("trials", "enrolments", "groups")}
+        folders[f"tests.{name}.folder"] = test["folder"] if recipe.label_column is None else None
+    for what, there, paths in (("file", Path.is_file, files), ("folder", Path.is_dir, folders)):
+        for setting, path in paths.items():
+            if path is not None and not there(Path(path)):
+                raise FileNotFoundError(f"{setting}: {path} is not a {what}.")
+    if recipe.label_file is not None:
+        read_labels(recipe.label_file, recipe.label_column, recipe.label_key)
+    if recipe.train is not None:  # else the noise may be that of the synthetic corpus
+        talkers = None if recipe.streaming else FileTalkers(["the training speech"])
+        make_augmentations(recipe.augmentations, Sources(recipe.noise, recipe.rooms, talkers))
+        training_domain(recipe)
+
+
+def start_config(recipe: Recipe) -> MRLReDimNetConfig:
+    """The configuration of the model that is to be trained, without its head. Raises as `start_model`."""
+    if recipe.model in SIZES:
+        return MRLReDimNetConfig.from_size(recipe.model, **recipe.model_options)
+    refuse_missing(recipe.model, SIZES)
+    return MRLReDimNetConfig.from_pretrained(recipe.model, **recipe.model_options)
+
+
 def start_model(kind: type, recipe: Recipe, **config):
     """A model of `kind` from a size or a saved one, and whether its head is new; nothing else may be.
 
@@ -298,8 +346,66 @@ def start_model(kind: type, recipe: Recipe, **config):
     return model, bool(info["missing_keys"] or info["mismatched_keys"])
 
 
-def hold_out(corpus: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Rows for training, and those of `dev_speakers` speakers that are not trained on."""
+def saved_speakers(model: str) -> SpeakerTable | None:
+    """The classes of a saved model's classifier, as its speakers.json tells them; None where it has none."""
+    file = cached_file(model, "speakers.json", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else SpeakerTable.load(file)
+
+
+def base_speakers(recipe: Recipe) -> set[str] | None:
+    """The speakers that the model to start from was trained on, by name; none for random weights.
+
+    None where it does not say: published checkpoints have no speakers.json.
+    """
+    if recipe.model in SIZES:
+        return set()
+    refuse_missing(recipe.model, SIZES)
+    table = saved_speakers(recipe.model)
+    return None if table is None else {re.sub(r" at speed [\d.]+$", "", name) for name in table.names}
+
+
+def speakers_in(trials: Trials) -> set[str]:
+    """The speakers of a trial list, none where it does not tell them."""
+    try:
+        return {name for side in trials.speakers for name in np.unique(side).tolist()}
+    except UnknownSpeakersError:
+        return set()
+
+
+def notes_on_speakers(
+    recipe: Recipe,
+    base: set[str] | None,
+    training: SpeakerTable,
+    development: set[str],
+    tests: dict[str, set[str]],
+) -> dict[str, str]:
+    """What is to be said of speakers that are judged and were trained on, now or before (`base`), by what it is about.
+
+    Speakers are compared by name, so that it is only said: in another corpus the same name may be somebody else.
+    """
+    notes, chosen_by = {}, "the best step may be chosen wrongly; dev_trials can name other speakers."
+    known_by = {"that this run trains on": set(training.names), f"that {recipe.model} was trained on": base or set()}
+    for title, judged in {"development": development, **{f"tests.{name}": s for name, s in tests.items()}}.items():
+        for whom, known in known_by.items():
+            if shared := sorted(judged & known):
+                notes[f"{title}, {whom}"] = (
+                    f"{title}: {len(shared):,} of its {len(judged):,} speakers have the names of speakers {whom} "
+                    f"({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}). If they are the same people, its "
+                    "error rates are too low" + (f", and {chosen_by}" if title == "development" else ".")
+                )
+    if base is None:
+        notes["base"] = (
+            f"development: {recipe.model} does not say whom it was trained on (it has no speakers.json). If the "
+            f"{len(development):,} development speakers are among them, error rates are too low, and {chosen_by}"
+        )
+    return notes
+
+
+def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> tuple[Dataset, Dataset]:
+    """Rows for training, and those of `dev_speakers` speakers that are not trained on.
+
+    known: speakers that the model to start from was trained on; they are held out only where too few others are left.
+    """
     speakers = SpeakerTable(speakers_of(corpus))
     labels = labels_of(corpus, speakers)
     eligible = np.flatnonzero(np.bincount(labels) > 1)  # a target trial needs two utterances
@@ -308,7 +414,11 @@ def hold_out(corpus: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
             f"dev_speakers: {recipe.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    chosen = np.random.default_rng([recipe.seed, 2]).choice(eligible, recipe.dev_speakers, replace=False)
+    rng, chosen = np.random.default_rng([recipe.seed, 2]), []
+    is_known = np.array([speakers.name(label) in (known or ()) for label in eligible])
+    for some in (eligible[~is_known], eligible[is_known]):
+        count = min(recipe.dev_speakers - len(chosen), len(some))
+        chosen += rng.choice(some, count, replace=False).tolist() if count else []
     is_dev = np.isin(labels, chosen)
     return corpus.select(np.flatnonzero(~is_dev)), corpus.select(np.flatnonzero(is_dev))
 
@@ -389,6 +499,11 @@ def development_domains(recipe: Recipe) -> dict[str, object]:
     return {f"development, {recipe.domain}": training_domain(recipe), "development, as it is": None}
 
 
+def test_trials(test: dict) -> Trials:
+    """The trial list of a test of the recipe, as `mrl-redimnet evaluate` reads it."""
+    return read_trials(test["trials"], test.get("format", "auto"), test.get("enrolments"), test.get("suffix"))
+
+
 def trial_test(trials: Trials, test: dict) -> TrialTest:
     """A test of the recipe. Raises ValueError where its groups lack speakers."""
     groups = test.get("groups")
@@ -405,9 +520,10 @@ def test_domain(test: dict):
 def read_labels(file: str | Path, column: str, key: str) -> dict[str, str]:
     """`key` -> label from a CSV file with a header. Raises ValueError where columns are missing or labels differ."""
     rows = csv.DictReader(text_lines(file))
-    missing = {column, key} - set(rows.fieldnames or ())
+    missing = sorted({column, key} - set(rows.fieldnames or ()))
     if missing:
-        raise ValueError(f"{file}: no column {', '.join(sorted(missing))}; there are {rows.fieldnames}.")
+        there = rows.fieldnames or []
+        raise ValueError(f"{file}: no column {', '.join(missing)}; there are {there}.{near(missing[0], there)}")
     table: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         if table.setdefault(row[key], row[column]) != row[column]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.settings import Length
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedules: functions of the step alone, so that a resumed run needs no state for them.
@@ -65,6 +66,46 @@ def prefix_weights_at(step: int, recipe: Recipe, config) -> list[float] | None:
     return [weight if k in joined else 0.0 for k, weight in enumerate(weights)]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """When things happen in a run, in steps; what the recipe gives in passes or shares of the run is so here.
+
+    evaluate_every, checkpoint_every: may have a fraction, see `due`. averaged: how many of the last evaluations'
+    weights are averaged, 0 for none. chance_until: the step by which the loss must have left chance level.
+    """
+
+    evaluate_every: float
+    checkpoint_every: float
+    averaged: int
+    chance_until: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, epoch_steps: float) -> "Timing":
+        """Of a recipe whose `steps` are those of the run; epoch_steps: of one pass over the training utterances.
+
+        Raises ValueError where the end of the run that is to be averaged has fewer than two evaluations.
+        """
+
+        def steps(name: str) -> float:
+            return Length.parse(name, getattr(recipe, name)).in_steps(recipe.steps, epoch_steps)
+
+        every, averaged = steps("evaluate_every"), 0
+        if recipe.average_last:
+            averaged = round(min(steps("average_last"), recipe.steps) / every)
+            if averaged < 2:
+                raise ValueError(
+                    f"average_last: {recipe.average_last} of this run is {steps('average_last'):.0f} steps, in which "
+                    f"evaluate_every: {recipe.evaluate_every} makes {averaged} evaluations; two are needed for a mean."
+                )
+        chance_until = recipe.warmup * recipe.steps + steps("chance_until")
+        return cls(every, steps("checkpoint_every"), averaged, chance_until)
+
+
+def due(step: int, every: float) -> bool:
+    """Whether something that comes `every` so many steps, perhaps with a fraction, comes after step number `step`."""
+    return int(step / every) > int((step - 1) / every)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimiser and guards
 
@@ -91,10 +132,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> tor
     not decay.
 
     Each group's `lr_scale` is what the schedule's learning rate is multiplied by: parts may have their own rate, and
-    all rates grow with the crops of a step (Goyal et al., arXiv 1706.02677) where `learning_rate_batch` is given.
+    all rates change with the crops of a step, see `learning_rate_growth`.
     """
-    crops = recipe.batch_size * recipe.accumulation * processes
-    growth = 1.0 if recipe.learning_rate_batch is None else crops / recipe.learning_rate_batch
+    growth, _ = learning_rate_growth(recipe, processes)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -112,6 +152,18 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> tor
         optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate)
     check_optimizer(model, optimizer)
     return optimizer
+
+
+def learning_rate_growth(recipe: Recipe, processes: int) -> tuple[float, float]:
+    """What learning rates are multiplied by for the crops of a step, and what it would be without a limit.
+
+    They grow with the crops (Goyal et al., arXiv 1706.02677) where `learning_rate_batch` says for how many they are
+    meant, up to `max_learning_rate_growth`: the rule was found to fail for very large batches.
+    """
+    if recipe.learning_rate_batch is None:
+        return 1.0, 1.0
+    wanted = recipe.batch_size * recipe.accumulation * processes / recipe.learning_rate_batch
+    return min(wanted, recipe.max_learning_rate_growth), wanted
 
 
 def part_of(name: str) -> str:
@@ -160,14 +212,30 @@ def chance_loss(
 
 @dataclass
 class ChanceGuard:
-    """Stops a run whose classifier is not set up right, or does not learn."""
+    """Stops a run whose classifier is not set up right, or does not learn.
+
+    mean, deviation: of the loss at chance level; deadline: the step by which the loss must be below. fresh: whether
+    all rows of the classifier are new, none of an earlier model.
+    """
 
     mean: float
     deviation: float
-    deadline: int
+    deadline: float
+    fresh: bool = True
 
-    def check_start(self, loss: float):
-        """At the first step of a fresh classifier the loss is chance level, within 5 % (or what chance explains)."""
+    def check_start(self, loss: float) -> str | None:
+        """At the first step of a fresh classifier the loss is chance level, within 5 % (or what chance explains).
+
+        With rows of an earlier model it is to be below; where it is not, a sentence says what that may mean.
+        """
+        if not self.fresh:
+            if loss < self.mean:
+                return None
+            return (
+                f"the first loss is {loss:.2f}, a classifier that knows nothing has {self.mean:.2f}, although rows "
+                "were taken over: they may be those of other people with the same names. carry_classifier: false "
+                "begins without them."
+            )
         if not abs(loss - self.mean) <= max(0.05 * self.mean, 4 * self.deviation):  # nor is it NaN
             raise RuntimeError(
                 f"The first loss is {loss:.2f}, a fresh classifier's is {self.mean:.2f} +- {self.deviation:.2f}: "
@@ -180,7 +248,7 @@ class ChanceGuard:
         if step >= self.deadline and not loss <= 0.95 * chance:  # nor is it NaN
             raise RuntimeError(
                 f"After {step} steps the loss is {loss:.2f}, not below chance level ({chance:.2f}): nothing is "
-                "being learnt. Check the labels, the learning rate and the audio (chance_steps moves this check)."
+                "being learnt. Check the labels, the learning rate and the audio (chance_until moves this check)."
             )
 
 
@@ -213,7 +281,7 @@ FREE_SETTINGS = {
     "tests",
     "report_dims",
     "resamples",
-    "chance_steps",
+    "chance_until",
     "base_repository",
 }
 
@@ -253,10 +321,11 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
         return None
     stored = json.loads((checkpoints[-1] / "settings.json").read_text())
     now = json.loads(json.dumps(asdict(recipe)))
+    before = {**_of_older_runs(recipe, accelerator.num_processes), **stored["recipe"]}
     changed = [
-        f"{f.name} (was {stored['recipe'].get(f.name)!r}, is {now[f.name]!r})"
+        f"{f.name} (was {before.get(f.name)!r}, is {now[f.name]!r})"
         for f in fields(Recipe)
-        if f.name not in FREE_SETTINGS and stored["recipe"].get(f.name) != now[f.name]
+        if f.name not in FREE_SETTINGS and before.get(f.name) != now[f.name]
     ]
     if changed:
         raise ValueError(f"{checkpoints[-1]} belongs to a run with other settings: {', '.join(changed)}.")
@@ -267,6 +336,17 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
         )
     accelerator.load_state(str(checkpoints[-1]))
     return Progress(**json.loads((checkpoints[-1] / f"progress-{accelerator.process_index}.json").read_text()))
+
+
+def _of_older_runs(recipe: Recipe, processes: int) -> dict:
+    """Settings that older checkpoints lack, as this run would have to have them to go on as that one did.
+
+    Which speakers are trained on is compared by their names, and classifier rows are the checkpoint's.
+    """
+    growth, wanted = learning_rate_growth(recipe, processes)
+    limit = recipe.max_learning_rate_growth if growth == wanted else None
+    same = {name: getattr(recipe, name) for name in ("evaluation_speakers", "carry_classifier")}
+    return {"max_learning_rate_growth": limit, **same}
 
 
 def newest_step(folder: Path) -> int:

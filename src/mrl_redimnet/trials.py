@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -324,6 +325,19 @@ def missing_utterances(trials: Trials, root: str | os.PathLike[str]) -> list[str
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root} to look for the utterances in")
     return [utterance for utterance in trials.utterances if not (root / utterance).is_file()]
+
+
+def fitting_suffix(missing: Sequence[str], root: str | os.PathLike[str]) -> str | None:
+    """The suffix with which all of `missing`, paths that are no files below `root`, would be there, None without one.
+
+    CN-Celeb's lists say .wav of FLAC files, for instance.
+    """
+    if not missing:
+        return None
+    first = Path(root) / missing[0]
+    there = sorted({path.suffix for path in first.parent.glob(f"{escape(first.stem)}.*") if path.is_file()})
+    fits = (suffix for suffix in there if re.fullmatch(r"\.\w+", suffix))
+    return next((s for s in fits if all((Path(root) / path).with_suffix(s).is_file() for path in missing)), None)
 
 
 def _lines(path: Path, what: str, expected: str) -> Iterator[tuple[int, str, list[str]]]:

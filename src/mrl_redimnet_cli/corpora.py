@@ -23,7 +23,7 @@ def add_embed(commands):
         nargs="+",
         metavar="INPUT",
         help="audio files, folders of them at any depth, manifests (.csv or .tsv with path and id, .txt or .lst of "
-        "paths), tar archives, parquet files, Hub data sets; also in stores (s3://...)",
+        "paths, Kaldi's .scp, NeMo's .jsonl), tar archives, parquet files, Hub data sets; also in stores (s3://...)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="a new one, or one to go on with; or FILE.npz, whole"
@@ -65,6 +65,9 @@ def add_prepare(commands):
     parser.add_argument("--expect", choices=sorted(CHOICES["prepare.EXPECTED"]), help="compare with published counts")
     parser.add_argument("--list", type=Path, metavar="FILE", help="utterances or trials whose paths must all be there")
     parser.add_argument("--allow-incomplete", action="store_true", help="report what is missing, and go on")
+    parser.add_argument(
+        "--evaluation-speakers", action="store_true", help="keep those of CN-Celeb's evaluation part [left out]"
+    )
     must_be_there(parser, root=folder)
     parser.set_defaults(run="mrl_redimnet.prepare:run")
 
