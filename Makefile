@@ -4,6 +4,7 @@
 # make test-all: lint and all tests, with more examples of each property: what has to pass before a change lands.
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
+# make test-gpu: the tests that need a GPU; without one each says that it was skipped.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
 # The first three set up .venv, when it is missing or older than requirements.lock or pyproject.toml. PYTHON=python3.13
 # chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one that is put into .tools.
@@ -15,7 +16,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --steps 60 --evaluate_every 30 --tests '{}'
 
-.PHONY: demo test test-all test-newest test-oldest lock
+.PHONY: demo test test-all test-gpu test-newest test-oldest lock
 
 demo: .venv/ready
 	rm -rf runs/demo runs/demo-telephony runs/demo-noisy
@@ -32,6 +33,9 @@ PYTEST := python -m pytest -n auto --dist worksteal
 
 test: CHOICE := -m "not slow"
 test-all: CHOICE := --hypothesis-profile=ci
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest tests/gpu -rs
+
 test test-all: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

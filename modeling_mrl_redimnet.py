@@ -1792,6 +1792,8 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
                     "from_pretrained(..., use_safetensors=False), then save_pretrained(...)."
                 ) from error
             raise
+        if "loss" in kwargs:  # asked for: what it learns beside the rows starts at its own value, not at random
+            of_base = {**of_base, "missing_keys": set(of_base["missing_keys"]) - {"classifier.bias"}}
         cls._check_loaded(base, model, of_base, new_head)
         if adapter and (lost := {*info["missing_keys"], *info["unexpected_keys"], *_misshapen(info)}):
             raise WeightsError(

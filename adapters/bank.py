@@ -28,6 +28,7 @@ from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
 from mrl_redimnet.adapters.facts import AdapterFacts, Base, fingerprint, same_weights
+from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
     HEADS,
@@ -35,7 +36,6 @@ from mrl_redimnet.adapters.stored import (
     adapter_tensors,
     fill,
     fitted,
-    local_folder,
     read_adapter,
 )
 from mrl_redimnet.adapters.strategies import explicit_config

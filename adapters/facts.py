@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 FACTS_FILE = "mrl_redimnet_adapter.json"
@@ -98,7 +97,7 @@ def fingerprint(model: nn.Module) -> str:
     and in float32 and bfloat16: numbers are hashed as bfloat16. Of the configuration, what changes an embedding counts
     (ANSWERING). Compare with `same_weights`: what was saved before the configuration counted has no second hash.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
     encoder = getattr(model, model.base_model_prefix, model)
     tensors = {}
     for name, tensor in encoder.state_dict().items():

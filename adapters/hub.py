@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
+from mrl_redimnet.folders import refuse_missing
 from mrl_redimnet.saving import load_model
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
@@ -535,3 +536,11 @@ def _json(file: Path) -> dict:
 
 def _dump(content: dict, indent: int = 1) -> bytes:
     return (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+def local_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
+    """`source` itself where it is a folder, else the snapshot of that Hub repository."""
+    if Path(source).is_dir():
+        return Path(source)
+    refuse_missing(source)
+    return pull(source, revision=revision, token=token)

@@ -1,10 +1,13 @@
 """Where adapters sit, and how large they are."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
+
+if TYPE_CHECKING:  # PEFT takes a second to import, which a rule over names does not need
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 # Each placement is a rule over module names; PEFT matches it against a module's whole name.
 _ATTENTION = r"q_proj|k_proj|v_proj|out_proj"
@@ -37,7 +40,7 @@ def lora_config(
     model: nn.Module | None = None,
     segment_ranks: Sequence[int] = (),
     **options,
-) -> LoraConfig:
+) -> "LoraConfig":
     """A LoRA configuration for MRLReDimNetModel: rank `r` at a named placement.
 
     "attention": q, k, v, out; "attention+ffn": also the transformer's feed-forward; "pointwise": every 1x1 layer of the
@@ -63,6 +66,8 @@ def lora_config(
         name = rf"projection\.segments\.{index}"
         options["rank_pattern"] = {**options.get("rank_pattern", {}), name: rank}
         options["alpha_pattern"] = {**options.get("alpha_pattern", {}), name: scale * rank}
+    from peft import LoraConfig
+
     return LoraConfig(target_modules=PLACEMENTS[placement], r=r, **options)
 
 
@@ -72,8 +77,10 @@ def grouped_convolutions(model: nn.Module) -> Iterator[str]:
     return (encoder_name(name) for name, part in parts if isinstance(part, nn.Conv2d) and part.groups > 1)
 
 
-def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
+def adapted_layers(model: nn.Module, adapter: str = "default") -> "dict[str, LoraLayer]":
     """The layers of `model` that carry `adapter`, by their name in the encoder ("projection.segments.0")."""
+    from peft.tuners.lora import LoraLayer
+
     return {
         encoder_name(name): part
         for name, part in model.named_modules()

@@ -16,7 +16,6 @@ from torch import nn
 from mrl_redimnet.adapters.facts import ADAPTER_PARTS, AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import explicit_config
-from mrl_redimnet.folders import refuse_missing
 
 HEADS = ("classifier", "score")  # what PEFT saves beside every adapter of a sequence classification
 # Initialisations that take weights out of the base: such an adapter fits only a base that was changed the same way.
@@ -41,16 +40,6 @@ class Adapter:
     def plain(self) -> bool:
         """Whether it is pairs of matrices and nothing else; DoRA and norms of its own are more than that."""
         return not (self.config.use_dora or self.config.modules_to_save or self.config.lora_bias)
-
-
-def local_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
-    """`source` itself where it is a folder, else the snapshot of that Hub repository."""
-    if Path(source).is_dir():
-        return Path(source)
-    refuse_missing(source)
-    from mrl_redimnet.adapters.hub import pull  # here, because folders need no Hub
-
-    return pull(source, revision=revision, token=token)
 
 
 def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:

@@ -13,7 +13,7 @@ from mrl_redimnet.evaluation import SHARES, VerificationRow
 from mrl_redimnet.extras import extra
 from mrl_redimnet.groups import group_cells, group_notes
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
-from mrl_redimnet.robustness import ALL, SIDES, NumberRow
+from mrl_redimnet.rows import ALL, SIDES, NumberRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

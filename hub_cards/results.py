@@ -8,7 +8,7 @@ from pathlib import Path
 from mrl_redimnet.evaluation import AttributeRow, VerificationRow
 from mrl_redimnet.folders import replace_file
 from mrl_redimnet.groups import GroupRow, row_from
-from mrl_redimnet.robustness import SIDES, NumberRow
+from mrl_redimnet.rows import SIDES, NumberRow
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -454,7 +454,7 @@ def test_a_torch_program_needs_nothing_of_this_package(model, program, tmp_path)
         (["--out", "a.pt2", "--to", "torch", "--precision", "int8"], "are for --to onnx, not for --to torch"),
         (["--out", "a.onnx_adapter", "--to", "onnx-adapter"], "--to onnx-adapter needs --adapter"),
         (["--out", "a.onnx_adapter", "--to", "onnx-adapter", "--no-mask"], "--no-mask is for models"),
-        (["--out", "a.onnx", "--adapter", "some", "--adapter-inputs", "linear"], "give one"),
+        (["--out", "a.onnx", "--adapter", ".", "--adapter-inputs", "linear"], "give one"),
         (["--out", "a.onnx", "--adapter-inputs", "linear", "--precision", "int8"], "only with precision float32"),
     ],
 )

@@ -10,8 +10,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import soundfile
+from conftest import tiny_model, waves
 
 import mrl_redimnet_cli
+from mrl_redimnet.saving import save_model
 from mrl_redimnet_cli import names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,3 +149,57 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, cwd=tmp_path)
     assert told in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"[] {status}", done.stderr
+
+
+# What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
+VERIFIES = """adapters adapters.facts adapters.hub adapters.placement audio calibration convert evaluation extras folders
+groups hub_cards hub_cards.report hub_cards.results levels metrics rotation rows saving scan scoring speaker_commands
+systems trials""".split()
+# And of others, beside what the classes of transformers it needs import.
+BASE = """import torch
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification,
+    AutoModelForAudioXVector, PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor)"""
+READS = {
+    "av",
+    "soundfile",
+    "torchaudio",
+    "numpy",
+    "tqdm",
+    "safetensors",
+    "huggingface_hub",
+    "yaml",
+    "accelerate",
+    "tokenizers",
+}
+
+
+def test_verify_imports_what_it_needs(tmp_path):
+    save_model(tiny_model(), tmp_path / "model")
+    for number, wave in enumerate(waves(16_000, 12_000)):
+        soundfile.write(tmp_path / f"{number}.wav", wave.numpy(), 16_000)
+    code = f"""import sys
+{BASE}
+before = {{module.split(".")[0] for module in sys.modules}}
+from mrl_redimnet_cli import main
+status = main(sys.argv[1:])
+others = {{module.split(".")[0] for module in sys.modules}} - before - set(sys.stdlib_module_names)
+ours = {{m.removeprefix("mrl_redimnet.") for m in sys.modules if m.startswith("mrl_redimnet.")}}
+print(status, sorted(ours), sorted(others), sep="\\n")"""
+    line = ["verify", "model", "0.wav", "--test", "1.wav", "--threshold", "-1"]
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    status, ours, others = done.stdout.splitlines()[-3:]
+    assert status == "0" and set(ast.literal_eval(ours)) <= set(VERIFIES)
+    others = {name for name in ast.literal_eval(others) if not name.startswith("_")} - OURS
+    heavy = {
+        "peft",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "matplotlib",
+        "faiss",
+        "pyroomacoustics",
+        "tensorboard",
+        "evaluate",
+    }
+    assert not others & heavy and others <= READS, others

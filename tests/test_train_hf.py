@@ -508,6 +508,7 @@ def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
             task=None,
             crops=None,
             model=SimpleNamespace(config=config),
+            timing=None,
             prepared=lambda inputs, labels, **more: SimpleNamespace(loss=inputs.sum() + labels.sum()),
         )
         _, loss = train_hf.forward(run, batch, 0)
@@ -519,10 +520,13 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_hf, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     options = dict(trains="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
     recipe = Recipe(output=str(tmp_path), **options)
-    task = SimpleNamespace(classes=SpeakerTable(["a"]), adapter_task="FEATURE_EXTRACTION")
+    classes = SpeakerTable(["a"])
+    task = SimpleNamespace(
+        classes=classes, speakers=classes, development_speakers={"b"}, adapter_task="FEATURE_EXTRACTION"
+    )
     train_hf.claim_output(recipe, task, resume=False)
     accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False)
-    run = train_hf.Run(recipe, accelerator, task, crops=None, model=tiny_model(kind=MRLReDimNetForXVector))
+    run = train_hf.Run(recipe, accelerator, task, None, tiny_model(kind=MRLReDimNetForXVector), timing=None)
     train_hf.attach_adapter(run, 0, resumed=False)
     assert list(tmp_path.iterdir()) == []
 

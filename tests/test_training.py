@@ -575,11 +575,6 @@ def test_a_fresh_model_starts_at_chance(kind, speakers):
         guard.check_start(first_loss(model, crops, margin, seed))
 
 
-def scaled_dot_products(embeddings, weight, dims, scale):
-    dots = torch.stack([scale * embeddings[:, :dim] @ weight[:, :dim].T for dim in dims], dim=1)
-    return dots, dots.new_ones(dots.shape[:2]), dots.new_ones(dots.shape[1:])
-
-
 @pytest.mark.parametrize("mistake", ["scale", "normalisation", "margin"])
 def test_a_mistaken_loss_does_not(mistake, monkeypatch):
     torch.manual_seed(0)
@@ -590,7 +585,7 @@ def test_a_mistaken_loss_does_not(mistake, monkeypatch):
     if mistake == "scale":
         model.classifier.scale = 64.0
     if mistake == "normalisation":
-        monkeypatch.setattr(modeling_mrl_redimnet, "scaled_cosines", scaled_dot_products)
+        monkeypatch.setattr(modeling_mrl_redimnet, "_unit", lambda side: side)
     with pytest.raises(RuntimeError, match="labels, scale or normalisation"):
         guard.check_start(first_loss(model, 32, margin, 0))
 

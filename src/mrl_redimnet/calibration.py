@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from mrl_redimnet.adapters.facts import fingerprint, same_weights
-from mrl_redimnet.adapters.stored import local_folder
+from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning, Encoded, audio_info, name_of, read_audio
-from mrl_redimnet.domains import simulate
 from mrl_redimnet.levels import read_utterance, warn_of_silence
 from mrl_redimnet.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.scan import files_below
@@ -281,7 +280,11 @@ def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str 
 
     def load(file):
         audio = warn_of_silence(file, read_audio(file))
-        return audio if domain is None else simulate(domain, audio, Path(file).relative_to(folder).as_posix())
+        if domain is None:
+            return audio
+        from mrl_redimnet.domains import simulate  # a domain was made, so this is imported already
+
+        return simulate(domain, audio, Path(file).relative_to(folder).as_posix())
 
     return load
 

@@ -28,8 +28,9 @@ from torch.func import functional_call
 from configuration_mrl_redimnet import FFT_SIZE, SAMPLING_RATE
 from modeling_mrl_redimnet import MelFrontEnd, MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapters.facts import fingerprint, same_weights
+from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
-from mrl_redimnet.adapters.stored import local_folder, read_adapter, scaling
+from mrl_redimnet.adapters.stored import read_adapter, scaling
 from mrl_redimnet.calibration import Thresholds
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file

@@ -13,5 +13,5 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed. Install it with: pip install 'mrl-redimnet[{name}]'"
+        message = f"{error.name} is not installed: pip install 'mrl-redimnet[{name}]'."
         raise ModuleNotFoundError(message, name=error.name) from error

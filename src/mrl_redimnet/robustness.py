@@ -46,13 +46,12 @@ from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.rooms import draw_room, reverberate, simulated_response
+from mrl_redimnet.rows import ALL, SIDES, NumberRow
 from mrl_redimnet.scan import is_hidden, walk
 from mrl_redimnet.scoring import score
 from mrl_redimnet.trials import Trials, UnknownSpeakersError
 
 SMOOTHING = 0.005
-SIDES = ("test", "both")
-ALL = "all"  # in place of a kind: the one number
 RESAMPLES = 200
 
 _ROOMS_DRAWN, _ROOMS_OF_A_LEVEL = 256, 4  # of a level: those whose RT60 is nearest to it
@@ -231,21 +230,6 @@ class PointRow:
     eer_high: float | None = None
     change_low: float | None = None
     change_high: float | None = None
-
-
-@dataclass(frozen=True)
-class NumberRow:
-    """A kind's number, or over all kinds (`ALL`) the one number, with the mean perturbed EER in [0, 1] beside it."""
-
-    kind: str
-    side: str
-    dim: int
-    change: float
-    eer: float
-    change_low: float | None = None
-    change_high: float | None = None
-    eer_low: float | None = None
-    eer_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,6 @@ from mrl_redimnet.extras import extra
 from mrl_redimnet.material import draw_readable, usable
 from mrl_redimnet.scan import AUDIO_SUFFIXES, files_below
 
-with extra("evaluation"):
-    from scipy.signal import fftconvolve
-
 # Simulated boxes: sizes in metres, reverberation times in seconds, and the least distance in metres of talker and
 # microphone from the walls and from each other (closer, the direct path hides the decay that sets the RT60).
 _SMALLEST_ROOM, _LARGEST_ROOM = (3.0, 3.0, 2.4), (9.0, 7.0, 4.0)
@@ -89,6 +86,9 @@ def _response_files(folder: str | Path) -> list[str]:
 
 def reverberate(audio: np.ndarray, response: RoomResponse) -> np.ndarray:
     """audio [samples] float32 as heard in a room: the same length and power, direct path where the input is."""
+    with extra("evaluation"):
+        from scipy.signal import fftconvolve
+
     wet = fftconvolve(audio, response.taps)[response.delay : response.delay + len(audio)]
     return at_power_of(audio, wet)
 

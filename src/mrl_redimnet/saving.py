@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -14,17 +15,19 @@ from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, WeightsError, refuse_wrapped
 from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.placement import encoder_name
-from mrl_redimnet.adapters.strategies import Vanilla
-from mrl_redimnet.corpus import SpeakerTable
 from mrl_redimnet.folders import refuse_missing, replace_folder
 from mrl_redimnet.hub_cards import adapter_card, base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
+
+if TYPE_CHECKING:  # training alone has what these take a second to import for
+    from mrl_redimnet.adapters.strategies import Vanilla
+    from mrl_redimnet.corpus import SpeakerTable
 
 
 def save_model(
     model: MRLReDimNetPreTrainedModel,
     folder: str | Path,
-    speakers: SpeakerTable | None = None,
+    speakers: "SpeakerTable | None" = None,
     evaluation: Evaluation | None = None,
     **card_facts,
 ):
@@ -50,7 +53,7 @@ def save_model(
     replace_folder(Path(folder), write)
 
 
-def save_adapter(strategy: Vanilla, facts: AdapterFacts, folder: str | Path):
+def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path):
     """Writes a trained adapter to `folder`: PEFT's two files, our facts and a card."""
 
     def write(target: Path):

@@ -9,9 +9,8 @@ from accelerate import PartialState
 from transformers.utils import cached_file
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.facts import AdapterFacts
-from mrl_redimnet.adapters.stored import local_folder
+from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.audio import audio_info
 from mrl_redimnet.calibration import THRESHOLDS_FILE, Thresholds, weights_of
 from mrl_redimnet.evaluation import audio_below, drawn, embed_files, embed_usable, reader
@@ -48,6 +47,8 @@ class System:
         model, adapter = load_model(arguments.model), None
         weights = weights_of(model, arguments.adapter)
         if arguments.adapter is not None:
+            from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
+
             facts = AdapterFacts.load(local_folder(arguments.adapter, None, None))
             adapter = facts.domain if facts else Path(arguments.adapter).name
             model = AdapterBank.load(model, {"adapter": arguments.adapter}).merged("adapter")
