@@ -152,9 +152,11 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 
 
 # What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
-VERIFIES = """adapters adapters.facts adapters.hub adapters.placement audio calibration convert evaluation extras folders
-groups hub_cards hub_cards.report hub_cards.results levels metrics rotation rows saving scan scoring speaker_commands
-systems trials""".split()
+VERIFIES = """
+adapters adapters.facts adapters.hub adapters.placement audio calibration convert evaluation extras folders
+groups hub_cards hub_cards.report hub_cards.results levels metrics rotation rows saving scan scoring
+speaker_commands systems trials
+""".split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification,
