@@ -73,6 +73,13 @@ def test_readme_names_files_that_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_faults_name_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "faults.md").read_text())
+    assert len(named) > 50
+    missing = [(f, test) for f, test in named if f"\ndef {test}(" not in (ROOT / "tests" / f).read_text()]
+    assert missing == []
+
+
 def test_card_snippet_runs(tmp_path):
     """The usage block of a saved model's card, with the folder in the place of its Hub id."""
     model = tiny_model()
