@@ -9,6 +9,7 @@ timed in it. Needs `make .tools/bin/uv` first. Writes install.json and install.m
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 UV = ROOT / ".tools" / "bin" / "uv"
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
 # What `verify` needs of other libraries in any case.
 BASE = (
     "from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, "
@@ -26,11 +28,16 @@ BASE = (
 )
 CALLS = {
     "`mrl-redimnet --help`": ["-c", "from mrl_redimnet_cli import main; main(['--help'])"],
-    "a misspelt path": ["-c", "from mrl_redimnet_cli import main; main(['verify', 'nowhere', 'a', '--test', 'b'])"],
+    "a misspelt path": [
+        "-c",
+        "from mrl_redimnet_cli import main; exit(main(['verify', 'nowhere', 'a', '--test', 'b']))",
+    ],
     "import torch": ["-c", "import torch"],
     "torch, and transformers' base and auto classes": ["-c", BASE],
     "what `verify` imports": ["-c", "import mrl_redimnet.speaker_commands"],
+    "the README's first example": ["-c", re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]],
 }
+FAILS = {"a misspelt path": 2}  # exit status of calls that are to fail
 
 
 def main():
@@ -68,17 +75,19 @@ def measure(environment: Path, requirement: str, arguments) -> dict:
         "packages": len(json.loads(listed)),
         "bytes": sum(sizes.values()),
         "bytes_of_torch": torch,
-        "calls": {name: timed(python, call, arguments.repeats) for name, call in CALLS.items()},
+        "calls": {name: timed(python, call, FAILS.get(name, 0), arguments.repeats) for name, call in CALLS.items()},
     }
 
 
-def timed(python: Path, call: list[str], repeats: int) -> dict[str, float]:
+def timed(python: Path, call: list[str], status: int, repeats: int) -> dict[str, float]:
     """Median and extremes of the seconds of a process; the first, which fills caches, is not counted."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        subprocess.run([python, *call], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([python, *call], capture_output=True, text=True, cwd=python.parent, env=ALONE)
         times.append(time.perf_counter() - start)
+        if done.returncode != status:
+            raise RuntimeError(f"{call[1]} ended with {done.returncode}: {done.stderr}")
     return {"median": statistics.median(times[1:]), "low": min(times[1:]), "high": max(times[1:])}
 
 

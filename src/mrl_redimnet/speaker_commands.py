@@ -139,7 +139,6 @@ def _utterances(count: int) -> str:
 
 def verify(arguments) -> int:
     """`mrl-redimnet verify`."""
-    _check_files([*arguments.enrol, *arguments.test])
     system = System.load(arguments)
     dim = system.dim(arguments.dim)
     scorer = system.scorer(arguments)
@@ -164,12 +163,6 @@ def verify(arguments) -> int:
 
 def _title(system: System, dim: int) -> str:
     return f"{system.name}{f' with {system.adapter}' if system.adapter else ''}, {dim} dimensions"
-
-
-def _check_files(paths: Sequence[Path]):
-    """Raises FileNotFoundError listing those that are no files."""
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(paths)} files are not there: {', '.join(missing[:5])}")
 
 
 # ---------------------------------------------------------------- identify
@@ -223,11 +216,9 @@ def _lengths(speakers: Sequence[str], files: Sequence[Path], tests: dict[str, Pa
 def _named_files(paths: Sequence[Path]) -> dict[str, Path]:
     """Files, and the audio below folders: {name: file}, in a folder the path relative to it, else the path itself.
 
-    Raises FileNotFoundError for what is not there or a folder without audio, ValueError for a name that comes twice.
+    Raises FileNotFoundError for a folder without audio, ValueError for a name that comes twice.
     """
     files: dict[str, Path] = {}
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(paths)} paths are not there: {', '.join(missing[:5])}")
     for path in paths:
         for file in audio_below(path) if path.is_dir() else [path]:
             name = file.relative_to(path).as_posix() if path.is_dir() else str(path)

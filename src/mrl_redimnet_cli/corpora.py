@@ -8,6 +8,7 @@ from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
 def add_embed(commands):
+    """Adds `embed` to the subparsers `commands`."""
     part_size, batch_seconds = VALUES["bulk.PART_SIZE"], VALUES["evaluation.BATCH_SECONDS"]
     parser = add_command(
         commands,
@@ -54,6 +55,7 @@ def _is_pattern(source: str) -> bool:
 
 
 def add_prepare(commands):
+    """Adds `prepare` to the subparsers `commands`."""
     layout = VALUES["corpus.DEFAULT_LAYOUT"]
     parser = add_command(commands, "prepare", help="a corpus to sharded parquet files, checked to be complete")
     parser.add_argument("root", help="folder of the corpus")
@@ -73,6 +75,7 @@ def add_prepare(commands):
 
 
 def add_synthesise(commands):
+    """Adds `synthesise` to the subparsers `commands`."""
     parser = add_command(commands, "synthesise", help="a small synthetic corpus in VoxCeleb's folder layout")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--train-speakers", type=int, default=60)

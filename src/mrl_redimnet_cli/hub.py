@@ -8,6 +8,7 @@ from mrl_redimnet_cli.names import CHOICES
 
 
 def add_push(commands):
+    """Adds `push` to the subparsers `commands`."""
     parser = add_command(commands, "push", help="a saved model to a Hub repository")
     _add_push(parser, "a saved model")
     parser.set_defaults(run="mrl_redimnet.adapter_commands:push_model")
@@ -23,6 +24,7 @@ def _add_push(parser: argparse.ArgumentParser, what: str):
 
 
 def add_adapters(commands):
+    """Adds `adapters` to the subparsers `commands`."""
     parser = add_command(commands, "adapters", help="push, pull, list, look at, mix and merge adapters")
     actions = parser.add_subparsers(dest="action", required=True)
 

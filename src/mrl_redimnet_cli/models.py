@@ -7,6 +7,7 @@ from mrl_redimnet_cli.names import CHOICES
 
 
 def add_convert(commands):
+    """Adds `convert` to the subparsers `commands`."""
     parser = add_command(commands, "convert", help="a published ReDimNet checkpoint to a Hub folder")
     parser.add_argument("checkpoint", type=Path, help="the published .pt file")
     parser.add_argument("out", type=Path, help="a new folder")
@@ -17,6 +18,7 @@ def add_convert(commands):
 
 
 def add_rotate(commands):
+    """Adds `rotate` to the subparsers `commands`."""
     parser = add_command(commands, "rotate", help="make the prefixes of a model's embedding principal subspaces")
     parser.add_argument("model", help="path or Hub id")
     parser.add_argument("audio", type=Path, metavar="AUDIO_DIR", help="speech of many speakers, at any depth")
@@ -26,6 +28,7 @@ def add_rotate(commands):
 
 
 def add_export(commands):
+    """Adds `export` to the subparsers `commands`."""
     parser = add_command(commands, "export", help="a model as an ONNX or torch.export file, an adapter for such a file")
     add_model(parser)
     parser.add_argument("--to", choices=CHOICES["export_commands.TARGETS"], default="onnx", help="[onnx]")

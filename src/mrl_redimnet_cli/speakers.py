@@ -16,6 +16,7 @@ from mrl_redimnet_cli.arguments import (
 
 
 def add_verify(commands):
+    """Adds `verify` to the subparsers `commands`."""
     parser = add_command(
         commands,
         "verify",
@@ -32,6 +33,7 @@ def add_verify(commands):
 
 
 def add_identify(commands):
+    """Adds `identify` to the subparsers `commands`."""
     parser = add_command(commands, "identify", help="which of the enrolled speakers is it?")
     add_model(parser)
     parser.add_argument(

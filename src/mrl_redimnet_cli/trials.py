@@ -42,6 +42,7 @@ def _add_enrolments(parser: argparse.ArgumentParser):
 
 
 def add_evaluate(commands):
+    """Adds `evaluate` to the subparsers `commands`."""
     parser = add_command(
         commands, "evaluate", help="error rates of trial lists at every dimension: a table, JSON, a page of pictures"
     )
@@ -65,6 +66,7 @@ def add_evaluate(commands):
 
 
 def add_calibrate(commands):
+    """Adds `calibrate` to the subparsers `commands`."""
     thresholds = VALUES["calibration.THRESHOLDS_FILE"]
     parser = add_command(commands, "calibrate", help="a threshold per dimension, saved beside the model")
     add_model(parser)
@@ -91,6 +93,7 @@ def add_calibrate(commands):
 
 
 def add_robustness(commands):
+    """Adds `robustness` to the subparsers `commands`."""
     report, picture = VALUES["robustness_commands.REPORT"], VALUES["robustness_commands.PICTURE"]
     parser = add_command(commands, "robustness", help="relative EER change under noise, rooms, codecs, cuts ...")
     parser.add_argument("model", help="path or Hub id")
