@@ -1792,9 +1792,7 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
                     "from_pretrained(..., use_safetensors=False), then save_pretrained(...)."
                 ) from error
             raise
-        if "loss" in kwargs:  # asked for: what it learns beside the rows starts at its own value, not at random
-            of_base = {**of_base, "missing_keys": set(of_base["missing_keys"]) - {"classifier.bias"}}
-        cls._check_loaded(base, model, of_base, new_head)
+        cls._check_loaded(base, model, of_base, new_head, "loss" in kwargs)
         if adapter and (lost := {*info["missing_keys"], *info["unexpected_keys"], *_misshapen(info)}):
             raise WeightsError(
                 f"The adapter {'' if source == base else f'in {source} '}does not fit its base {base}: "
@@ -1803,7 +1801,7 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     @classmethod
-    def _check_loaded(cls, source, model: "MRLReDimNetPreTrainedModel", info: dict, new_head: bool):
+    def _check_loaded(cls, source, model: "MRLReDimNetPreTrainedModel", info: dict, new_head: bool, new_loss: bool):
         """Raises WeightsError unless all of the model came from the file; info: transformers' loading info."""
         shapes = _misshapen(info)
         missing, unknown = set(info["missing_keys"]) - shapes.keys(), set(info["unexpected_keys"])
@@ -1812,6 +1810,8 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
         if new_head or (head <= missing and cls.__name__ not in (model.config.architectures or ())):
             missing, shapes = missing - head, {name: both for name, both in shapes.items() if name not in head}
             unknown = {name for name in unknown if not name.startswith("classifier.")}
+        if new_loss:  # asked for: what it learns beside the rows starts at its own value, not at random
+            missing -= {"classifier.bias"}
         if not (missing or unknown or shapes):
             return
         problems, cause = _name_problems(missing, unknown)
