@@ -17,7 +17,7 @@ import numpy as np
 from mrl_redimnet.extras import extra
 from mrl_redimnet.folders import replace_file
 
-with extra("evaluation"):
+with extra("train"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure

@@ -9,7 +9,6 @@ from mrl_redimnet.evaluation import audio_below, drawn, embed_usable
 from mrl_redimnet.folders import refuse_existing
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.synthetic import make_corpus
 
 
 def convert(arguments):
@@ -32,6 +31,8 @@ def rotate_model(arguments):
 
 def synthesise(arguments):
     """`mrl-redimnet synthesise`."""
+    from mrl_redimnet.synthetic import make_corpus  # needs an extra, which converting and rotating do without
+
     root = make_corpus(arguments.out, arguments.train_speakers, arguments.test_speakers, seed=arguments.seed)
     print(f"{root}: synthetic speech, see its README.txt for what results on it cannot tell.")
 
