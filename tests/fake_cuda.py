@@ -63,7 +63,8 @@ class Spy(TorchDispatchMode):
         self.operations = 0
 
     def note(self, what: str):
-        frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and "/.venv/" not in f.filename]
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT)]
+        frames = [f for f in frames if "site-packages" not in f.filename]
         frames = [f for f in frames if os.path.basename(f.filename) != os.path.basename(__file__)]
         place = f"{os.path.basename(frames[-1].filename)}, {frames[-1].name}" if frames else "autograd"
         self.log[f"{what} in {place}"] += 1
