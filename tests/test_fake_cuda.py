@@ -67,7 +67,11 @@ def test_a_step_keeps_the_device_busy(size, ceiling):
         assert operations < ceiling
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+DAILY = ("convnext_convatt", "fwse_att", "redimnet2_normed")
+SOME = [pytest.param(name, marks=[] if name in DAILY else pytest.mark.slow) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", SOME)
 def test_a_step_of_every_block(variant):
     model = tiny(variant, spec_augment=True, map_dropout=0.1, freq_mask_width=[1, 4], time_mask_width=[1, 4])
     with FakeCuda() as cuda:
