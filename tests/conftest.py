@@ -231,6 +231,11 @@ def device(monkeypatch) -> torch.device:
     return torch.device(name)
 
 
+def enable_checkpointing(model, *options, **more):
+    """Gradient checkpointing, by the name it has from transformers 5.23 on, or else by the one it had before."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*options, **more)
+
+
 def leave_together(rank: int, folder: str, results: dict):
     """Writes a process's results, and ends its group when both processes have: one that leaves while the other still
     reads its last message can keep that one waiting for ever."""

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import VARIANTS, tiny_config
+from conftest import VARIANTS, enable_checkpointing, tiny_config
 from fake_cuda import FakeCuda
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -115,7 +115,7 @@ def test_a_step_with_padding_looks_at_its_mask_once(variant, learning):
 @pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
 def test_a_step_with_gradient_checkpointing(variant):
     model = tiny(variant)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     with FakeCuda() as cuda:
         train_step(cuda, cuda.moved(model))
         assert cuda.log == {}

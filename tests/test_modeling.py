@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXPANDED, VARIANTS, padded, relative_error, tiny_config, tiny_model, waves
+from conftest import EXPANDED, VARIANTS, enable_checkpointing, padded, relative_error, tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig, get_peft_model
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(variant, options):
     """Least of all the running statistics, which a second forward pass would update twice."""
     config = tiny_config(variant, map_dropout=0.1)
     plain, saving = (tiny_model(config, kind=MRLReDimNetForXVector).train() for _ in range(2))
-    saving.activation_checkpointing_enable(options)
+    enable_checkpointing(saving, options)
     assert saving.is_gradient_checkpointing
     batch = padded(waves(6_000, 8_000, 8_000))
     losses = []
@@ -258,7 +258,7 @@ def test_reentrant_checkpointing_is_replaced_by_the_other_with_a_warning(variant
     """Of maps in a list it would see no gradients, in silence: most weights would not train."""
     plain, saving = (tiny_model(tiny_config(variant)).train() for _ in range(2))
     with pytest.warns(UserWarning, match="use_reentrant=True.* is checkpointed with use_reentrant=False") as warned:
-        saving.activation_checkpointing_enable({"use_reentrant": True})
+        enable_checkpointing(saving, {"use_reentrant": True})
     assert len(warned) == 1
     if lora:
         config = LoraConfig(target_modules=LINEAR, init_lora_weights=False)
@@ -274,7 +274,7 @@ def test_reentrant_checkpointing_is_replaced_by_the_other_with_a_warning(variant
 
 def test_only_some_stages_checkpointed_is_the_same():
     plain, saving = (tiny_model().train() for _ in range(2))
-    saving.activation_checkpointing_enable(every_n_layers=2)
+    enable_checkpointing(saving, every_n_layers=2)
     assert [stage.gradient_checkpointing for stage in saving.trunk.stages] == [True, False]
     for model in (plain, saving):
         model(torch.stack(waves(8_000, 8_000))).embeddings.square().sum().backward()
@@ -289,7 +289,7 @@ def test_peft_looks_for_gradient_checkpointing_without_a_warning(model):
 
 def test_a_copy_of_a_checkpointed_model_moves_its_statistics_once():
     plain, saving = (tiny_model().train() for _ in range(2))
-    saving.activation_checkpointing_enable()
+    enable_checkpointing(saving)
     copied = copy.deepcopy(saving)
     for model in (plain, copied):
         model(torch.stack(waves(8_000, 8_000))).embeddings.sum().backward()
@@ -298,18 +298,18 @@ def test_a_copy_of_a_checkpointed_model_moves_its_statistics_once():
 
 def test_running_statistics_still_move_under_gradient_checkpointing():
     model = tiny_model().train()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     before = tensors(model)
     model(torch.stack(waves(8_000, 8_000))).embeddings.sum().backward()
     norms = [name for name in before if name.endswith("running_mean")]
     assert not any(torch.equal(before[name], tensors(model)[name]) for name in norms)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(enable|disable)` is deprecated")
 def test_gradient_checkpointing_by_its_older_name_and_off_again(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert model.is_gradient_checkpointing
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
 
 
@@ -577,7 +577,7 @@ def test_a_frozen_norm_passes_gradients_of_its_statistics_not_of_the_batch():
 def test_gradient_checkpointing_leaves_frozen_norms_frozen(frozen):
     """The second forward pass included: the same gradients, the same statistics."""
     plain, saving = (tiny_model(kind=MRLReDimNetForXVector).train() for _ in range(2))
-    saving.activation_checkpointing_enable()
+    enable_checkpointing(saving)
     batch, before = padded(waves(6_000, 8_000, 8_000)), tensors(plain)
     for model in (plain, saving):
         for norm in norms_of(model.redimnet.trunk).values():

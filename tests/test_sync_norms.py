@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import leave_together, padded, relative_error, tiny_config, tiny_model, waves
+from conftest import enable_checkpointing, leave_together, padded, relative_error, tiny_config, tiny_model, waves
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +85,7 @@ def work(rank: int, cpu_kernels: bool) -> dict:
         model = learner(variant)
         synchronise_batch_norms(model)
         if saving:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         results[f"model {variant} {saving}"] = train_step(DistributedDataParallel(model), half)
 
     model = learner("convnext_convatt")

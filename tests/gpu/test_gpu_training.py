@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import VARIANTS, leave_together, padded, relative_error, tiny_config, tiny_model, waves
+from conftest import (
+    VARIANTS,
+    enable_checkpointing,
+    leave_together,
+    padded,
+    relative_error,
+    tiny_config,
+    tiny_model,
+    waves,
+)
 from peft import get_peft_model
 from torch import nn
 
@@ -89,7 +98,7 @@ def test_a_step_has_the_gradients_of_float64(variant, precision, device):
 def test_a_step_with_padding(variant, checkpointing, device):
     model = tiny_model(tiny_config(variant, scale=8.0), kind=MRLReDimNetForXVector).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     assert_same_step(model, a_batch(True), device, "float64")
 
 
