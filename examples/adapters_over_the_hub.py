@@ -53,12 +53,17 @@ def local_hub(user: str):
 def there_and_back(arguments: argparse.Namespace, cache: str):
     """Pushes everything, then works from the ids alone."""
     # Only now: huggingface_hub reads HF_ENDPOINT when it is imported.
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
     from mrl_redimnet.adapters.bank import AdapterBank
     from mrl_redimnet.adapters.hub import default_repository, list_adapters, push_adapter, push_base
     from mrl_redimnet.domains import make_domain
     from mrl_redimnet.evaluation import evaluate_trials, format_table
     from mrl_redimnet.trials import read_trials
 
+    disable_progress_bar()  # of small files, between the lines that count
+    disable_progress_bars()
     base = f"{arguments.owner}/redimnet-mrl-{arguments.base.parent.name}"
     print(f"{push_base(arguments.base, base).url}: pushed")
     for pair in arguments.adapters:
