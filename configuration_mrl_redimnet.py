@@ -12,6 +12,11 @@ from dataclasses import field, fields
 
 from transformers import PretrainedConfig
 
+
+class MRLReDimNetError(Exception):
+    """The base class of this project's own errors. Each has a built-in one, too, such as ValueError or OSError."""
+
+
 NETWORKS = ("redimnet", "redimnet2")
 FRONT_ENDS = ("mel", "tf_mel")
 FEATURE_NORMS = ("mean", "mean_variance", "batch", "none")

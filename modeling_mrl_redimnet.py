@@ -47,6 +47,7 @@ try:
         SAMPLING_RATE,
         WINDOW_LENGTH,
         MRLReDimNetConfig,
+        MRLReDimNetError,
         conv_groups,
     )
 except ImportError:
@@ -58,6 +59,7 @@ except ImportError:
         SAMPLING_RATE,
         WINDOW_LENGTH,
         MRLReDimNetConfig,
+        MRLReDimNetError,
         conv_groups,
     )
 
@@ -1617,7 +1619,7 @@ class MatryoshkaMarginClassifier(nn.Module):
 # Models
 
 
-class WeightsError(ValueError, RuntimeError):
+class WeightsError(MRLReDimNetError, ValueError, RuntimeError):
     """Weights that are not those of the model they are loaded into, or saved from; the message names the tensors.
 
     A RuntimeError, too, because that is what transformers raises for a wrong shape.

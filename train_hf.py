@@ -33,11 +33,10 @@ import mrl_redimnet  # noqa: F401  registers the models with transformers
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import synchronise_batch_norms
 from mrl_redimnet.adapters import AdapterFacts, Base, adapter_report, fingerprint
+from mrl_redimnet.adapters.publishing import publish_adapter, save_adapter
 from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
-from mrl_redimnet.augmentation import InDomain, Sources, make_augmentations
-from mrl_redimnet.averaging import Ema, LastWeights
-from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, augmented
-from mrl_redimnet.corpus import (
+from mrl_redimnet.audio.augmentation import InDomain, Sources, make_augmentations
+from mrl_redimnet.data.corpus import (
     SpeakerTable,
     check_problems,
     evaluation_speakers,
@@ -45,22 +44,36 @@ from mrl_redimnet.corpus import (
     split_usable,
     without_evaluation_speakers,
 )
-from mrl_redimnet.curves import Record
-from mrl_redimnet.distillation import Teacher, similarity_loss
-from mrl_redimnet.evaluation import as_records, embed_usable, format_table
+from mrl_redimnet.data.crops import CorpusTalkers, CropDataset, CropMaker, augmented
+from mrl_redimnet.data.loaders import DrawnCrops, Loading, StreamedCrops
+from mrl_redimnet.data.streaming import StreamContents, stream_contents
+from mrl_redimnet.data.synthetic import make_corpus
+from mrl_redimnet.embedding import embed_usable
+from mrl_redimnet.evaluation.groups import format_groups
+from mrl_redimnet.evaluation.results import as_records, format_table
 from mrl_redimnet.extras import extra
-from mrl_redimnet.folders import recover_folder
-from mrl_redimnet.groups import format_groups
-from mrl_redimnet.history import History
+from mrl_redimnet.files import recover_folder
 from mrl_redimnet.hub_cards.results import Evaluation
-from mrl_redimnet.loading import DrawnCrops, Loading, StreamedCrops
-from mrl_redimnet.partial import SampledRows
-from mrl_redimnet.recipe import Recipe, parse_command_line
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
-from mrl_redimnet.saving import publish_adapter, save_adapter, save_model
-from mrl_redimnet.streaming import StreamContents, stream_contents
-from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.tasks import (
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.training.averaging import Ema, LastWeights
+from mrl_redimnet.training.checkpoints import Progress, load_checkpoint, newest_step, save_checkpoint
+from mrl_redimnet.training.curves import Record
+from mrl_redimnet.training.distillation import Teacher, similarity_loss
+from mrl_redimnet.training.guards import ChanceGuard, chance_loss
+from mrl_redimnet.training.history import History
+from mrl_redimnet.training.optimizer import build_optimizer, freeze, learning_rate_growth
+from mrl_redimnet.training.recipe import Recipe, parse_command_line
+from mrl_redimnet.training.sampled_classifier import SampledRows
+from mrl_redimnet.training.schedules import (
+    Timing,
+    augmentation_strength,
+    due,
+    learning_rate_at,
+    margin_at,
+    prefix_weights_at,
+)
+from mrl_redimnet.training.tasks import (
     Attribute,
     Verification,
     base_speakers,
@@ -68,23 +81,6 @@ from mrl_redimnet.tasks import (
     make_task,
     start_config,
     training_domain,
-)
-from mrl_redimnet.training import (
-    ChanceGuard,
-    Progress,
-    Timing,
-    augmentation_strength,
-    build_optimizer,
-    chance_loss,
-    due,
-    freeze,
-    learning_rate_at,
-    learning_rate_growth,
-    load_checkpoint,
-    margin_at,
-    newest_step,
-    prefix_weights_at,
-    save_checkpoint,
 )
 
 with extra("train"):

@@ -39,7 +39,7 @@ from mrl_redimnet.adapters.stored import (
     read_adapter,
 )
 from mrl_redimnet.adapters.strategies import explicit_config
-from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.files import replace_folder
 
 ACTIVE = "__active__"
 BASE = "__base__"  # PEFT's word for no adapter; here also an adapter without layers, so that a bank may be empty

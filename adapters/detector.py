@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.files import replace_folder
 
 CLEAN = "clean"  # the domain of the base
 SETTINGS_FILE, WEIGHTS_FILE = "detector.json", "detector.safetensors"

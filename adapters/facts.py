@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from configuration_mrl_redimnet import MRLReDimNetError
+
 FACTS_FILE = "mrl_redimnet_adapter.json"
 TASKS = ("verification", "classification", "regression")
 
 
-class WrongBaseError(ValueError):
+class WrongBaseError(MRLReDimNetError, ValueError):
     """An adapter meets another base than the one it was trained on."""
 
 

@@ -35,9 +35,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from configuration_mrl_redimnet import MRLReDimNetError
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
-from mrl_redimnet.folders import refuse_missing
+from mrl_redimnet.files import refuse_missing
 from mrl_redimnet.saving import load_model
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
@@ -48,7 +49,7 @@ NAMELESS = "PATH_OR_HUB_ID"  # what a card of mrl_redimnet.hub_cards says before
 LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or pass a token"
 
 
-class HubError(OSError):
+class HubError(MRLReDimNetError, OSError):
     """What could not be done at the Hub, why, and what to do."""
 
 

@@ -32,13 +32,14 @@ from paired import Drawn, change, eers, mean, percent
 import train_hf
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.hub import adapter_info
-from mrl_redimnet.corpus import load_corpus, split_usable
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import embed_files, embed_trials
-from mrl_redimnet.loading import DrawnCrops
-from mrl_redimnet.recipe import read_recipe
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.data.corpus import load_corpus, split_usable
+from mrl_redimnet.data.loaders import DrawnCrops
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.training import freeze
+from mrl_redimnet.training.optimizer import freeze
+from mrl_redimnet.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 PLACEMENTS = ("attention", "attention+ffn", "pointwise", "projection", "linear")

@@ -30,8 +30,9 @@ from timing import machine, quartiles
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, audio_info, read_audio
-from mrl_redimnet.bulk import (
+from mrl_redimnet.audio.io import SAMPLING_RATE, audio_info, read_audio
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.extraction.bulk import (
     Batch,
     Embedder,
     Extraction,
@@ -44,10 +45,9 @@ from mrl_redimnet.bulk import (
     part_size,
     whole,
 )
-from mrl_redimnet.bulk_inputs import Inputs
-from mrl_redimnet.calibration import weights_of
-from mrl_redimnet.evaluation import audio_below, drawn
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.extraction.inputs import Inputs
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.scoring.calibration import weights_of
 from mrl_redimnet.systems import System
 
 STAGES = [dict(frequency_stride=stride, blocks=1, expansion=1, reduction=None) for stride in (1, 2)]
@@ -119,7 +119,7 @@ def system_of(size: str) -> System:
 
 def listed(speech: Path, file: Path, count: int) -> Path:
     """A manifest of `count` utterances, drawn; where there are fewer files, files come again under other ids."""
-    files = drawn(audio_below(speech), count)
+    files = drawn(files_below(speech), count)
     with file.open("w", newline="") as opened:
         rows = [(f"{number:06d}", files[number % len(files)].absolute()) for number in range(count)]
         csv.writer(opened).writerows([("id", "path"), *rows])
@@ -271,7 +271,7 @@ def memory(speech: Path, effort: Effort) -> dict:
 def cut_pieces(speech: Path, folder: Path):
     """Short pieces of drawn files, of all lengths between two."""
     folder.mkdir()
-    files = [file for file in audio_below(speech) if audio_info(file).seconds >= LONGEST]
+    files = [file for file in files_below(speech) if audio_info(file).seconds >= LONGEST]
     if len(files) < 2:
         raise ValueError(f"{speech}: {len(files)} files of {LONGEST} s or more, at least two are needed")
     lengths = np.linspace(SHORTEST, LONGEST, PIECES)

@@ -23,10 +23,10 @@ from report_training import shortened
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.trials import read_trials
 
 # What two runs may differ in, and be called a comparison of networks.
 NETWORK = {"model", "output"}

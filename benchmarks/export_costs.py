@@ -22,13 +22,14 @@ import torch
 from paired import Drawn, change, eers, percent
 from timing import machine
 
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.evaluation import check_present, embed_files
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation.results import check_present
 from mrl_redimnet.export import PRECISIONS, export_onnx
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
+from mrl_redimnet.scoring.trials import Trials, read_trials, speaker_of
 from mrl_redimnet.systems import check_output
-from mrl_redimnet.trials import Trials, read_trials, speaker_of
 
 TORCH = "PyTorch"
 QUICK_UTTERANCES = 4

@@ -26,11 +26,12 @@ from compare_adapters import machine, trial_lists
 from paired import eers, mean
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.averaging import LastWeights
-from mrl_redimnet.corpus import audio_source, load_corpus, split_usable
-from mrl_redimnet.evaluation import embed_files, embed_trials
+from mrl_redimnet.data.corpus import audio_source, load_corpus, split_usable
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.rotation import principal_rotation
-from mrl_redimnet.trials import Trials
+from mrl_redimnet.scoring.trials import Trials
+from mrl_redimnet.training.averaging import LastWeights
 
 ROOT = Path(__file__).parents[1]
 DIMS = (8, 16, 32, 64, 128, 256)

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl_redimnet.calibration import Threshold
-from mrl_redimnet.evaluation import audio_below, embed_files
+from mrl_redimnet.audio.scan import files_below
+from mrl_redimnet.embedding import embed_files
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import make_scorer, score, speaker_means, with_enrolments
-from mrl_redimnet.trials import make_trials
+from mrl_redimnet.scoring.calibration import Threshold
+from mrl_redimnet.scoring.scorers import make_scorer, score, speaker_means, with_enrolments
+from mrl_redimnet.scoring.trials import make_trials
 
 AVERAGED, ENROLLED, SPLITS = 3, 19, 10
 WANTED = (0.01, 0.05)
@@ -34,7 +35,7 @@ class Speech:
     """The speakers below a folder who have enough utterances, each utterance embedded once."""
 
     def __init__(self, model, folder: Path):
-        files = audio_below(folder)
+        files = files_below(folder)
         names = [file.relative_to(folder).parts[0] for file in files]
         enough = {name for name, count in zip(*np.unique(names, return_counts=True), strict=True) if count >= FEWEST}
         kept = [(file, name) for file, name in zip(files, names, strict=True) if name in enough]

@@ -14,10 +14,10 @@ import os
 import pyarrow as pa
 import ray
 
-from mrl_redimnet.audio import Encoded
-from mrl_redimnet.bulk import STORAGES, Embedder
-from mrl_redimnet.bulk_inputs import Utterance
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.audio.io import Encoded
+from mrl_redimnet.data.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.extraction.bulk import STORAGES, Embedder
+from mrl_redimnet.extraction.inputs import Utterance
 from mrl_redimnet.systems import System
 
 BATCH = 128  # utterances that are sorted by length together

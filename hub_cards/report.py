@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult
 
-from mrl_redimnet.evaluation import SHARES, VerificationRow
 from mrl_redimnet.extras import extra
-from mrl_redimnet.groups import group_cells, group_notes
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
-from mrl_redimnet.rows import ALL, SIDES, NumberRow
+from mrl_redimnet.rows import ALL, SHARES, SIDES, NumberRow, VerificationRow, group_cells, group_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +77,7 @@ def _robustness_part(evaluation: Evaluation) -> list[str]:
     kinds = sorted({row.kind for rows in evaluation.robustness.values() for row in rows} - {ALL})
     caption = (
         f"Robustness, per dimension: relative EER change in % when audio is perturbed{_over(kinds)}, as "
-        "`mrl_redimnet.robustness` defines it. Brackets: 95 % intervals over speakers."
+        "`mrl_redimnet.evaluation.robustness` defines it. Brackets: 95 % intervals over speakers."
     )
     return [caption, "\n".join(lines)]
 

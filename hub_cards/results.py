@@ -5,10 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.groups import GroupRow, row_from
-from mrl_redimnet.rows import SIDES, NumberRow
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.rows import SIDES, AttributeRow, GroupRow, NumberRow, VerificationRow, row_from
 
 EVALUATION_FILE = "evaluation.json"
 

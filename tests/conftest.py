@@ -24,8 +24,9 @@ from sounds import write_speaker
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.saving import save_adapter, save_model
-from mrl_redimnet.trials import make_trials, write_trials
+from mrl_redimnet.adapters.publishing import save_adapter
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.scoring.trials import make_trials, write_trials
 
 torch.set_num_threads(1)
 
@@ -327,7 +328,7 @@ def train(corpus, tmp_path, monkeypatch):
     from training_runs import command_line, train_here
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", corpus.parent / "cache")
-    monkeypatch.setattr("mrl_redimnet.history.draw", lambda folder: None)  # half the time of so short a run
+    monkeypatch.setattr("mrl_redimnet.training.history.draw", lambda folder: None)  # half the time of so short a run
 
     def run(*flags, **settings) -> Path:
         train_here(command_line(corpus, tmp_path / "run", *flags, **settings))

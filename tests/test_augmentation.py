@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import power, write
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning
-from mrl_redimnet.augmentation import (
+from mrl_redimnet.audio.augmentation import (
     AUGMENTATIONS,
     AddNoise,
     Babble,
@@ -33,10 +32,11 @@ from mrl_redimnet.augmentation import (
     make_augmentations,
     mix_at_snr,
 )
-from mrl_redimnet.batches import CropMaker, Problem
-from mrl_redimnet.codecs import CODECS
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.material import MaterialError
+from mrl_redimnet.audio.codecs import CODECS
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
+from mrl_redimnet.audio.material import MaterialError
+from mrl_redimnet.data.crops import CropMaker, Problem
 
 VOXCELEB_RECIPE = """
 - kind: one_of

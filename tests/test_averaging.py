@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet import averaging
-from mrl_redimnet.averaging import Ema, LastWeights
 from mrl_redimnet.rotation import rotate
+from mrl_redimnet.training import averaging
+from mrl_redimnet.training.averaging import Ema, LastWeights
 
 
 def small(seed: int = 0) -> nn.Module:

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded
-from mrl_redimnet.augmentation import Chain, InDomain, Sources, make_augmentations
-from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, DrawBatches, Problem, augmented, collate
-from mrl_redimnet.corpus import SpeakerTable, load_corpus
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.prepare import prepare
-from mrl_redimnet.recipe import Recipe
-from mrl_redimnet.training import augmentation_strength
+from mrl_redimnet.audio.augmentation import Chain, InDomain, Sources, make_augmentations
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.data.crops import CorpusTalkers, CropDataset, CropMaker, DrawBatches, Problem, augmented, collate
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.training.recipe import Recipe
+from mrl_redimnet.training.schedules import augmentation_strength
 
 SECONDS = {"a/s0/0": 0.5, "a/s0/1": 1.5, "a/s1/0": 0.75, "b/s0/0": 1.0, "c/s0/0": 0.6, "c/s0/1": 0.6}
 

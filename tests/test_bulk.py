@@ -24,8 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet import bulk
-from mrl_redimnet.bulk import (
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.extraction import bulk
+from mrl_redimnet.extraction.bulk import (
     Extraction,
     Made,
     Parts,
@@ -39,11 +41,9 @@ from mrl_redimnet.bulk import (
     share,
     whole,
 )
-from mrl_redimnet.bulk_inputs import Inputs, Listing, Utterance, _cut, read_manifest
-from mrl_redimnet.calibration import weights_of
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.prepare import prepare
+from mrl_redimnet.extraction.inputs import Inputs, Listing, Utterance, _cut, read_manifest
 from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.scoring.calibration import weights_of
 from mrl_redimnet.systems import System
 
 SPEAKERS, UTTERANCES = 8, 9

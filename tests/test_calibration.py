@@ -11,7 +11,14 @@ from conftest import tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mrl_redimnet.calibration import THRESHOLDS_FILE, Calibration, Threshold, Thresholds, threshold_at, weights_of
+from mrl_redimnet.scoring.calibration import (
+    THRESHOLDS_FILE,
+    Calibration,
+    Threshold,
+    Thresholds,
+    threshold_at,
+    weights_of,
+)
 
 
 def gaussian_trials(seed=0, targets=4000, impostors=40000, distance=3.0):

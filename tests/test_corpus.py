@@ -12,9 +12,9 @@ import soundfile as sf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet import corpus
-from mrl_redimnet.audio import Encoded, read_audio
-from mrl_redimnet.corpus import (
+from mrl_redimnet.audio.io import Encoded, read_audio
+from mrl_redimnet.data import corpus
+from mrl_redimnet.data.corpus import (
     LAYOUTS,
     SpeakerTable,
     audio_source,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from mrl_redimnet import curves
-from mrl_redimnet.curves import Record, draw
+from mrl_redimnet.training import curves
+from mrl_redimnet.training.curves import Record, draw
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from scipy.signal import welch
 from sounds import lag, likeness, power, write, write_responses
 from torch.utils.data import DataLoader
 
-from mrl_redimnet import codecs, domains
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.codecs import Codec, telephone_codecs
-from mrl_redimnet.domains import DOMAINS, Noisy, Telephony, make_domain, simulate
-from mrl_redimnet.synthetic import synthesise
+from mrl_redimnet.audio import codecs, domains
+from mrl_redimnet.audio.codecs import Codec, telephone_codecs
+from mrl_redimnet.audio.domains import DOMAINS, Noisy, Telephony, make_domain, simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from mrl_redimnet.data.synthetic import synthesise
 
 ROOMS = 4  # a small bank: simulating a room takes up to a second
 

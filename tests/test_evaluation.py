@@ -10,26 +10,23 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import (
-    METRICS,
-    AttributeRow,
-    VerificationRow,
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, read_audio
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation.results import (
     as_records,
     attribute_row,
-    audio_below,
     check_present,
-    drawn,
-    embed_files,
     embed_trials,
     evaluate_trials,
     format_table,
     reader,
     score_trials,
 )
-from mrl_redimnet.metrics import eer, mean_interval, min_dcf
-from mrl_redimnet.trials import Trials, make_trials
+from mrl_redimnet.rows import METRICS, AttributeRow, VerificationRow
+from mrl_redimnet.scoring.metrics import eer, mean_interval, min_dcf
+from mrl_redimnet.scoring.trials import Trials, make_trials
 
 SECONDS = [0.4, 1.1, 0.25, 0.8, 0.8, 0.3, 1.0, 0.55]
 
@@ -149,14 +146,14 @@ def test_nothing_but_problems_gives_nothing_but_nan(mixed):
 
 
 def test_audio_is_found_below_a_folder(folder, tmp_path):
-    assert audio_below(folder) == sorted(folder.rglob("*.wav"))
+    assert files_below(folder) == sorted(folder.rglob("*.wav"))
     (tmp_path / "LOUD.WAV").touch()
     (tmp_path / "notes.txt").touch()
     (tmp_path / "odd.wav").mkdir()
-    assert audio_below(tmp_path) == [tmp_path / "LOUD.WAV"]
+    assert files_below(tmp_path) == [tmp_path / "LOUD.WAV"]
     for where, message in ((tmp_path / "odd.wav", "0 audio files"), (tmp_path / "x", "not a folder with audio")):
         with pytest.raises(FileNotFoundError, match=message):
-            audio_below(where)
+            files_below(where)
 
 
 def test_files_are_drawn_always_the_same_way_and_in_their_order():

@@ -12,16 +12,18 @@ from commands import lists, refusal, run
 from conftest import tiny_model
 from sounds import write_speaker
 
-from mrl_redimnet import evaluation
 from mrl_redimnet.adapters import AdapterBank
-from mrl_redimnet.calibration import Thresholds, weights_of
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import LISTED, embed_trials, evaluate_trials
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.scan import files_below
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation import results as evaluation
+from mrl_redimnet.evaluation.results import LISTED, embed_trials, evaluate_trials
 from mrl_redimnet.evaluation_commands import list_names
-from mrl_redimnet.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.scoring import make_scorer, score, with_enrolments
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.calibration import Thresholds, weights_of
+from mrl_redimnet.scoring.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
+from mrl_redimnet.scoring.scorers import make_scorer, score, with_enrolments
+from mrl_redimnet.scoring.trials import read_trials
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_evaluate_in_a_domain(folder, speech, cohort, tmp_path):
 def test_evaluate_with_a_cohort(folder, speech, cohort, tmp_path, scoring):
     arguments = ["--scoring", scoring, "--cohort", cohort, "--top", 5]
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, *arguments)
-    embedded = evaluation.embed_files(load_model(folder), evaluation.audio_below(cohort))
+    embedded = embed_files(load_model(folder), files_below(cohort))
     for row in report["lists"]["all"]["rows"]:
         trials, scores = scores_of(folder, speech, "all", row["dim"], make_scorer(scoring, embedded, 5))
         assert row["auc"] == pytest.approx(auc(scores, trials.labels), abs=1e-4)

@@ -24,7 +24,6 @@ from peft import PeftModel, get_peft_model
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, WrongBaseError, fingerprint, lora_config
-from mrl_redimnet.calibration import Threshold, Thresholds, weights_of
 from mrl_redimnet.export import (
     adapter_base_number,
     deviation,
@@ -35,6 +34,7 @@ from mrl_redimnet.export import (
     graph_form,
 )
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.scoring.calibration import Threshold, Thresholds, weights_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_with_onnxruntime.py"
 WINDOW = 16_000  # samples; of the model of the fixture

@@ -15,8 +15,8 @@ from peft import PeftModel
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import fingerprint
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
 
 BASE = "anna/base"
 # What the other machine runs: it has the ids and nothing else.

@@ -18,7 +18,7 @@ from modeling_mrl_redimnet import (
     angular_margin,
     sphereface2_similarity,
 )
-from mrl_redimnet.training import chance_loss
+from mrl_redimnet.training.guards import chance_loss
 
 LABELS = torch.tensor([0, 4, 1, 1, 2, 3])
 SPHEREFACE2 = dict(loss="sphereface2")

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier, MRLReDimNetForXVector
-from mrl_redimnet import partial
-from mrl_redimnet.partial import SampledRows
+from mrl_redimnet.training import sampled_classifier as partial
+from mrl_redimnet.training.sampled_classifier import SampledRows
 
 SPEAKERS, BATCH, STEPS = 30, 6, 8
 OPTIMIZERS = {

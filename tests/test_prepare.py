@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from mrl_redimnet import prepare
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.corpus import SpeakerTable, audio_source, load_corpus, split_usable
-from mrl_redimnet.prepare import EXPECTED, IncompleteError, PreparedIndex, Published, read_listing
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.data import prepare
+from mrl_redimnet.data.corpus import SpeakerTable, audio_source, load_corpus, split_usable
+from mrl_redimnet.data.prepare import EXPECTED, IncompleteError, PreparedIndex, Published, read_listing
 from mrl_redimnet_cli import main
 
 RATE = 16_000

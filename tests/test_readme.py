@@ -14,8 +14,8 @@ import mrl_redimnet_cli as cli
 import train_hf  # noqa: F401  the commands below name it
 from mrl_redimnet.adapters import lora_config
 from mrl_redimnet.hub_cards import base_card
-from mrl_redimnet.recipe import parse_command_line
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.training.recipe import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
-from mrl_redimnet.audio import SAMPLING_RATE
-from mrl_redimnet.augmentation import FileTalkers, Sources, make_augmentations
-from mrl_redimnet.recipe import PARTS, Recipe, parse_command_line, read_recipe
-from mrl_redimnet.tasks import training_domain
+from mrl_redimnet.audio.augmentation import FileTalkers, Sources, make_augmentations
+from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.training.recipe import PARTS, Recipe, parse_command_line, read_recipe
+from mrl_redimnet.training.tasks import training_domain
 
 FOLDER = Path(__file__).parent.parent
 RECIPES = [path for part in ("recipes", "adapters") for path in sorted((FOLDER / part).glob("*.yaml"))]

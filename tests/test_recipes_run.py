@@ -17,8 +17,8 @@ from conftest import tiny_config, tiny_model
 import train_hf
 from configuration_mrl_redimnet import SIZES
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.audio import SAMPLING_RATE
-from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.saving import save_model
 from mrl_redimnet_cli import main as cli_main
 

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sounds import power, write
 
-from mrl_redimnet import robustness as module
-from mrl_redimnet.audio import SAMPLING_RATE, read_audio
-from mrl_redimnet.codecs import CODECS
-from mrl_redimnet.domains import simulate
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.metrics import eer
-from mrl_redimnet.robustness import (
+from mrl_redimnet.audio.codecs import CODECS
+from mrl_redimnet.audio.domains import simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
+from mrl_redimnet.audio.rooms import reverberation_time
+from mrl_redimnet.data.synthetic import synthesise
+from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.evaluation import robustness as module
+from mrl_redimnet.evaluation.robustness import (
     ALL,
     PERTURBATIONS,
     SIDES,
@@ -33,10 +34,9 @@ from mrl_redimnet.robustness import (
     robustness,
     save_reports,
 )
-from mrl_redimnet.rooms import reverberation_time
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import synthesise
-from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials, write_trials
+from mrl_redimnet.scoring.metrics import eer
+from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, write_trials
 from mrl_redimnet_cli import main
 
 CLEAN = Condition("clean", "clean", 0, "", lambda audio, rng: audio)

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.scoring import speaker_means
-from mrl_redimnet.search import FULL_STORAGES, STORAGES, BinaryShortlist, SpeakerIndex
+from mrl_redimnet.extraction.search import FULL_STORAGES, STORAGES, BinaryShortlist, SpeakerIndex
+from mrl_redimnet.scoring.scorers import speaker_means
 
 DIM = 32
 
@@ -244,7 +244,7 @@ def test_blocks_do_not_show(monkeypatch):
     queries = speakers(3, 1)[1]
     whole = SpeakerIndex(names, embeddings, 16)
     whole_answer = whole.search(queries, k=9, shortlist=60)
-    monkeypatch.setattr("mrl_redimnet.search._BLOCK", 7)
+    monkeypatch.setattr("mrl_redimnet.extraction.search._BLOCK", 7)
     answer = SpeakerIndex(names, embeddings, 16).search(queries, k=9, shortlist=60)
     assert answer[0] == whole_answer[0]
     np.testing.assert_array_equal(answer[1], whole_answer[1])
@@ -310,7 +310,7 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mrl_redimnet.search.np.save", full_disk)
+    monkeypatch.setattr("mrl_redimnet.extraction.search.np.save", full_disk)
     with pytest.raises(OSError, match="No space"):
         SpeakerIndex(*speakers(20), short=8).save(tmp_path / "index")
     assert len(SpeakerIndex.load(tmp_path / "index")) == 10

@@ -12,9 +12,9 @@ from conftest import tiny_model
 from sounds import write_speaker
 
 from mrl_redimnet.adapters import AdapterBank
-from mrl_redimnet.calibration import Thresholds, weights_of
-from mrl_redimnet.evaluation import embed_files
+from mrl_redimnet.embedding import embed_files
 from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.scoring.calibration import Thresholds, weights_of
 
 
 def unit_mean(folder: Path, files, dim: int) -> np.ndarray:

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mrl_redimnet import prepare
-from mrl_redimnet.audio import Encoded
-from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.prepare import PreparedIndex
-from mrl_redimnet.streaming import Collated, SpeechStream, StreamState, stream_contents
+from mrl_redimnet.audio.io import Encoded
+from mrl_redimnet.data import prepare
+from mrl_redimnet.data.corpus import SpeakerTable
+from mrl_redimnet.data.prepare import PreparedIndex
+from mrl_redimnet.data.streaming import Collated, SpeechStream, StreamState, stream_contents
 
 SIZES = (7, 12, 1, 9, 4, 10, 3)  # rows per file
 WINDOW = 4

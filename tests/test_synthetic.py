@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from mrl_redimnet import synthetic
-from mrl_redimnet.synthetic import SAMPLE_RATE, draw_speaker, make_corpus, synthesise
+from mrl_redimnet.data import synthetic
+from mrl_redimnet.data.synthetic import SAMPLE_RATE, draw_speaker, make_corpus, synthesise
 
 SMALL = dict(train_speakers=2, test_speakers=24, sessions=3, utterances=2, seconds=(1.5, 2.0), seed=3)
 TINY = dict(train_speakers=1, test_speakers=2, sessions=2, utterances=1, seconds=(0.5, 0.6), seed=5)

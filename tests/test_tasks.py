@@ -12,21 +12,22 @@ from conftest import TINY, tiny_config, tiny_model, waves
 from huggingface_hub import HfApi
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet import tasks
-from mrl_redimnet.audio import AudioError, read_audio
-from mrl_redimnet.batches import CropDataset, CropMaker
-from mrl_redimnet.corpus import SpeakerTable, load_corpus
-from mrl_redimnet.domains import Noisy, Telephony, simulate
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow, check_present, embed_trials, evaluate_trials
-from mrl_redimnet.groups import error_rates, read_groups
-from mrl_redimnet.prepare import prepare
-from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.audio.domains import Noisy, Telephony, simulate
+from mrl_redimnet.audio.io import AudioError, read_audio
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.data.crops import CropDataset, CropMaker
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.data.streaming import stream_contents
+from mrl_redimnet.data.synthetic import make_corpus
+from mrl_redimnet.evaluation.groups import error_rates, read_groups
+from mrl_redimnet.evaluation.results import check_present, embed_trials, evaluate_trials
+from mrl_redimnet.rows import AttributeRow, VerificationRow
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.scoring import score
-from mrl_redimnet.streaming import stream_contents
-from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.tasks import Attribute, Verification, classes_of, hold_out, make_task
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.scorers import score
+from mrl_redimnet.scoring.trials import read_trials
+from mrl_redimnet.training import tasks
+from mrl_redimnet.training.recipe import Recipe
+from mrl_redimnet.training.tasks import Attribute, Verification, classes_of, hold_out, make_task
 
 SIZE = {key: value for key, value in TINY.items() if key != "num_speakers"}
 

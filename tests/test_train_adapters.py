@@ -14,8 +14,8 @@ from transformers import AutoModelForAudioClassification
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, fingerprint
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
 
 ADAPTER = dict(trains="adapter", model_options="{}", rank=3, start_rank=5, steps=8, checkpoint_every=2, batch_size=8)
 

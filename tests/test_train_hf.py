@@ -36,12 +36,12 @@ from transformers import AutoModel, AutoModelForAudioXVector
 
 import train_hf
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.audio import AudioError
-from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.curves import Record
-from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.audio.io import AudioError
+from mrl_redimnet.data.corpus import SpeakerTable
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.training.curves import Record
+from mrl_redimnet.training.recipe import Recipe
 from mrl_redimnet_cli import main as cli_main
 
 NOISE = "[{kind: one_of, probability: 0.8, choices: [{kind: noise, snr: [0, 15]}, {kind: babble, snr: [5, 15]}]}]"

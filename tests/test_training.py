@@ -20,25 +20,18 @@ import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
-from mrl_redimnet.recipe import PARTS, Recipe
-from mrl_redimnet.training import (
-    ChanceGuard,
-    Progress,
+from mrl_redimnet.training.checkpoints import Progress, load_checkpoint, newest_step, save_checkpoint
+from mrl_redimnet.training.guards import ChanceGuard, chance_loss
+from mrl_redimnet.training.optimizer import build_optimizer, check_optimizer, freeze, part_of
+from mrl_redimnet.training.recipe import PARTS, Recipe
+from mrl_redimnet.training.schedules import (
     Timing,
     augmentation_strength,
-    build_optimizer,
-    chance_loss,
-    check_optimizer,
     due,
-    freeze,
     learning_rate_at,
-    load_checkpoint,
     margin_at,
-    newest_step,
-    part_of,
     prefix_weights_at,
     rise,
-    save_checkpoint,
 )
 
 # ---------------------------------------------------------------- schedules

@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForAudioXVector,
 )
 
-from configuration_mrl_redimnet import MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig, MRLReDimNetError
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import (
     MRLReDimNetForSequenceClassification,
@@ -31,6 +31,7 @@ AutoModelForAudioClassification.register(MRLReDimNetConfig, MRLReDimNetForSequen
 __all__ = [
     "ConversionError",
     "MRLReDimNetConfig",
+    "MRLReDimNetError",
     "MRLReDimNetFeatureExtractor",
     "MRLReDimNetForSequenceClassification",
     "MRLReDimNetForXVector",

@@ -6,9 +6,10 @@ from pathlib import Path
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.detector import DomainDetector
 from mrl_redimnet.adapters.hub import adapter_info, list_adapters, pull, push_adapter, push_base
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.folders import refuse_existing
-from mrl_redimnet.saving import save_model, write_adapter_card
+from mrl_redimnet.adapters.publishing import write_adapter_card
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.files import refuse_existing
+from mrl_redimnet.saving import save_model
 
 
 def push_model(arguments):

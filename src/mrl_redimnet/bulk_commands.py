@@ -10,11 +10,11 @@ import datasets
 import numpy as np
 import torch
 
-from mrl_redimnet.bulk import Extraction, Process, Report, embed_corpus, read_embeddings
-from mrl_redimnet.bulk_inputs import Inputs
-from mrl_redimnet.evaluation import LISTED
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.scan import printable
+from mrl_redimnet.audio.scan import printable
+from mrl_redimnet.embedding import LISTED
+from mrl_redimnet.extraction.bulk import Extraction, Process, Report, embed_corpus, read_embeddings
+from mrl_redimnet.extraction.inputs import Inputs
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.systems import System, check_output
 
 # By these accelerate learns of other processes.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from configuration_mrl_redimnet import MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig, MRLReDimNetError
 from modeling_mrl_redimnet import MRLReDimNetModel
 
 
-class ConversionError(ValueError):
+class ConversionError(MRLReDimNetError, ValueError):
     """The checkpoint cannot be converted; the message lists what is wrong."""
 
 

@@ -14,13 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mrl_redimnet.calibration import THRESHOLDS_FILE, Threshold, Thresholds
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import check_present
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.groups import read_groups_for
-from mrl_redimnet.measures import ScoredList
-from mrl_redimnet.page import (
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.evaluation.groups import read_groups_for
+from mrl_redimnet.evaluation.measures import ScoredList
+from mrl_redimnet.evaluation.page import (
     Table,
     as_json,
     counts_text,
@@ -31,9 +28,12 @@ from mrl_redimnet.page import (
     text_of,
     write_page,
 )
-from mrl_redimnet.scoring import Scorer, by_enrolments, with_enrolments
+from mrl_redimnet.evaluation.results import check_present
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Threshold, Thresholds
+from mrl_redimnet.scoring.scorers import Scorer, by_enrolments, with_enrolments
+from mrl_redimnet.scoring.trials import Trials, read_trials
 from mrl_redimnet.systems import Material, System, check_output
-from mrl_redimnet.trials import Trials, read_trials
 
 
 def read_lists(arguments) -> dict[str, Trials]:

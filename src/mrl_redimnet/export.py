@@ -31,9 +31,9 @@ from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import read_adapter, scaling
-from mrl_redimnet.calibration import Thresholds
 from mrl_redimnet.extras import extra
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.scoring.calibration import Thresholds
 
 if TYPE_CHECKING:
     import onnx

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
+from mrl_redimnet.audio.scan import drawn, files_below
 from mrl_redimnet.convert import convert_checkpoint
-from mrl_redimnet.corpus import AUDIO_SUFFIXES, SpeakerTable
-from mrl_redimnet.evaluation import audio_below, drawn, embed_usable
-from mrl_redimnet.folders import refuse_existing
+from mrl_redimnet.data.corpus import AUDIO_SUFFIXES, SpeakerTable
+from mrl_redimnet.embedding import embed_usable
+from mrl_redimnet.files import refuse_existing
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import load_model, save_model
 
@@ -31,7 +32,7 @@ def rotate_model(arguments):
 
 def synthesise(arguments):
     """`mrl-redimnet synthesise`."""
-    from mrl_redimnet.synthetic import make_corpus  # needs an extra, which converting and rotating do without
+    from mrl_redimnet.data.synthetic import make_corpus  # needs an extra, which converting and rotating do without
 
     root = make_corpus(arguments.out, arguments.train_speakers, arguments.test_speakers, seed=arguments.seed)
     print(f"{root}: synthetic speech, see its README.txt for what results on it cannot tell.")
@@ -39,7 +40,7 @@ def synthesise(arguments):
 
 def _rotate_on(model: MRLReDimNetPreTrainedModel, folder: Path):
     """Rotates on up to 2000 files drawn from `folder`, and prints the energy each prefix keeps."""
-    files = audio_below(folder)
+    files = files_below(folder)
     if len(files) < 2:
         raise FileNotFoundError(f"1 audio file ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
     chosen = drawn(files, ROTATION_UTTERANCES)

@@ -2,15 +2,9 @@
 
 import argparse
 
-from mrl_redimnet.robustness import (
-    format_numbers,
-    heat_map,
-    make_grid,
-    robustness,
-    save_reports,
-)
+from mrl_redimnet.evaluation.robustness import format_numbers, heat_map, make_grid, robustness, save_reports
+from mrl_redimnet.scoring.trials import read_trials
 from mrl_redimnet.systems import System
-from mrl_redimnet.trials import read_trials
 
 REPORT, PICTURE = "robustness.json", "robustness.png"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mrl_redimnet.audio import AudioError, audio_info
-from mrl_redimnet.calibration import RULE_OF, THRESHOLDS_FILE, Threshold
-from mrl_redimnet.evaluation import audio_below, embed_files, problems_told
-from mrl_redimnet.levels import read_utterance
-from mrl_redimnet.scan import printable
-from mrl_redimnet.scoring import Scorer, make_scorer, speaker_means
+from mrl_redimnet.audio.io import AudioError, audio_info
+from mrl_redimnet.audio.levels import read_utterance
+from mrl_redimnet.audio.scan import files_below, printable
+from mrl_redimnet.embedding import embed_files, problems_told
+from mrl_redimnet.scoring.calibration import RULE_OF, THRESHOLDS_FILE, Threshold
+from mrl_redimnet.scoring.scorers import Scorer, make_scorer, speaker_means
+from mrl_redimnet.scoring.trials import Trials
 from mrl_redimnet.systems import Material, System
-from mrl_redimnet.trials import Trials
 
 ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status of `verify`; 2 is that of an error
 
@@ -172,7 +172,7 @@ def identify(arguments):
     """`mrl-redimnet identify`."""
     if arguments.top_k < 1:
         raise ValueError(f"--top-k: got {arguments.top_k}, expected at least 1.")
-    files = audio_below(arguments.enrolled)
+    files = files_below(arguments.enrolled)
     speakers = [file.relative_to(arguments.enrolled).parts[0] for file in files]
     if loose := [str(file) for file in files if file.parent == arguments.enrolled]:
         raise ValueError(f"{loose[0]} lies in no speaker's folder: expected {arguments.enrolled}/SPEAKER/FILE.")
@@ -220,7 +220,7 @@ def _named_files(paths: Sequence[Path]) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for path in paths:
-        for file in audio_below(path) if path.is_dir() else [path]:
+        for file in files_below(path) if path.is_dir() else [path]:
             name = file.relative_to(path).as_posix() if path.is_dir() else str(path)
             if name in files:
                 raise ValueError(f"{name} comes twice, as {files[name]} and {file}: give each once, or one folder.")

@@ -11,13 +11,15 @@ from transformers.utils import cached_file
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapters.facts import AdapterFacts
 from mrl_redimnet.adapters.hub import local_folder
-from mrl_redimnet.audio import audio_info
-from mrl_redimnet.calibration import THRESHOLDS_FILE, Thresholds, weights_of
-from mrl_redimnet.evaluation import audio_below, drawn, embed_files, embed_usable, reader
-from mrl_redimnet.levels import read_utterance
+from mrl_redimnet.audio.io import audio_info
+from mrl_redimnet.audio.levels import read_utterance
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.embedding import embed_files, embed_usable
+from mrl_redimnet.evaluation.results import reader
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import Scorer, make_scorer, score, trial_seconds
-from mrl_redimnet.trials import Trials
+from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Thresholds, weights_of
+from mrl_redimnet.scoring.scorers import Scorer, make_scorer, score, trial_seconds
+from mrl_redimnet.scoring.trials import Trials
 
 COHORT_UTTERANCES = 2000  # as many as are drawn from a larger folder
 
@@ -72,7 +74,7 @@ class System:
             return make_scorer("cosine")
         if arguments.cohort is None:
             raise ValueError(f"--scoring {arguments.scoring} needs --cohort, a folder with speech of other speakers.")
-        files = drawn(audio_below(arguments.cohort), COHORT_UTTERANCES)
+        files = drawn(files_below(arguments.cohort), COHORT_UTTERANCES)
         load = reader(arguments.cohort, domain)
         cohort = embed_usable(self.model, files, "cohort", load, progress="embedding the cohort")
         return make_scorer(arguments.scoring, cohort, arguments.top)

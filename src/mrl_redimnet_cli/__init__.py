@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
     """Warnings about audio are shown in one line each, without the place in the code."""
-    from mrl_redimnet.audio import AudioWarning
+    from mrl_redimnet.audio.io import AudioWarning
 
     with warnings.catch_warnings():
         show = warnings.showwarning

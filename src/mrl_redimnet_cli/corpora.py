@@ -71,7 +71,7 @@ def add_prepare(commands):
         "--evaluation-speakers", action="store_true", help="keep those of CN-Celeb's evaluation part [left out]"
     )
     must_be_there(parser, root=folder)
-    parser.set_defaults(run="mrl_redimnet.prepare:run")
+    parser.set_defaults(run="mrl_redimnet.data.prepare:run")
 
 
 def add_synthesise(commands):

@@ -31,7 +31,7 @@ import train_hf
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import BatchNorm, ChannelBatchNorm, MRLReDimNetForXVector, synchronise_batch_norms
 from mrl_redimnet.adapters import lora_config
-from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.data.synthetic import make_corpus
 
 LABELS = torch.tensor([0, 3, 1, 3])
 # Type of the weights, of autocast, and |ours - exact| / |exact| of all gradients together. Only float64 is exact (but
