@@ -36,6 +36,7 @@ from mrl_redimnet.adapters import AdapterFacts, Base, adapter_report, fingerprin
 from mrl_redimnet.adapters.publishing import publish_adapter, save_adapter
 from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
 from mrl_redimnet.audio.augmentation import InDomain, Sources, make_augmentations
+from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.data.corpus import (
     SpeakerTable,
     check_problems,
@@ -48,7 +49,7 @@ from mrl_redimnet.data.crops import CorpusTalkers, CropDataset, CropMaker, augme
 from mrl_redimnet.data.loaders import DrawnCrops, Loading, StreamedCrops
 from mrl_redimnet.data.streaming import StreamContents, stream_contents
 from mrl_redimnet.data.synthetic import make_corpus
-from mrl_redimnet.embedding import embed_usable
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.groups import format_groups
 from mrl_redimnet.evaluation.results import as_records, format_table
 from mrl_redimnet.extras import extra
@@ -662,7 +663,8 @@ def averaged(run: Run) -> Iterator[None]:
 def training_embeddings(run: Run, model, most: int = ROTATION_UTTERANCES, longest: float | None = None) -> np.ndarray:
     """Embeddings of `most` drawn training utterances (cut to `longest` seconds), for the rotation, [N, D]."""
     sources = run.crops.sources(most, run.recipe.seed)
-    return embed_usable(model, sources, "training speech to rotate on", progress="rotation", longest=longest)
+    found = SpeakerEncoder(model).embed_all(sources, progress="rotation", prepare=refuse_silence, longest=longest)
+    return found.usable("training speech to rotate on")
 
 
 def rotate_in_training(run: Run):

@@ -27,7 +27,7 @@ from torch import nn
 from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
-from mrl_redimnet.adapters.facts import AdapterFacts, Base, fingerprint, same_weights
+from mrl_redimnet.adapters.facts import AdapterFacts, Base
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
@@ -40,6 +40,7 @@ from mrl_redimnet.adapters.stored import (
 )
 from mrl_redimnet.adapters.strategies import explicit_config
 from mrl_redimnet.files import replace_folder
+from mrl_redimnet.fingerprints import fingerprint, same_weights
 
 ACTIVE = "__active__"
 BASE = "__base__"  # PEFT's word for no adapter; here also an adapter without layers, so that a bank may be empty
@@ -113,6 +114,15 @@ class AdapterBank:
     def facts(self, name: str) -> AdapterFacts | None:
         """What the adapter's folder said of it; None for one made with PEFT alone."""
         return self._get(name).facts
+
+    def fingerprint(self, name: str | None) -> str:
+        """Names the weights that embed with an adapter, or with None, as `SpeakerEncoder.fingerprint` does.
+
+        One that was combined here and is in no file has a name that nothing saved is for.
+        """
+        if name is None:
+            return self.base.fingerprint
+        return f"{self.base.fingerprint}+{self._get(name).digest or 'unsaved'}"
 
     def add(self, name: str, source: str | Path, *, revision: str | None = None, any_base: bool = False):
         """Loads the adapter of a folder or Hub repository and calls it `name`. It does not become active.
@@ -284,7 +294,7 @@ class AdapterBank:
                 raise ValueError(f"{name!r} is an adapter like others, no room made by prepare_hot_swap.")
             room = adapter_tensors(self.model, name)
             fill(room, fitted(adapter, room))
-            self._adapters[name] = replace(slot, head=adapter.head, facts=adapter.facts)
+            self._adapters[name] = replace(slot, head=adapter.head, facts=adapter.facts, digest=adapter.digest)
 
     def _get(self, name: str) -> Adapter:
         try:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from mrl_redimnet.adapters.facts import AdapterFacts
+from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.files import replace_folder
 from mrl_redimnet.hub_cards import adapter_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
+from mrl_redimnet.saving import save_model
 
 if TYPE_CHECKING:  # training alone has what these take a second to import for
     from mrl_redimnet.adapters.strategies import Vanilla
@@ -65,3 +68,39 @@ def write_adapter_card(folder: Path, evaluation: Evaluation | None = None):
         evaluation=evaluation,
     )
     save_card(card, folder, evaluation)
+
+
+def mix_adapters(
+    base: str | Path,
+    weights: Mapping[str, float],
+    folder: str | Path,
+    method: str = "svd",
+    rank: int | None = None,
+    density: float | None = None,
+):
+    """Writes several adapters of a base, {path or Hub id: weight}, to `folder` as a new one, with a card.
+
+    method, rank, density: as of `AdapterBank.combine`. Raises as that and `AdapterBank.add` do.
+    """
+    from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
+
+    bank, chosen = AdapterBank.load(base), {}
+    for source, weight in weights.items():
+        facts = adapter_info(source).facts
+        name = (facts.domain if facts else "adapter").replace(".", "-")
+        name = f"{name} {len(chosen) + 1}" if name in chosen else name
+        bank.add(name, source)
+        chosen[name] = weight
+    bank.combine("mix", chosen, method, rank=rank, density=density)
+    bank.save("mix", folder)
+    write_adapter_card(Path(folder))
+
+
+def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path):
+    """Writes the base with the adapter folded in to `folder`, as a model without adapters. base, adapter: path or Hub
+    id. Raises as `AdapterBank.add` does."""
+    from mrl_redimnet.adapters.bank import AdapterBank
+
+    merged = AdapterBank.load(base, {"adapter": adapter}).merged("adapter")
+    names = (Path(source).name if Path(source).is_dir() else source for source in (base, adapter))
+    save_model(merged, folder, training="{} with the adapter {} folded in.".format(*names))

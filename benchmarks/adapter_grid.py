@@ -35,7 +35,7 @@ from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.audio.domains import make_domain
 from mrl_redimnet.data.corpus import load_corpus, split_usable
 from mrl_redimnet.data.loaders import DrawnCrops
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.training.optimizer import freeze
@@ -216,7 +216,7 @@ def embed(model, speech: Path, domain: str, file: Path):
     trials = trial_lists(speech)["both lists"]
     embeddings = {"clean": embed_trials(model, trials, speech / "test" / "wav")}
     if domain == "gender":
-        embeddings["training"] = embed_files(model, list(training_files(speech)), longest=4.0)
+        embeddings["training"] = SpeakerEncoder(model).embed(list(training_files(speech)), longest=4.0)
     else:
         noise = str(speech / "noise" / "test")
         embeddings[domain] = embed_trials(

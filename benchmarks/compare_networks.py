@@ -23,7 +23,7 @@ from report_training import shortened
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.trials import read_trials
@@ -57,7 +57,7 @@ def main():
         for path in sorted((arguments.speech / "test").glob("trials_*.txt")):
             trials = read_trials(path)
             files = [arguments.speech / "test" / "wav" / name for name in trials.utterances]
-            embeddings = embed_files(model, files, progress=f"{run.name}, {path.stem}")
+            embeddings = SpeakerEncoder(model).embed(files, progress=f"{run.name}, {path.stem}")
             dims = model.config.matryoshka_dims
             drawn = eers(trials, trials.utterances, embeddings, dims, arguments.resamples)
             found.setdefault(path.stem.removeprefix("trials_"), {})[run.name] = drawn

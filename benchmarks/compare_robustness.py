@@ -28,9 +28,8 @@ from mrl_redimnet.evaluation.robustness import (
     save_reports,
 )
 from mrl_redimnet.files import replace_file
-from mrl_redimnet.robustness_commands import grid_of
 from mrl_redimnet.scoring.trials import Trials, speaker_of
-from mrl_redimnet_cli.trials import add_grid
+from mrl_redimnet_cli.robustness import add_grid, grid_of
 
 TITLES = {"test": "The test side alone perturbed", "both": "Enrolment and test perturbed"}
 

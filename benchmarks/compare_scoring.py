@@ -24,7 +24,7 @@ import torch
 
 from mrl_redimnet.audio.io import audio_info
 from mrl_redimnet.data.corpus import AUDIO_SUFFIXES
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.calibration import Calibration, threshold_at
 from mrl_redimnet.scoring.metrics import act_dcf, bootstrap_values, cllr, eer, min_cllr, min_dcf, quantile_interval
@@ -44,7 +44,7 @@ class Speech:
         self.paths = paths
         files = [folder / path for path in paths]
         self.seconds = np.array([audio_info(file).seconds for file in files])
-        self.embeddings = embed_files(model, files, progress=str(folder))
+        self.embeddings = SpeakerEncoder(model).embed(files, progress=str(folder))
 
     @cached_property
     def row_of(self) -> dict[str, int]:

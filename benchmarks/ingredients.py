@@ -27,7 +27,7 @@ from paired import eers, mean
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.data.corpus import audio_source, load_corpus, split_usable
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.rotation import principal_rotation
 from mrl_redimnet.scoring.trials import Trials
@@ -205,7 +205,7 @@ def embed(
         LastWeights(folder / "last_weights", kept).mean_into(model, last_turn + 1)
     embeddings = embed_trials(model, lists["both lists"], speech / "test" / "wav")
     if rotated:  # turning the embeddings is turning the model
-        embeddings = embeddings @ principal_rotation(embed_files(model, training))[0].astype(np.float32)
+        embeddings = embeddings @ principal_rotation(SpeakerEncoder(model).embed(training))[0].astype(np.float32)
     return embeddings
 
 

@@ -34,7 +34,7 @@ CALLS = {
     ],
     "import torch": ["-c", "import torch"],
     "torch, and transformers' base and auto classes": ["-c", BASE],
-    "what `verify` imports": ["-c", "import mrl_redimnet.speaker_commands"],
+    "what `verify` imports": ["-c", "import mrl_redimnet"],
     "the README's first example": ["-c", re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]],
 }
 FAILS = {"a misspelt path": 2}  # exit status of calls that are to fail

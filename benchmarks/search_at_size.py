@@ -26,7 +26,7 @@ from matplotlib.ticker import NullFormatter
 from timing import machine, quartiles
 
 from mrl_redimnet.data.corpus import audio_source, load_corpus
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.extraction.search import STORAGES, BinaryShortlist, Float32Shortlist, SpeakerIndex
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
@@ -183,7 +183,7 @@ class RealSpeech:
         data = [load_corpus(root / part) for part in ("train", "test")]
         files = [audio_source(part, row) for part in data for row in range(len(part))]
         speakers = np.array([name for part in data for name in part["speaker"]])
-        units = embed_files(load_model(model), files)
+        units = SpeakerEncoder(load_model(model)).embed(files)
         units = units / np.linalg.norm(units, axis=1, keepdims=True)
         names, owners = np.unique(speakers, return_inverse=True)
         asks = np.zeros(len(units), dtype=bool)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mrl_redimnet.audio.scan import files_below
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.calibration import Threshold
 from mrl_redimnet.scoring.scorers import make_scorer, score, speaker_means, with_enrolments
@@ -41,7 +41,7 @@ class Speech:
         kept = [(file, name) for file, name in zip(files, names, strict=True) if name in enough]
         self.paths = [file.relative_to(folder).as_posix() for file, _ in kept]
         self.speakers = np.array([name for _, name in kept])
-        self.embeddings = embed_files(model, [file for file, _ in kept], progress=str(folder))
+        self.embeddings = SpeakerEncoder(model).embed([file for file, _ in kept], progress=str(folder))
         self.units = make_scorer("cosine").units(self.embeddings, self.embeddings.shape[1])
 
     def thresholds(self, speakers: np.ndarray) -> dict[float, dict[int, Threshold]]:

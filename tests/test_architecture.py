@@ -11,16 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"configuration_mrl_redimnet"},
     {"modeling_mrl_redimnet", "feature_extraction_mrl_redimnet"},
-    {"extras", "files", "settings"},
+    {"extras", "files", "fingerprints", "settings"},
     {"audio", "rows"},
-    {"hub_cards", "convert", "rotation", "data"},
+    {"hub_cards", "convert", "data", "scoring"},
     {"saving"},
-    {"adapters", "embedding"},
-    {"scoring"},
-    {"evaluation", "export"},
-    {"systems", "training"},
-    {"extraction"},
-    {"commands"},
+    {"adapters"},
+    {"encoder", "export"},
+    {"evaluation", "extraction", "rotation"},
+    {"training"},
     {"train_hf", "mrl_redimnet_cli"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -46,7 +44,7 @@ def room_of(module: str) -> str | None:
         return first if first in FLOOR_OF else None
     if not rest:
         return None
-    return "commands" if rest[0].endswith("_commands") else rest[0]
+    return rest[0]
 
 
 def imports(module: str) -> Iterator[tuple[str, int]]:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.data.prepare import prepare
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.extraction import bulk
 from mrl_redimnet.extraction.bulk import (
     Extraction,
@@ -43,8 +43,6 @@ from mrl_redimnet.extraction.bulk import (
 )
 from mrl_redimnet.extraction.inputs import Inputs, Listing, Utterance, _cut, read_manifest
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.scoring.calibration import weights_of
-from mrl_redimnet.systems import System
 
 SPEAKERS, UTTERANCES = 8, 9
 SMALL = Extraction(part_size=32, workers=0)
@@ -76,16 +74,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def system(folder) -> System:
-    model = load_model(folder)
-    return System(model, "tiny", None, weights_of(model))
+def system(folder) -> SpeakerEncoder:
+    return SpeakerEncoder(load_model(folder), "tiny")
 
 
 @pytest.fixture(scope="module")
 def expected(speech, system) -> dict[str, np.ndarray]:
     """Every file's embedding, by its path below the corpus."""
     files = sorted(path for path in speech.rglob("*") if path.is_file())
-    embeddings = embed_files(system.model, files)
+    embeddings = system.embed(files)
     return {file.relative_to(speech).as_posix(): row for file, row in zip(files, embeddings, strict=True)}
 
 
@@ -467,7 +464,6 @@ def test_embeddings_that_cannot_be_stored_are_problems(speech, system, tmp_path,
 
 
 def test_a_worker_that_dies_ends_the_run_with_the_reason(speech, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bulk, "read_audio", lambda source: os._exit(9))
     monkeypatch.setattr(bulk, "batches_of", lambda *_: os._exit(9))
     message = refusal(capsys, "embed", folder, speech, "--out", tmp_path / "out", "--workers", 1)
     assert "a process that decodes audio died" in message and "what is embedded is kept" in message
@@ -483,7 +479,7 @@ def test_parts_say_what_made_them(speech, folder, system, expected, tmp_path, ad
         table = pq.read_table(file)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         assert (metadata["model"], metadata["adapter"], metadata["dim"]) == ("model", "telephony", "16")
-        assert metadata["weights"] == weights_of(system.model, adapters / "telephony")
+        assert metadata["weights"] == SpeakerEncoder.from_pretrained(folder, adapters / "telephony").fingerprint
         assert str(table.schema.field("embedding").type) == "fixed_size_list<element: halffloat>[16]"
         for row in table.to_pylist():
             assert row["path"] == f"{speech}/{row['id']}"
@@ -535,14 +531,14 @@ def test_a_damaged_part_is_named(speech, system, tmp_path):
 
 def test_training_mode_is_left_as_it_was(speech, folder, tmp_path):
     model = load_model(folder).train()
-    embed_corpus(System(model, "tiny", None, weights_of(model)), Inputs.find([speech / "s0"]), tmp_path, SMALL)
+    embed_corpus(SpeakerEncoder(model, "tiny"), Inputs.find([speech / "s0"]), tmp_path, SMALL)
     assert model.training
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def embedded(system: System, tmp_path: Path, *sources, how: Extraction = SMALL, processes: int = 1, **options):
+def embedded(system: SpeakerEncoder, tmp_path: Path, *sources, how: Extraction = SMALL, processes: int = 1, **options):
     out = tmp_path / "embedded"
     for number in range(processes):
         report = embed_corpus(system, Inputs.find(sources, **options), out, how, Process(number, processes))

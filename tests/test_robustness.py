@@ -15,10 +15,10 @@ from sounds import power, write
 
 from mrl_redimnet.audio.codecs import CODECS
 from mrl_redimnet.audio.domains import simulate
-from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
+from mrl_redimnet.audio.io import SAMPLING_RATE
 from mrl_redimnet.audio.rooms import reverberation_time
 from mrl_redimnet.data.synthetic import synthesise
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation import robustness as module
 from mrl_redimnet.evaluation.robustness import (
     ALL,
@@ -246,12 +246,14 @@ def loop_eer(trials: Trials, enrol: dict, test: dict, dim: int) -> float:
 def by_hand(model, trials: Trials, folder: Path, condition: Condition) -> dict[str, np.ndarray]:
     """Embeddings of the perturbed utterances, by path."""
 
-    def load(file):
+    def prepare(file, audio):
         key = f"{condition.name}/{file.relative_to(folder)}"
-        return simulate(condition.perturb, read_audio(file), key, 0)
+        return simulate(condition.perturb, audio, key, 0)
 
     files = [folder / path for path in trials.utterances]
-    return dict(zip(trials.utterances, embed_files(model, files, load=load).astype(np.float64), strict=True))
+    return dict(
+        zip(trials.utterances, SpeakerEncoder(model).embed(files, prepare=prepare).astype(np.float64), strict=True)
+    )
 
 
 def with_models(trials: Trials) -> Trials:

@@ -20,6 +20,7 @@ from modeling_mrl_redimnet import (
     MRLReDimNetModel,
 )
 from mrl_redimnet.convert import ConversionError, convert_checkpoint
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import rotate
 
 AutoConfig.register(MRLReDimNetConfig.model_type, MRLReDimNetConfig, exist_ok=True)
@@ -36,6 +37,7 @@ __all__ = [
     "MRLReDimNetForSequenceClassification",
     "MRLReDimNetForXVector",
     "MRLReDimNetModel",
+    "SpeakerEncoder",
     "convert_checkpoint",
     "rotate",
 ]

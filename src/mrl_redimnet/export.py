@@ -27,12 +27,12 @@ from torch.func import functional_call
 
 from configuration_mrl_redimnet import FFT_SIZE, SAMPLING_RATE
 from modeling_mrl_redimnet import MelFrontEnd, MRLReDimNetModel, MRLReDimNetPreTrainedModel
-from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import read_adapter, scaling
 from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_file
+from mrl_redimnet.fingerprints import fingerprint, same_weights
 from mrl_redimnet.scoring.calibration import Thresholds
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ PRECISIONS = {"float32": 1e-4, "float16": 0.02, "int8": 0.2}
 ADAPTER_PLACEMENTS = tuple(name for name in PLACEMENTS if name not in ("conv", "all"))  # those of linear layers alone
 CHANNEL_BLOCK = 16  # channels that onnxruntime's convolutions take at a time on AVX-512 and NEON; 8 on AVX2
 FOLDED_BYTES = 2**30  # constants up to this size are computed at export
+TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter"}  # what can be written: its suffix
 FACTS_FILE = "mrl_redimnet.json"  # inside a torch.export file
 
 
@@ -62,7 +63,7 @@ def export_facts(
     """What a file says about itself, by name; every value is text, those of several numbers JSON.
 
     base, revision: the model's Hub id and commit, or its folder's name. adapter: the name of one merged into `model`.
-    weights: what answers, as `calibration.weights_of` names it, by default `model`'s fingerprint. thresholds: of the
+    weights: their name, as `SpeakerEncoder.fingerprint` has it, by default `model`'s fingerprint. thresholds: of the
     base or adapter; those of other weights are left out, but for those of adapters on this base where none is merged
     (`adapter_inputs` may put them on).
     """

@@ -4,7 +4,7 @@ import codecs
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from configuration_mrl_redimnet import MRLReDimNetError
@@ -38,6 +38,19 @@ def refuse_existing(folder: Path):
     """Raises FileExistsError where `folder` is there already."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
+
+
+def check_output(file: Path | None, suffixes: Sequence[str] = ()):
+    """Raises, before the work, for a file that could not be written after it; None is no file.
+
+    Raises ValueError for another suffix than one of `suffixes`, FileNotFoundError for a folder, or without its folder.
+    """
+    if file is None:
+        return
+    if suffixes and file.suffix not in suffixes:
+        raise ValueError(f"{file}: expected a file that ends in {' or '.join(suffixes)}.")
+    if not file.parent.is_dir() or file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder, or there is no folder {file.parent}: give a file to write.")
 
 
 def path_below(folder: str | Path, name: str, what: str) -> Path:

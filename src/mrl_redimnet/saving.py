@@ -46,15 +46,18 @@ def save_model(
     replace_folder(Path(folder), write)
 
 
-def load_model(model: str | Path) -> MRLReDimNetPreTrainedModel:
+def load_model(model: str | Path, revision: str | None = None, token: str | None = None) -> MRLReDimNetPreTrainedModel:
     """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode.
+
+    revision: branch, tag or commit of a Hub id. token: for a private one, where not logged in.
 
     Raises WeightsError for weights that are not wholly those of that model, FileNotFoundError and OSError for what is
     not there or is pickle only.
     """
     refuse_missing(model)
-    config = MRLReDimNetConfig.from_pretrained(model)
+    where = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
+    config = MRLReDimNetConfig.from_pretrained(model, **where)
     name = (config.architectures or [MRLReDimNetModel.__name__])[0]
     if name not in modeling_mrl_redimnet.__all__:
         raise ValueError(f"{model} is a {name}, expected one of {', '.join(modeling_mrl_redimnet.__all__)}.")
-    return getattr(modeling_mrl_redimnet, name).from_pretrained(model).eval()
+    return getattr(modeling_mrl_redimnet, name).from_pretrained(model, **where).eval()

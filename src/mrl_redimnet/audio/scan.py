@@ -148,6 +148,35 @@ def files_below(folder: str | os.PathLike, what: str = "") -> list[Path]:
     return files
 
 
+def speakers_files(folder: str | os.PathLike) -> dict[str, list[Path]]:
+    """The audio below `folder`/SPEAKER of every speaker, by the names of these folders.
+
+    Raises FileNotFoundError where there is none, ValueError for a file that lies in no speaker's folder.
+    """
+    folder = Path(folder)
+    speakers: dict[str, list[Path]] = {}
+    for file in files_below(folder):
+        if file.parent == folder:
+            raise ValueError(f"{file} lies in no speaker's folder: expected {folder}/SPEAKER/FILE.")
+        speakers.setdefault(file.relative_to(folder).parts[0], []).append(file)
+    return speakers
+
+
+def named_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files, and the audio below folders: {name: file}, in a folder the path relative to it, else the path itself.
+
+    Raises FileNotFoundError for a folder without audio, ValueError for a name that comes twice.
+    """
+    files: dict[str, Path] = {}
+    for path in paths:
+        for file in files_below(path) if path.is_dir() else [path]:
+            name = file.relative_to(path).as_posix() if path.is_dir() else str(path)
+            if name in files:
+                raise ValueError(f"{name} comes twice, as {files[name]} and {file}: give each once, or one folder.")
+            files[name] = file
+    return files
+
+
 def printable(path: str | os.PathLike) -> str:
     """A path as text that every file and terminal takes: bytes that are no UTF-8 as \\xe9, line ends as \\n."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")

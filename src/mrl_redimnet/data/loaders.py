@@ -64,7 +64,7 @@ class DrawnCrops:
         return [collate([self.dataset[BEYOND + i * size + j] for j in range(size)]) for i in range(count)]
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
-        """Up to `most` drawn utterances, for `embed_files`."""
+        """Up to `most` drawn utterances, for `SpeakerEncoder.embed_all`."""
         rows = np.random.default_rng([seed, 3]).permutation(len(self.dataset.corpus))[:most]
         return [audio_source(self.dataset.corpus, int(row)) for row in sorted(rows)]
 
@@ -112,7 +112,7 @@ class StreamedCrops:
         return [collate(examples[i : i + size]) for i in range(0, count * size, size)]
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
-        """The first `most` utterances of another order, for `embed_files`."""
+        """The first `most` utterances of another order, for `SpeakerEncoder.embed_all`."""
         return [item.example for item in islice(self._other(_source_alone, epochs=1), most)]
 
     def _other(self, make, epochs: int | None = None) -> SpeechStream:

@@ -372,29 +372,3 @@ def read_listing(path: str | os.PathLike) -> tuple[set[str], int]:
         found.update(paths)
         trials += len(paths) == 2
     return found, trials
-
-
-def run(arguments):
-    """`mrl-redimnet prepare`."""
-    index = prepare(
-        arguments.root,
-        arguments.out,
-        layout=arguments.layout,
-        shard_mb=arguments.shard_mb,
-        seed=arguments.seed,
-        num_proc=arguments.num_proc,
-        expect=arguments.expect,
-        listing=arguments.list,
-        allow_incomplete=arguments.allow_incomplete,
-        evaluation_speakers=arguments.evaluation_speakers,
-        progress=True,
-    )
-    for line in (*index.notes, *index.incomplete):
-        print(f"Note: {line}")
-    report = arguments.out / "problems.tsv"
-    if report.is_file():
-        print(f"Note: {sum(1 for _ in open(report)) - 1:,} files could not be used, all in {report}.")
-    print(
-        f"{arguments.out}: {index.rows:,} utterances of {index.speakers:,} speakers, {index.seconds / 3600:.1f} h, in "
-        f"{len(index.shards)} parquet files."
-    )

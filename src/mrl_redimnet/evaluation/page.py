@@ -19,7 +19,7 @@ from mrl_redimnet.evaluation.measures import ScoredList, measures
 from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_folder
 from mrl_redimnet.rows import group_cells, group_notes, row_from
-from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE
+from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Threshold
 from mrl_redimnet.scoring.metrics import error_curve
 
 with extra("evaluation"):
@@ -278,6 +278,26 @@ def groups_table(record: dict) -> Table:
         return Table([], [])
     heading, *rows = group_cells(groups)
     return Table(heading, rows, "Groups of speakers", group_notes(groups))
+
+
+def thresholds_table(entries: Sequence[Threshold]) -> Table:
+    """What was set by a calibration, a line per threshold."""
+    rows = [
+        [
+            str(entry.dim),
+            str(entry.enrolments),
+            f"{entry.threshold:.4f}" + (" (LLR)" if entry.calibration.uses_seconds else ""),
+            *(f"{100 * rate:.2f}" for rate in (entry.wanted, entry.false_accepts, entry.misses)),
+            f"{entry.impostors:,}",
+            f"{entry.targets:,}",
+        ]
+        for entry in entries
+    ]
+    columns = [
+        *("dimensions", "enrolled utterances", "threshold", "false accepts wanted %", "measured %", "misses %"),
+        *("impostors", "targets"),
+    ]
+    return Table(columns, rows)
 
 
 def text_of(table: Table) -> str:

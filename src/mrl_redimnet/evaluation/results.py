@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.audio.io import AudioError, read_audio
-from mrl_redimnet.audio.levels import warn_of_silence
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.audio.io import AudioError
+from mrl_redimnet.audio.waveforms import into_domain
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rows import SHARES, AttributeRow, VerificationRow
 from mrl_redimnet.scoring.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.scoring.scorers import score
@@ -79,12 +79,12 @@ def embed_trials(
     """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`, the
     row of one that cannot be read is NaN."""
     check_present(trials, folder)
-    utterances, lost = trials.utterances, None if problems is None else {}
-    files = [Path(folder) / path for path in utterances]
-    embeddings = embed_files(model, files, progress=progress, load=reader(folder, domain), problems=lost)
-    if problems is not None:
-        problems.update({utterances[row]: reason for row, reason in lost.items()})
-    return embeddings
+    files, encoder = [Path(folder) / path for path in trials.utterances], SpeakerEncoder(model)
+    if problems is None:
+        return encoder.embed(files, progress=progress, prepare=into_domain(folder, domain))
+    found = encoder.embed_all(files, progress=progress, prepare=into_domain(folder, domain))
+    problems.update({trials.utterances[row]: reason for row, reason in found.problems.items()})
+    return found.embeddings
 
 
 def without(trials: Trials, lost: Collection[str]) -> Trials:
@@ -110,23 +110,6 @@ def without(trials: Trials, lost: Collection[str]) -> Trials:
     if models is not None:
         models = {name: models[name] for name in dict.fromkeys(enrol)}
     return replace(trials, labels=labels, enrol=enrol, test=test, models=models)
-
-
-def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str | Path], np.ndarray]:
-    """What reads files below `folder` into a domain; paths relative to it fix each file's draws.
-
-    A file without a signal in it is warned of and given as it is.
-    """
-
-    def load(file):
-        audio = warn_of_silence(file, read_audio(file))
-        if domain is None:
-            return audio
-        from mrl_redimnet.audio.domains import simulate  # a domain was made, so this is imported already
-
-        return simulate(domain, audio, Path(file).relative_to(folder).as_posix())
-
-    return load
 
 
 def check_present(trials: Trials, folder: str | Path):

@@ -27,7 +27,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +36,17 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
+from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio.augmentation import AddNoise, BandLimit, Clipping, mix_at_snr
 from mrl_redimnet.audio.codecs import through_codec
 from mrl_redimnet.audio.domains import simulate
-from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.audio.io import SAMPLING_RATE, Source
 from mrl_redimnet.audio.rooms import draw_room, reverberate, simulated_response
 from mrl_redimnet.audio.scan import is_hidden, walk
-from mrl_redimnet.embedding import embed_files
-from mrl_redimnet.evaluation.results import check_present, reader
+from mrl_redimnet.audio.waveforms import Prepare, into_domain, read_waveform
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.results import check_present
 from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.rows import ALL, SIDES, NumberRow
@@ -54,6 +56,7 @@ from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError
 
 SMOOTHING = 0.005
 RESAMPLES = 200
+REPORT, PICTURE = "robustness.json", "robustness.png"  # in the folder of the command
 
 _ROOMS_DRAWN, _ROOMS_OF_A_LEVEL = 256, 4  # of a level: those whose RT60 is nearest to it
 _FILES_AT_ONCE = 400  # of several systems' audio in memory: at 8 s each 200 MB
@@ -356,7 +359,7 @@ def compare(
     if resamples:
         _check_speakers(trials)
     files = [Path(folder) / path for path in trials.utterances]
-    clean = _embedded(models, files, reader(folder))
+    clean = _embedded(models, files, into_domain(folder))
     measured = {name: _Measured(trials, clean[name], dims, resamples) for name in models}
     for condition in tqdm(grid, desc=progress, disable=progress is None, leave=False):
         perturbed = _embedded(models, files, _perturbing(folder, condition, seed))
@@ -386,27 +389,31 @@ def _check_speakers(trials: Trials):
         raise UnknownSpeakersError(f"{error}. Without intervals (resamples 0) the list can be used.") from error
 
 
-def _perturbing(folder: str | Path, condition: Condition, seed: int) -> Callable[[Path], np.ndarray]:
-    """What reads a file below `folder` as the condition has it."""
-    read = reader(folder)
+def _perturbing(folder: str | Path, condition: Condition, seed: int) -> Prepare:
+    """What makes a file below `folder` sound as the condition has it."""
+    clean = into_domain(folder)
 
-    def load(file: Path) -> np.ndarray:
-        drawn_by = f"{condition.name}/{file.relative_to(folder).as_posix()}"
-        return simulate(condition.perturb, read(file), drawn_by, seed)
+    def prepare(file: Source, audio: np.ndarray) -> np.ndarray:
+        drawn_by = f"{condition.name}/{Path(file).relative_to(folder).as_posix()}"
+        return simulate(condition.perturb, clean(file, audio), drawn_by, seed)
 
-    return load
+    return prepare
 
 
 def _embedded(
-    models: Mapping[str, MRLReDimNetPreTrainedModel], files: Sequence[Path], load: Callable[[Path], np.ndarray]
+    models: Mapping[str, MRLReDimNetPreTrainedModel], files: Sequence[Path], prepare: Prepare
 ) -> dict[str, np.ndarray]:
-    """Embeddings [N, D] of the files by every model; several models share what is loaded."""
+    """Embeddings [N, D] of the files by every model; several models share what is read and perturbed."""
+    encoders = {name: SpeakerEncoder(model) for name, model in models.items()}
+    if len(encoders) == 1:
+        return {name: encoder.embed(files, prepare=prepare) for name, encoder in encoders.items()}
+    extractor = MRLReDimNetFeatureExtractor(min_samples=max(e.config.min_samples for e in encoders.values()))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for start in range(0, len(files), _FILES_AT_ONCE):
         part = files[start : start + _FILES_AT_ONCE]
-        load_once = cache(load) if len(models) > 1 else load
-        for name, model in models.items():
-            parts[name].append(embed_files(model, part, load=load_once))
+        waveforms = [read_waveform(file, str(file), extractor, prepare) for file in part]
+        for name, encoder in encoders.items():
+            parts[name].append(encoder.embed(waveforms))
     return {name: np.concatenate(embedded) for name, embedded in parts.items()}
 
 

@@ -1,7 +1,7 @@
 """Embeddings of whole corpora: many processes, stopped and taken up at will, every utterance exactly once.
 
-    system = System.load(...)                                   # a model, and what names it
-    report = embed_corpus(system, ["corpus"], Path("embedded"))
+    encoder = SpeakerEncoder.from_pretrained("me/model", device=Process.launched().device)
+    report = embed_corpus(encoder, Inputs.find(["corpus"]), Path("embedded"))
     ids, embeddings = read_embeddings(Path("embedded"))
 
 The inputs are cut into blocks of some hundred utterances (`bulk_inputs`), the same ones whoever cuts them. Each block
@@ -17,10 +17,12 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import fsspec
@@ -28,19 +30,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel, sample_mask
-from mrl_redimnet.adapters.facts import same_weights
-from mrl_redimnet.audio.io import SAMPLING_RATE, Encoded, name_of, read_audio
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, name_of
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.audio.scan import is_text, printable
-from mrl_redimnet.embedding import BATCH_SECONDS, Waveforms, length_batches
+from mrl_redimnet.audio.waveforms import length_batches, read_waveform
+from mrl_redimnet.encoder import BATCH_SECONDS, LISTED, SpeakerEncoder, padded
 from mrl_redimnet.extraction.inputs import Inputs, Utterance
 from mrl_redimnet.files import replace_file
-from mrl_redimnet.systems import System
+from mrl_redimnet.fingerprints import same_weights
 
 STORAGES = {"float32": np.float32, "float16": np.float16}
 PART_SIZE = 512
@@ -98,51 +100,46 @@ class BlockEnd:
     problems: list[Problem]
 
 
-class _Sources(Waveforms):
-    """Waveforms also of URLs, whose bytes are held; what cannot be read for whatever reason is a problem."""
-
-    def _attempt(self, row: int, step: Callable):
-        try:
-            source = self.files[row]
-            if not is_text(name_of(source)):
-                raise ValueError("its name is not UTF-8 text: rename it")
-            if isinstance(source, str) and "://" in source:
-                with fsspec.open(source, "rb") as file:
-                    self.files[row] = Encoded(source, file.read())
-            return super()._attempt(row, step)
-        except (OSError, ValueError, ImportError) as error:  # ImportError: of a store that fsspec needs a package for
-            self.problems[row] = f"{printable(name_of(self.files[row]))}: {error}"
-            return None
-
-
-def _read(source: str | Encoded) -> np.ndarray:
-    return refuse_silence(source, read_audio(source))
-
-
 def batches_of(
     tasks: Sequence[Task], extractor: MRLReDimNetFeatureExtractor, batch_seconds: float
 ) -> Iterator[Batch | BlockEnd]:
-    """The utterances of some tasks, decoded and batched by length, then the ends of their blocks.
+    """The utterances of some tasks, each read once, batched by length, then the ends of their blocks.
 
-    Lengths come from the headers; of the audio one batch is held. batch_seconds: as of `evaluation.embed_files`.
+    batch_seconds: as of `SpeakerEncoder.embed`; of the audio, as many batches are held as
+    `length_batches` sorts together.
     """
     places = [(task.key, row) for task in tasks for row in range(len(task.utterances))]
-    ids = [utterance.id for task in tasks for utterance in task.utterances]
-    files = [each.source for task in tasks for each in task.utterances]
-    sources = _Sources(files, _read, extractor, None, True)
-    paths = [name if is_text(name) else printable(name) for name in map(name_of, files)]
-    for rows in length_batches(sources.seconds(), batch_seconds):
-        waves = {row: wave for row in rows if (wave := sources.wave(row)) is not None}
-        if waves:
-            inputs = extractor(list(waves.values()), sampling_rate=SAMPLING_RATE)
-            lengths = torch.tensor([len(wave) for wave in waves.values()])
-            of_batch = ([values[row] for row in waves] for values in (places, ids, paths))
-            yield Batch(*of_batch, inputs.input_values, lengths)
-    problems: dict[Key, list[Problem]] = {task.key: [] for task in tasks}
-    for row, reason in sorted(sources.problems.items()):
-        problems[places[row][0]].append(Problem(ids[row], paths[row], reason))
+    utterances = [utterance for task in tasks for utterance in task.utterances]
+    names = [name_of(utterance.source) for utterance in utterances]
+    paths = [name if is_text(name) else printable(name) for name in names]
+    problems: dict[Key, list[tuple[int, Problem]]] = {task.key: [] for task in tasks}
+
+    def waveforms() -> Iterator[tuple[int, np.ndarray]]:
+        for row, utterance in enumerate(utterances):
+            try:
+                yield row, _waveform(utterance.source, extractor)
+            except (OSError, ValueError, ImportError) as error:  # ImportError: a store that fsspec needs a package for
+                reason = str(error) if isinstance(error, AudioError) else f"{printable(names[row])}: {error}"
+                problems[places[row][0]].append((row, Problem(utterance.id, paths[row], reason)))
+
+    for batch in length_batches(waveforms(), batch_seconds):
+        of_batch = [places[row] for row in batch], [utterances[row].id for row in batch], [paths[row] for row in batch]
+        lengths = torch.tensor([len(wave) for wave in batch.values()])
+        yield Batch(*of_batch, padded(batch.values()), lengths)
     for task in tasks:
-        yield BlockEnd(task.key, task.size, problems[task.key])
+        yield BlockEnd(task.key, task.size, [problem for _, problem in sorted(problems[task.key], key=itemgetter(0))])
+
+
+def _waveform(source: str | Encoded, extractor: MRLReDimNetFeatureExtractor) -> np.ndarray:
+    """[samples] float32 of a file, `Encoded`, or a URL that fsspec knows. Raises AudioError, also where nobody can be
+    heard; OSError, ValueError or ImportError for what is not there."""
+    name = name_of(source)
+    if not is_text(name):
+        raise ValueError("its name is not UTF-8 text: rename it")
+    if isinstance(source, str) and "://" in source:
+        with fsspec.open(source, "rb") as file:
+            source = Encoded(source, file.read())
+    return read_waveform(source, name, extractor, refuse_silence)
 
 
 class Embedder:
@@ -151,22 +148,17 @@ class Embedder:
     dim: how many numbers of each embedding are kept (None: all); storage: how, one of STORAGES.
     """
 
-    def __init__(self, model: MRLReDimNetPreTrainedModel, dim: int | None = None, storage: str = "float32"):
+    def __init__(self, encoder: SpeakerEncoder, dim: int | None = None, storage: str = "float32"):
         if storage not in STORAGES:
             raise ValueError(f"storage: got {storage!r}, expected one of {', '.join(STORAGES)}.")
-        self.encoder = getattr(model, model.base_model_prefix, model)
-        self.dim, self.storage = dim or self.encoder.config.embedding_size, storage
-        self.extractor = MRLReDimNetFeatureExtractor(min_samples=self.encoder.config.min_samples)
+        self.encoder, self.dim, self.storage = encoder, encoder.dim(dim), storage
+        self.extractor = encoder.extractor()
 
-    @torch.inference_mode()
     def __call__(self, batch: Batch) -> np.ndarray:
         """Embeddings [B, dim], as they are stored."""
-        device = self.encoder.device
-        waves, lengths = batch.waves.to(device), batch.lengths.to(device)
-        mask = None if len(set(batch.lengths.tolist())) == 1 else sample_mask(lengths, waves.shape[1])
-        embeddings = self.encoder(waves, attention_mask=mask).embeddings[:, : self.dim]
+        embeddings = self.encoder.embed_batch(batch.waves, batch.lengths)[:, : self.dim]
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes a problem
-            return embeddings.float().cpu().numpy().astype(STORAGES[self.storage])
+            return embeddings.astype(STORAGES[self.storage])
 
     def table(
         self, utterances: Sequence[Utterance], batch_seconds: float = BATCH_SECONDS
@@ -230,6 +222,19 @@ class Process:
         number, count, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return cls(int(number or 0), int(count or 1), int(local or 0))
 
+    @property
+    def device(self) -> torch.device:
+        """The accelerator that is this process's by its number on the machine; the CPU where there is none, or where
+        `accelerate launch --cpu` says so.
+
+        Found without accelerate's process group: the processes never speak to each other, and must not be stopped by
+        the end of one.
+        """
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+            return torch.device("cpu")
+        return torch.device(found.type, self.local % torch.accelerator.device_count())
+
 
 Turns = dict[int, tuple[int, int]]  # of a shard: the first block, and the step to the next
 
@@ -285,8 +290,9 @@ class Made:
     storage: str
 
     @classmethod
-    def by(cls, system: System, embedder: Embedder) -> "Made":
-        return cls(system.name, system.adapter or "", system.weights, str(embedder.dim), embedder.storage)
+    def by(cls, embedder: Embedder) -> "Made":
+        encoder = embedder.encoder
+        return cls(encoder.name, encoder.adapter or "", encoder.fingerprint, str(embedder.dim), embedder.storage)
 
     def refuse_others(self, file: Path, metadata: dict[str, str]):
         """Raises ValueError, naming what differs, where a file was made with something else."""
@@ -517,7 +523,7 @@ class Work(IterableDataset):
 
 
 def embed_corpus(
-    system: System,
+    encoder: SpeakerEncoder,
     inputs: Inputs,
     out: str | os.PathLike,
     how: Extraction | None = None,
@@ -537,10 +543,10 @@ def embed_corpus(
     the inputs does. Everything embedded until then is kept.
     """
     how, process = how or Extraction(), process or Process.launched()
-    embedder = Embedder(system.model, system.dim(how.dim), how.storage)
+    embedder = Embedder(encoder, how.dim, how.storage)
     size = part_size(inputs.rows, how.part_size)
     plan = hashlib.sha256(f"{inputs.digest} {size}".encode()).hexdigest()[:8]
-    parts = Parts.open(Path(out), Made.by(system, embedder), plan)
+    parts = Parts.open(Path(out), Made.by(embedder), plan)
     sequential = [shard.sequential for shard in inputs.shards]
     turns = share(whole(inputs), sequential, process.number, process.count)
     before = sum(count for key, count in parts.done.items() if holds(turns, key))
@@ -553,10 +559,35 @@ def embed_corpus(
     return Report(embedded, before, problems)
 
 
+def embed_to_file(
+    encoder: SpeakerEncoder, inputs: Inputs, out: Path, how: Extraction | None = None, progress: str | None = None
+) -> Report:
+    """As `embed_corpus`, by this process alone, into one file `out` (.npz) with ids, embeddings and the weights' name.
+
+    The file is written whole or not at all. Raises ValueError also where no utterance could be embedded.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        report = embed_corpus(encoder, inputs, folder, how, Process(), progress)
+        if not report.embedded:
+            raise ValueError(
+                f"none of {len(report.problems)} utterances could be embedded, {out} is not written: "
+                f"{'; '.join(problem.reason for problem in report.problems[:LISTED])}"
+            )
+        ids, embeddings = read_embeddings(folder)
+
+    def write(file: Path):
+        with file.open("wb") as opened:  # given a path, numpy would append a suffix
+            np.savez(opened, ids=np.array(ids), embeddings=embeddings, weights=np.array(encoder.fingerprint))
+
+    replace_file(out, write)
+    return report
+
+
 def _embed(embedder: Embedder, work: Work, bar: tqdm) -> int:
     """Writes a part for every block of the work; how many utterances were embedded."""
-    training, embedded, blocks = embedder.encoder.training, 0, defaultdict(Block)
-    embedder.encoder.eval()
+    model, embedded, blocks = embedder.encoder.model, 0, defaultdict(Block)
+    training = model.training
+    model.eval()
     try:
         for item in _loaded(work):
             if isinstance(item, Exception):
@@ -574,7 +605,7 @@ def _embed(embedder: Embedder, work: Work, bar: tqdm) -> int:
             else:
                 work.parts.write(item.key, table, item.size, problems)
     finally:
-        embedder.encoder.train(training)
+        model.train(training)
     return embedded
 
 

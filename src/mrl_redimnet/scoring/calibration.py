@@ -5,7 +5,6 @@ things: each has its own calibration and its own threshold, which `thresholds.js
 is for one comparison; a search among many enrolled speakers takes a higher one, see `Threshold.for_search`.
 """
 
-import hashlib
 import json
 import math
 import warnings
@@ -15,12 +14,10 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
 
-from mrl_redimnet.adapters.facts import fingerprint, same_weights
-from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_file
+from mrl_redimnet.fingerprints import same_weights
 
 THRESHOLDS_FILE = "thresholds.json"
 VERSION = 1
@@ -173,7 +170,7 @@ class Threshold:
 
     Attributes:
         dim: length of the prefix. scorer: `str()` of the scorer, its cohort included.
-        adapter: its name, or None for the base. weights: what answered, see `weights_of`.
+        adapter: its name, or None for the base. weights: what embedded, see `SpeakerEncoder.fingerprint`.
         enrolments: how many utterances of a speaker were averaged for each enrolment.
         threshold: accept at or above; of scores, or of llrs where the calibration has duration terms.
         wanted: the false-accept rate asked for. false_accepts, misses: the rates on the trials it was set on.
@@ -400,17 +397,6 @@ class Thresholds:
                 raise ValueError(f"{file}, entry {number}: a second one for {entry}")
             found.entries.append(entry)
         return found
-
-
-def weights_of(base: nn.Module, adapter: str | Path | None = None) -> str:
-    """Names the weights that answer, for `Threshold`: the base's fingerprint and, of an adapter's folder or Hub id, a
-    hash of its tensors. `base` must be unmerged: on another machine merging may round otherwise."""
-    if adapter is None:
-        return fingerprint(base)
-    tensors = Path(local_folder(adapter, None, None)) / "adapter_model.safetensors"
-    if not tensors.is_file():
-        raise FileNotFoundError(f"no {tensors.name} in {adapter}: not an adapter's folder")
-    return f"{fingerprint(base)}+sha256:{hashlib.sha256(tensors.read_bytes()).hexdigest()}"
 
 
 def _logistic(columns: NDArray, targets: NDArray, prior: float) -> tuple[float, list[float]]:

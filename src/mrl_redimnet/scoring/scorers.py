@@ -6,7 +6,7 @@ the length-normalised average of their length-normalised prefixes, so each utter
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +70,14 @@ class Scorer:
     def units(self, embeddings: NDArray, dim: int, names: Sequence[str] | None = None) -> NDArray:
         """Embeddings [N, D] cut to `dim`, centred where this scorer does, on the unit sphere -> float64 [N, dim].
 
-        Raises ValueError, with the `names` of the rows, for a vector that is zero or has NaN or infinite numbers.
+        Raises ValueError, with the `names` of the rows, for a vector that is zero or has NaN or infinite numbers, and
+        for a cohort of another model.
         """
+        if self.cohort is not None and self.cohort.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"the cohort has embeddings of {self.cohort.shape[1]} numbers, the trials of {embeddings.shape[1]}: "
+                "give whole embeddings of the same model"
+            )
         cut = np.array(embeddings[:, :dim], dtype=np.float64)
         if SCORERS[self.name].centre:
             cut -= self.cohort[:, :dim].mean(0, dtype=np.float64)
@@ -167,7 +173,7 @@ def score(
     """
     scorer = make_scorer("cosine") if scorer is None else scorer
     embeddings = np.asarray(embeddings)
-    _check_embeddings(utterances, embeddings, dim, scorer)
+    _check_embeddings(utterances, embeddings, dim)
     row_of = _row_of(trials, utterances)
     of_test = np.array([row_of[path] for path in trials.utterances], dtype=np.int64)
     units = scorer.units(embeddings[of_test], dim, trials.utterances)
@@ -243,13 +249,29 @@ def speaker_means(embeddings: ArrayLike, speakers: Sequence[str]) -> NDArray:
     return sums / np.bincount(owner)[:, None]
 
 
+def enrolment_units(units: NDArray, enrolments: Mapping[str, Sequence[int]]) -> NDArray:
+    """Averages of unit vectors for enrolments of several utterances.
+
+    Args:
+        units: [N, dim] of utterances, from `Scorer.units`.
+        enrolments: {name: rows of its utterances, at least one}.
+
+    Returns:
+        [E, dim] unit vectors, in the order of the enrolments.
+
+    Raises:
+        ValueError: utterances that cancel each other out (names the enrolment).
+    """
+    counts = [len(rows) for rows in enrolments.values()]
+    rows = np.array([row for rows in enrolments.values() for row in rows])
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    return _unit(np.add.reduceat(units[rows], starts, axis=0), list(enrolments))
+
+
 def _enrolled(trials: Trials, units: NDArray) -> NDArray:
     """Unit vectors [U, dim] of `trials.utterances` -> unit vectors [E, dim] of `trials.enrolments`."""
     row_of = {path: row for row, path in enumerate(trials.utterances)}
-    counts = [len(paths) for paths in trials.enrolments.values()]
-    rows = np.array([row_of[path] for paths in trials.enrolments.values() for path in paths])
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    return _unit(np.add.reduceat(units[rows], starts, axis=0), list(trials.enrolments))
+    return enrolment_units(units, {name: [row_of[path] for path in paths] for name, paths in trials.enrolments.items()})
 
 
 def _unit(vectors: NDArray, names: Sequence[str] | None) -> NDArray:
@@ -267,16 +289,11 @@ def _unit(vectors: NDArray, names: Sequence[str] | None) -> NDArray:
     return vectors
 
 
-def _check_embeddings(utterances: Sequence[str], embeddings: NDArray, dim: int, scorer: Scorer) -> None:
+def _check_embeddings(utterances: Sequence[str], embeddings: NDArray, dim: int) -> None:
     if embeddings.ndim != 2 or len(embeddings) != len(utterances):
         raise ValueError(f"embeddings must be [N, D] for {len(utterances)} utterances, got shape {embeddings.shape}")
     if not 1 <= dim <= embeddings.shape[1]:
         raise ValueError(f"dim must be from 1 to the embeddings' {embeddings.shape[1]} numbers, got {dim}")
-    if scorer.cohort is not None and scorer.cohort.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"the cohort has embeddings of {scorer.cohort.shape[1]} numbers, the trials of {embeddings.shape[1]}: "
-            "give whole embeddings of the same model"
-        )
 
 
 def _row_of(trials: Trials, utterances: Sequence[str]) -> dict[str, int]:

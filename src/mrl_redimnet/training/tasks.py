@@ -17,6 +17,7 @@ from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDim
 from mrl_redimnet.audio.augmentation import FileTalkers, Sources, make_augmentations
 from mrl_redimnet.audio.domains import make_domain
 from mrl_redimnet.audio.io import AudioError
+from mrl_redimnet.audio.waveforms import into_domain
 from mrl_redimnet.data.corpus import (
     SpeakerTable,
     check_problems,
@@ -27,9 +28,9 @@ from mrl_redimnet.data.corpus import (
     split_usable,
 )
 from mrl_redimnet.data.streaming import StreamContents
-from mrl_redimnet.embedding import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.groups import error_rates, read_groups_for
-from mrl_redimnet.evaluation.results import attribute_row, check_present, embed_trials, evaluate_trials, reader, without
+from mrl_redimnet.evaluation.results import attribute_row, check_present, embed_trials, evaluate_trials, without
 from mrl_redimnet.files import path_below, refuse_missing, replace_file, text_lines
 from mrl_redimnet.rows import AttributeRow, GroupRow, VerificationRow
 from mrl_redimnet.scoring.scorers import score
@@ -229,17 +230,16 @@ class Attribute:
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Accuracy, or mean absolute error, of whole utterances; no `dims`: heads take the whole embedding."""
         files = [test.folder / path for path in test.corpus["path"]]
-        problems: dict[int, str] = {}
-        load = reader(test.folder, test.domain)
-        embeddings = embed_files(model, files, progress=progress, load=load, problems=problems)
-        told_by_path = {str(files[row]): why for row, why in problems.items()}
+        prepare = into_domain(test.folder, test.domain)
+        found = SpeakerEncoder(model).embed_all(files, progress=progress, prepare=prepare)
+        told_by_path = {str(files[row]): why for row, why in found.problems.items()}
         development = any(test is one for one in self.development.values())
         self.unreadable.check(test, told_by_path, len(files), development)
-        read = np.setdiff1d(np.arange(len(files)), list(problems))
+        read = np.setdiff1d(np.arange(len(files)), list(found.problems))
         if not len(read):
             raise AudioError(f"none of the {len(files):,} labelled files below {test.folder} can be read")
         device = next(model.parameters()).device
-        logits = model.classifier(torch.from_numpy(embeddings[read]).to(device)).float().cpu().numpy()
+        logits = model.classifier(torch.from_numpy(found.embeddings[read]).to(device)).float().cpu().numpy()
         answers = logits.argmax(1) if self.labels else logits[:, 0]
         targets, speakers = test.targets[read], np.array(test.corpus["speaker"])[read]
         return [attribute_row(answers, targets, speakers, bool(self.labels), resamples)]
