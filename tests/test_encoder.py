@@ -185,9 +185,7 @@ def test_similarity_is_the_cosine_of_prefixes(encoder, files):
         x, y = (each[:, :dim].astype(float) for each in (a, b))
         expected = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
         assert np.allclose(encoder.similarity(a, b, dim), expected)
-    with pytest.raises(
-        ValueError, match=r"got shapes \(4, 32\) and \(32,\)"
-    ):
+    with pytest.raises(ValueError, match=r"got shapes \(4, 32\) and \(32,\)"):
         encoder.similarity(a, b[0])
     with pytest.raises(ValueError, match="dim must be from 1 to the embeddings' 32 numbers, got 33"):
         encoder.similarity(a, b, 33)

@@ -166,8 +166,8 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 # What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
 VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
-encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results rotation rows saving scoring
-scoring.calibration scoring.decisions scoring.scorers scoring.trials
+data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results rotation rows
+saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch

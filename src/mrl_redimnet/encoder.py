@@ -7,7 +7,7 @@ encoder.similarity(embeddings, embeddings, dim=64)                   # [2, 2]
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +26,11 @@ from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, sample_mask
 from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
 from mrl_redimnet.adapters.hub import local_folder
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning, Encoded, name_of
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
 from mrl_redimnet.audio.levels import refuse_silence, warn_of_silence
 from mrl_redimnet.audio.scan import drawn, files_below
-from mrl_redimnet.audio.waveforms import Prepare, is_source, length_batches, read_waveform
+from mrl_redimnet.audio.waveforms import Prepare, length_batches, read_waveform
+from mrl_redimnet.data.utterances import Input, as_inputs, distinct
 from mrl_redimnet.fingerprints import fingerprint
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Thresholds
@@ -253,7 +254,7 @@ class SpeakerEncoder:
             AudioError: an utterance that cannot be read or embedded; names the file or the row.
             ValueError: a dimension that the model cannot have, inputs that are no list.
         """
-        return self._embedded(_items(inputs), dim, batch_seconds, progress, prepare, longest).embeddings
+        return self._embedded(as_inputs(inputs), dim, batch_seconds, progress, prepare, longest).embeddings
 
     def embed_all(
         self,
@@ -267,7 +268,7 @@ class SpeakerEncoder:
         strict: bool = False,
     ) -> Embedded:
         """As `embed`, with durations, and with problems in place of AudioErrors. strict: a problem is an AudioError."""
-        items = _items(inputs)
+        items = as_inputs(inputs)
         return self._embedded(items, dim, batch_seconds, progress, prepare, longest, keep_problems=not strict)
 
     @torch.inference_mode()
@@ -292,7 +293,7 @@ class SpeakerEncoder:
     @torch.inference_mode()
     def _embedded(
         self,
-        items: list["_Item"],
+        items: list[Input],
         dim: int | None = None,
         batch_seconds: float = BATCH_SECONDS,
         progress: str | None = None,
@@ -446,7 +447,7 @@ class SpeakerEncoder:
             AudioError: an utterance that cannot be read, or in which nobody can be heard. ValueError: nobody is
             enrolled, or as `decision_rule`.
         """
-        enrolled, tested = _distinct(_items(enrol, "enrolled utterance")), _items(test, "test utterance")
+        enrolled, tested = distinct(as_inputs(enrol, "enrolled utterance")), as_inputs(test, "test utterance")
         if not enrolled:
             raise ValueError("enrol: got no utterance, expected at least one.")
         dim, count = self.dim(dim), len(enrolled)
@@ -489,7 +490,7 @@ class SpeakerEncoder:
         """
         if top < 1:
             raise ValueError(f"top: got {top}, expected at least 1.")
-        speech = {name: _distinct(_items(enrolled[name], f"{name}, utterance")) for name in sorted(enrolled)}
+        speech = {name: distinct(as_inputs(enrolled[name], f"{name}, utterance")) for name in sorted(enrolled)}
         if not speech or not all(speech.values()):
             raise ValueError("enrolled: expected at least one speaker, and at least one utterance of each.")
         dim, counts = self.dim(dim), {name: len(items) for name, items in speech.items()}
@@ -501,7 +502,7 @@ class SpeakerEncoder:
             rows[name] = range(len(items), len(items) + len(utterances))
             items += utterances
         first = len(items)
-        items += _items(test, "test utterance")
+        items += as_inputs(test, "test utterance")
         found = self._embedded(items, progress=progress, prepare=refuse_silence, keep_problems=True)
         if found.problems:
             raise AudioError(problems_text(found.problems, len(items)))
@@ -534,69 +535,3 @@ class SpeakerEncoder:
 def padded(waveforms: Iterable[NDArray]) -> torch.Tensor:
     """Waveforms [samples] of some lengths -> [B, T] float32, with zeros behind the shorter ones."""
     return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waveforms], batch_first=True)
-
-
-# ---------------------------------------------------------------- inputs
-
-
-@dataclass(frozen=True)
-class _Item:
-    """An utterance. name: for messages; key: the same for the same file, None for what is no file."""
-
-    name: str
-    key: str | None
-    load: Callable[[], object]
-
-
-def _items(inputs: Sequence, what: str = "row") -> list[_Item]:
-    """Inputs as `SpeakerEncoder` describes them. what: an utterance that has no file is called so, with its number."""
-    if is_source(inputs) or isinstance(inputs, Mapping) or getattr(inputs, "ndim", 2) < 2:
-        raise ValueError(f"inputs: got one {type(inputs).__name__}, expected a list of utterances, such as [{what}].")
-    if type(inputs).__module__.split(".")[0] == "datasets":
-        return _rows_of(inputs, what)
-    return [_item(value, f"{what} {row}") for row, value in enumerate(inputs)]
-
-
-def _item(value: object, name: str) -> _Item:
-    if not is_source(value):
-        return _Item(name, None, lambda: value)
-    return _Item(name_of(value), None if isinstance(value, Encoded) else str(value), lambda: value)
-
-
-def _distinct(items: list[_Item]) -> list[_Item]:
-    """Without files that came before."""
-    return list({item.key or row: item for row, item in enumerate(items)}.values())
-
-
-def _rows_of(data: object, what: str) -> list[_Item]:
-    """The rows of a data set of `datasets`, or of a column of one, as encoded audio, which is decoded here alone."""
-    import datasets  # who gives a data set has imported it already
-
-    from mrl_redimnet.data.corpus import source_of
-
-    column = None
-    if isinstance(getattr(data, "source", None), datasets.Dataset):  # data["audio"]
-        data, column = data.source, data.column_name
-    if not isinstance(data, datasets.Dataset):
-        raise ValueError(
-            f"inputs: a {type(data).__name__} cannot be embedded at once. Give a Dataset with an audio column or this "
-            "column; corpora of any size are for `mrl-redimnet embed`"
-        )
-    audio = [name for name, kind in data.features.items() if isinstance(kind, datasets.Audio)]
-    if column is None and len(audio) != 1:
-        raise ValueError(
-            f"inputs: the data set has {len(audio)} audio columns ({', '.join(audio) or 'none'}), expected one: give "
-            "the column, as in data['audio']"
-        )
-    column = column or audio[0]
-    if column not in audio:
-        raise ValueError(f"inputs: the column {column} holds no audio, but {data.features[column]}")
-    data = data.select_columns([column]).cast_column(column, datasets.Audio(decode=False)).with_format(None)
-
-    def load(row: int) -> object:
-        source = source_of(data[row][column])
-        if isinstance(source, Encoded):
-            return Encoded(f"{what} {row}, {source.name}", source.data, source.problem)
-        return source
-
-    return [_Item(f"{what} {row}", None, lambda row=row: load(row)) for row in range(len(data))]

@@ -25,7 +25,7 @@ def add(commands):
     )
     actions = parser.add_subparsers(dest="action", required=True)
 
-    push = add_command(actions, "push", push_folder, help="a saved adapter to a Hub repository")
+    push = add_command(actions, "push", push_folder, help="push a saved adapter to a Hub repository")
     add_push_options(push, "a saved adapter")
     push.add_argument("--base", help="Hub id of the adapter's base [what the folder says]")
 
@@ -35,21 +35,21 @@ def add(commands):
     pull.add_argument("repository", help="Hub id of the adapter")
     pull.add_argument("--revision", help="branch, tag or commit")
 
-    listing = add_command(actions, "list", show_list, help="the adapters of a base on the Hub")
+    listing = add_command(actions, "list", show_list, help="list the adapters of a base on the Hub")
     listing.add_argument("base", help="Hub id of the base")
     listing.add_argument("--author", help="only adapters of this user or organisation")
 
-    info = add_command(actions, "info", show_info, help="an adapter's base, domain, layers, rank and size")
+    info = add_command(actions, "info", show_info, help="show an adapter's base, domain, layers, rank and size")
     info.add_argument("adapter", help="the adapter: a path or Hub id")
     info.add_argument("--revision", help="branch, tag or commit")
     must_be_there(info, adapter=source)
 
-    detect = add_command(actions, "detect", show_domains, help="the domain that each file sounds like")
+    detect = add_command(actions, "detect", show_domains, help="say which domain each file sounds like")
     detect.add_argument("detector", type=Path, help="folder of a saved domain detector")
     detect.add_argument("files", nargs="+", type=Path, metavar="AUDIO", help="audio files")
     must_be_there(detect, detector=folder, files=file)
 
-    mix = add_command(actions, "mix", mix_into, help="several adapters of one base into a new adapter")
+    mix = add_command(actions, "mix", mix_into, help="mix several adapters of one base into a new adapter")
     mix.add_argument("base", help="the base: a path or Hub id")
     mix.add_argument(
         "weights", nargs="+", metavar="ADAPTER=WEIGHT", help="an adapter (a path or Hub id) and its weight in the mix"
@@ -66,7 +66,12 @@ def add(commands):
     )
     must_be_there(mix, base=source)
 
-    merge = add_command(actions, "merge", merge_into, help="an adapter into the weights of its base, as a plain model")
+    merge = add_command(
+        actions,
+        "merge",
+        merge_into,
+        help="merge an adapter into the weights of its base, and save that as a plain model",
+    )
     merge.add_argument("base", help="the base: a path or Hub id")
     merge.add_argument("adapter", help="the adapter: a path or Hub id")
     merge.add_argument("out", type=Path, help="a new folder")

@@ -23,7 +23,10 @@ def add(commands):
     """Adds the command to the subparsers `commands`."""
     thresholds = VALUES["scoring.calibration.THRESHOLDS_FILE"]
     parser = add_command(
-        commands, "calibrate", run, help="thresholds for a false-accept rate, one per dimension, saved beside the model"
+        commands,
+        "calibrate",
+        run,
+        help="set thresholds for a false-accept rate, one per dimension, and save them beside the model",
     )
     add_model(parser)
     add_lists(parser)

@@ -8,7 +8,7 @@ from mrl_redimnet_cli.arguments import add_command, file, folder, must_be_there
 
 def add(commands):
     """Adds the command to the subparsers `commands`."""
-    parser = add_command(commands, "convert", run, help="a published ReDimNet checkpoint to a Hub folder")
+    parser = add_command(commands, "convert", run, help="convert a published ReDimNet checkpoint into a Hub folder")
     parser.add_argument("checkpoint", type=Path, help="the published .pt file")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument(

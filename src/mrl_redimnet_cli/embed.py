@@ -16,7 +16,7 @@ def add(commands):
         commands,
         "embed",
         run,
-        help="embeddings of a corpus into a folder of parquet files; may be stopped and continued",
+        help="embed a corpus into a folder of parquet files; may be stopped and continued",
         epilog="Several processes: `accelerate launch -m mrl_redimnet_cli embed ...`, or RANK and WORLD_SIZE set by "
         "any scheduler. Exit status: 0 all embedded; 1 some utterances have problems (listed, the rest is embedded), "
         "but 0 where there are several processes, as a launcher would stop the others; 2 an error.",

@@ -25,7 +25,7 @@ def add(commands):
         commands,
         "evaluate",
         run,
-        help="error rates of trial lists at every dimension: as a table, as JSON, as a page with pictures",
+        help="measure error rates of trial lists at every dimension, as a table, as JSON and as a page with pictures",
     )
     add_model(parser)
     add_lists(parser)

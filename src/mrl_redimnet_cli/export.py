@@ -10,7 +10,7 @@ from mrl_redimnet_cli.names import CHOICES
 def add(commands):
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
-        commands, "export", run, help="a model as an ONNX or torch.export file, or an adapter for an ONNX file"
+        commands, "export", run, help="export a model as an ONNX or torch.export file, or an adapter for an ONNX file"
     )
     add_model(parser)
     parser.add_argument(

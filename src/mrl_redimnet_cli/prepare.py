@@ -10,7 +10,9 @@ from mrl_redimnet_cli.names import CHOICES, VALUES
 def add(commands):
     """Adds the command to the subparsers `commands`."""
     layout = VALUES["data.corpus.DEFAULT_LAYOUT"]
-    parser = add_command(commands, "prepare", run, help="a corpus to sharded parquet files, checked to be complete")
+    parser = add_command(
+        commands, "prepare", run, help="convert a corpus into sharded parquet files, and check that it is complete"
+    )
     parser.add_argument("root", help="folder of the corpus")
     parser.add_argument("out", type=Path, help="a new folder, or that of a run that was stopped, which is continued")
     parser.add_argument(

@@ -7,7 +7,7 @@ from mrl_redimnet_cli.arguments import add_command, add_push_options, print_push
 
 def add(commands):
     """Adds the command to the subparsers `commands`."""
-    parser = add_command(commands, "push", run, help="a saved model to a Hub repository")
+    parser = add_command(commands, "push", run, help="push a saved model to a Hub repository")
     add_push_options(parser, "a saved model")
 
 

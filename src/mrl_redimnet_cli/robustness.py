@@ -19,7 +19,7 @@ def add(commands):
     """Adds the command to the subparsers `commands`."""
     report, picture = VALUES["evaluation.robustness.REPORT"], VALUES["evaluation.robustness.PICTURE"]
     parser = add_command(
-        commands, "robustness", run, help="how much the EER grows under noise, rooms, codecs, cuts and the like"
+        commands, "robustness", run, help="measure how much the EER grows under noise, rooms, codecs, cuts and the like"
     )
     add_model(parser)
     parser.add_argument(

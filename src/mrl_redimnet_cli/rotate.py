@@ -9,7 +9,10 @@ from mrl_redimnet_cli.arguments import add_command, folder, must_be_there, sourc
 def add(commands):
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
-        commands, "rotate", run, help="rotate a model's embedding, so that its first numbers hold the most of it"
+        commands,
+        "rotate",
+        run,
+        help="rotate a model's embedding, so that its first numbers hold as much of it as they can",
     )
     parser.add_argument("model", help="the model: a path or Hub id")
     parser.add_argument("audio", type=Path, metavar="AUDIO_DIR", help="speech of many speakers, at any depth")

@@ -8,7 +8,7 @@ from mrl_redimnet_cli.arguments import add_command
 
 def add(commands):
     """Adds the command to the subparsers `commands`."""
-    parser = add_command(commands, "synthesise", run, help="a small synthetic corpus in VoxCeleb's folder layout")
+    parser = add_command(commands, "synthesise", run, help="make a small synthetic corpus in VoxCeleb's folder layout")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--train-speakers", type=int, default=60, help="number of training speakers [60]")
     parser.add_argument("--test-speakers", type=int, default=16, help="number of test speakers [16]")
