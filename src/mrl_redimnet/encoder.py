@@ -275,7 +275,7 @@ class SpeakerEncoder:
     def embed_batch(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
         """Waveforms [B, T] at 16 kHz, padded with anything behind their lengths [B] in samples -> [B, D] float32.
 
-        For whoever reads and batches speech himself; the model should be in evaluation mode.
+        For callers that read and batch speech themselves. The model should be in evaluation mode.
         """
         padding = bool((lengths != waveforms.shape[1]).any())
         waveforms = waveforms.to(self.device)

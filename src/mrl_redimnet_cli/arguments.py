@@ -85,6 +85,13 @@ def add_lists(parser: argparse.ArgumentParser):
     must_be_there(parser, noise=folder)
 
 
+def domain_of(arguments: argparse.Namespace):
+    """The domain of --domain and --noise; None for audio as it is."""
+    from mrl_redimnet.audio.domains import make_domain
+
+    return None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
+
+
 def add_paths_of_lists(parser: argparse.ArgumentParser):
     """Adds --folder, --format and --suffix; --enrolments is added by the commands, which differ in what it may be."""
     formats = CHOICES["scoring.trials.FORMATS"]

@@ -12,10 +12,10 @@ from mrl_redimnet_cli.arguments import (
     add_model,
     add_scoring,
     check_scoring,
+    domain_of,
     folder,
     must_be_there,
 )
-from mrl_redimnet_cli.evaluate import domain_of
 from mrl_redimnet_cli.names import VALUES
 
 

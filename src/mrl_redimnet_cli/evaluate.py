@@ -14,6 +14,7 @@ from mrl_redimnet_cli.arguments import (
     add_scoring,
     add_thresholds,
     check_scoring,
+    domain_of,
     file,
     must_be_there,
 )
@@ -106,13 +107,6 @@ def run(arguments: argparse.Namespace):
             if more.rows:
                 print(text_of(more), end="\n\n")
     _write(arguments, report, scored)
-
-
-def domain_of(arguments: argparse.Namespace):
-    """The domain of --domain and --noise; None for audio as it is."""
-    from mrl_redimnet.audio.domains import make_domain
-
-    return None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
 
 
 def _check(arguments: argparse.Namespace):

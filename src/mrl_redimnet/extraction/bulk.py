@@ -22,7 +22,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 import fsspec
@@ -105,14 +104,14 @@ def batches_of(
 ) -> Iterator[Batch | BlockEnd]:
     """The utterances of some tasks, each read once, batched by length, then the ends of their blocks.
 
-    batch_seconds: as of `SpeakerEncoder.embed`; of the audio, as many batches are held as
-    `length_batches` sorts together.
+    batch_seconds: as of `SpeakerEncoder.embed`. The audio of as many batches is held as `length_batches` sorts
+    together.
     """
     places = [(task.key, row) for task in tasks for row in range(len(task.utterances))]
     utterances = [utterance for task in tasks for utterance in task.utterances]
     names = [name_of(utterance.source) for utterance in utterances]
     paths = [name if is_text(name) else printable(name) for name in names]
-    problems: dict[Key, list[tuple[int, Problem]]] = {task.key: [] for task in tasks}
+    problems: dict[Key, list[Problem]] = {task.key: [] for task in tasks}
 
     def waveforms() -> Iterator[tuple[int, np.ndarray]]:
         for row, utterance in enumerate(utterances):
@@ -120,14 +119,14 @@ def batches_of(
                 yield row, _waveform(utterance.source, extractor)
             except (OSError, ValueError, ImportError) as error:  # ImportError: a store that fsspec needs a package for
                 reason = str(error) if isinstance(error, AudioError) else f"{printable(names[row])}: {error}"
-                problems[places[row][0]].append((row, Problem(utterance.id, paths[row], reason)))
+                problems[places[row][0]].append(Problem(utterance.id, paths[row], reason))
 
     for batch in length_batches(waveforms(), batch_seconds):
         of_batch = [places[row] for row in batch], [utterances[row].id for row in batch], [paths[row] for row in batch]
         lengths = torch.tensor([len(wave) for wave in batch.values()])
         yield Batch(*of_batch, padded(batch.values()), lengths)
     for task in tasks:
-        yield BlockEnd(task.key, task.size, [problem for _, problem in sorted(problems[task.key], key=itemgetter(0))])
+        yield BlockEnd(task.key, task.size, problems[task.key])
 
 
 def _waveform(source: str | Encoded, extractor: MRLReDimNetFeatureExtractor) -> np.ndarray:
