@@ -93,7 +93,7 @@ class AdapterFacts:
 def adapter_digest(folder: str | Path) -> str:
     """The hash "sha256:..." of the tensors in an adapter's folder, for `SpeakerEncoder.fingerprint`.
 
-    Raises FileNotFoundError where `folder` is none of an adapter.
+    Raises FileNotFoundError for a folder that holds no adapter.
     """
     tensors = Path(folder) / "adapter_model.safetensors"
     if not tensors.is_file():

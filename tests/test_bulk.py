@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 from commands import refusal, run
 from conftest import at_most, tiny_model
 from hypothesis import given
@@ -442,6 +443,18 @@ def test_two_processes_may_retry_the_same_part(broken, speech, system, expected,
     monkeypatch.setattr(Parts, "add", add)
     assert embed_corpus(system, inputs, out, again).problems == []
     same(out, expected)
+
+
+def test_a_process_embeds_on_the_accelerator_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    devices = [Process(number, 4, number).device for number in range(4)]
+    assert [str(device) for device in devices] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert Process().device == torch.device("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert Process().device == torch.device("cpu")
 
 
 def test_problems_do_not_stop_other_processes_under_a_launcher(broken, folder, tmp_path, monkeypatch, capsys):

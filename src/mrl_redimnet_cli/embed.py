@@ -53,7 +53,7 @@ def add(commands):
         nargs="+",
         default=[],
         metavar="ROLE=NAME",
-        help="which columns of tables hold the audio and the path: audio=NAME, path=NAME [found by their types]",
+        help="which columns of tables hold the audio and the path: audio=NAME, path=NAME [recognised]",
     )
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that decode audio, for each process that embeds [1]"
