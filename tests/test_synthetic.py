@@ -77,7 +77,7 @@ def test_trials_are_valid(corpus):
 @pytest.mark.parametrize(("speakers", "sessions", "utterances"), [(2, 2, 1), (3, 2, 2), (16, 3, 4), (9000, 2, 1)])
 def test_trial_list_sizes(speakers, sessions, utterances):
     parameters = dict(SMALL, test_speakers=speakers, sessions=sessions, utterances=utterances)
-    trials = list(synthetic._trials(parameters))
+    trials = list(synthetic.trial_rows(parameters))
     labels = Counter(label for label, *_ in trials)
     assert labels[0] == labels[1] > 0 and len(trials) <= synthetic.MAX_TRIALS
     assert all((left[:7] == right[:7]) == label for label, left, right in trials)
@@ -126,20 +126,20 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(synthetic, "_trials", fail)
+    monkeypatch.setattr(synthetic, "trial_rows", fail)
     with pytest.raises(RuntimeError, match="fire"):
         make_corpus(tmp_path / "corpus", **TINY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_corpus_finished_meanwhile_by_another_process_is_used(tmp_path, monkeypatch):
-    root, write = tmp_path / "corpus", synthetic._write_corpus
+    root, write = tmp_path / "corpus", synthetic.write_corpus
 
     def write_twice(folder, parameters):
         write(folder, parameters)
         write(root, parameters)
 
-    monkeypatch.setattr(synthetic, "_write_corpus", write_twice)
+    monkeypatch.setattr(synthetic, "write_corpus", write_twice)
     assert make_corpus(root, **TINY) == root
     assert json.loads((root / "corpus.json").read_text())["seed"] == TINY["seed"]
     assert list(tmp_path.iterdir()) == [root]

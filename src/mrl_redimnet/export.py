@@ -206,11 +206,12 @@ class _Exported(nn.Module):
         self.min_samples = encoder.config.min_samples if min_samples is None else min_samples
 
     def forward(self, input_values, attention_mask=None, factors=None):
-        torch._check(input_values.shape[1] >= self.min_samples)
+        require = torch._check  # noqa: SLF001 -- what torch.export's manual says to bound sizes by
+        require(input_values.shape[1] >= self.min_samples)
         lengths = None
         if attention_mask is not None:
-            torch._check(attention_mask.shape[0] == input_values.shape[0])
-            torch._check(attention_mask.shape[1] == input_values.shape[1])
+            require(attention_mask.shape[0] == input_values.shape[0])
+            require(attention_mask.shape[1] == input_values.shape[1])
             lengths = attention_mask.sum(1)
         if factors is None:
             return self.window(input_values, lengths)

@@ -165,7 +165,7 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: int) -> dict | Problem:
         rng = np.random.default_rng([self.seed, 1, draw])
-        row, speed = self._row(draw, rng)
+        row, speed = self.corpus_row(draw, rng)
         shortest, longest = self.crop_seconds
         if longest > shortest:
             shortest = np.random.default_rng([self.seed, 5, draw // self.batch]).uniform(shortest, longest)
@@ -182,7 +182,7 @@ class CropDataset(torch.utils.data.Dataset):
             example["label"] = self.targets[row].item()
         return example
 
-    def _row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
+    def corpus_row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
         """The corpus's row of a draw, and its speed where that is the group's and not its own."""
         if self.sampler == "utterance":
             return int(self._in_order(draw, len(self._labels))), None

@@ -264,7 +264,7 @@ def _write_shard(usable: datasets.Dataset, work: Path, plan: _Plan, shard: int) 
         write_statistics=["speaker", "seconds"],
     ) as writer:
         for first in range(0, len(rows), ROWS_PER_GROUP):
-            group, failed = _read_rows(usable, rows[first : first + ROWS_PER_GROUP])
+            group, failed = read_rows(usable, rows[first : first + ROWS_PER_GROUP])
             problems += failed
             written += len(group)
             seconds += sum(row["seconds"] for row in group)
@@ -278,7 +278,7 @@ def _write_shard(usable: datasets.Dataset, work: Path, plan: _Plan, shard: int) 
     return facts
 
 
-def _read_rows(usable: datasets.Dataset, rows: np.ndarray) -> tuple[list[dict], list[tuple[str, str]]]:
+def read_rows(usable: datasets.Dataset, rows: np.ndarray) -> tuple[list[dict], list[tuple[str, str]]]:
     """Rows with their files' bytes, and (path, reason) of those whose file can no longer be read."""
     group, problems = [], []
     for number in rows.tolist():

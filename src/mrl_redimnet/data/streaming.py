@@ -106,7 +106,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
         self.make, self.keep, self.seed, self.window, self.epochs = make, keep, seed, window, epochs
         self.rank, self.world, self.workers = rank, world, workers
         self.source, self._remote = source, is_remote(source)
-        self._data = _open(source)
+        self._data = open_stream(source)
         self._columns = Columns.find(self._data.features, columns)
         self._names = speaker_names(self._data.features[self._columns.speaker])
         needed = [name for name in asdict(self._columns).values() if name is not None]
@@ -140,9 +140,9 @@ class SpeechStream(torch.utils.data.IterableDataset):
             raise ValueError(f"the stream is made for {self.workers} workers, its DataLoader has {workers}")
         # The loader takes batches from its workers in turn, and begins with the first again when it is made anew.
         turn = (number + self.first_worker) % max(workers, 1)
-        return self._examples(self.places[self.own_streams[turn]])
+        return self.examples_from(self.places[self.own_streams[turn]])
 
-    def _examples(self, place: Place) -> Iterator[Streamed]:
+    def examples_from(self, place: Place) -> Iterator[Streamed]:
         """All examples of one stream from a place on."""
         while self.epochs is None or place.epoch < self.epochs:
             files = self._files_of(place.stream, place.epoch)
@@ -266,11 +266,11 @@ def stream_contents(source: str, columns: dict[str, str] | None = None) -> Strea
         if len(speakers) != found.speakers:
             raise ValueError(f"{source}/speakers.json has {len(speakers)} speakers, index.json {found.speakers}")
         return StreamContents(speakers, found.rows, found.seconds)
-    features = _open(source).features
+    features = open_stream(source).features
     used = Columns.find(features, columns)
     needed = [name for name in (used.speaker, used.seconds) if name is not None]
     names, rows, seconds = set(), 0, 0.0
-    for table in _open(source, needed).select_columns(needed).with_format("arrow").iter(_ROWS_AT_A_TIME):
+    for table in open_stream(source, needed).select_columns(needed).with_format("arrow").iter(_ROWS_AT_A_TIME):
         rows += len(table)
         names.update(table.column(used.speaker).unique().to_pylist())
         seconds += pc.sum(table.column(used.seconds)).as_py() or 0.0 if used.seconds is not None else 0.0
@@ -282,7 +282,7 @@ def stream_contents(source: str, columns: dict[str, str] | None = None) -> Strea
 _ROWS_AT_A_TIME = 10_000
 
 
-def _open(source: str, columns: list[str] | None = None) -> datasets.IterableDataset:
+def open_stream(source: str, columns: list[str] | None = None) -> datasets.IterableDataset:
     """The source as a stream; of parquet data only `columns` are read (None: all)."""
     options = {}
     if columns is not None:

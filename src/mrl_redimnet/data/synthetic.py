@@ -304,7 +304,7 @@ def make_corpus(
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
         corpus = Path(scratch, "corpus")
-        _write_corpus(corpus, parameters)
+        write_corpus(corpus, parameters)
         try:
             if root.is_dir():
                 root.rmdir()  # empty, or it would have been refused above
@@ -357,7 +357,7 @@ def _is_complete(root: Path, parameters: dict) -> bool:
     return True
 
 
-def _write_corpus(root: Path, p: dict) -> None:
+def write_corpus(root: Path, p: dict) -> None:
     """All files of a corpus into a new folder."""
     numbers = {
         "train": range(1, 1 + p["train_speakers"]),
@@ -378,7 +378,7 @@ def _write_corpus(root: Path, p: dict) -> None:
     with open(root / "metadata.csv", "w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerows([["split", "path", "speaker", "gender", "seconds"], *rows])
-    trials = "".join(f"{label} {left} {right}\n" for label, left, right in _trials(p))
+    trials = "".join(f"{label} {left} {right}\n" for label, left, right in trial_rows(p))
     (root / "test" / "trials.txt").write_text(trials)
     (root / "README.txt").write_text(_README.format(version=GENERATOR_VERSION, seed=p["seed"]))
     (root / "corpus.json").write_text(json.dumps(p, indent=1) + "\n")
@@ -388,7 +388,7 @@ def _wav(number: int, session: int, utterance: int) -> str:
     return f"id{number:05d}/s{session:02d}/{utterance:05d}.wav"
 
 
-def _trials(p: dict) -> Iterator[tuple[int, str, str]]:
+def trial_rows(p: dict) -> Iterator[tuple[int, str, str]]:
     """Trials (label, wav, wav): as many impostor as target pairs, at most MAX_TRIALS, each speaker equally often.
 
     Targets cross sessions. Impostors are of the same gender wherever the gender has another speaker: pitch and tract

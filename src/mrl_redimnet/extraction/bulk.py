@@ -361,9 +361,9 @@ class Parts:
 
     def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]):
         """A block's file, after that of its problems: when the first is there, so is the second."""
-        self._write_problems(key, problems)
+        self.write_problems(key, problems)
         metadata = {**asdict(self.made), "utterances": str(utterances)}
-        self._put(self.file(key), lambda file: pq.write_table(table.replace_schema_metadata(metadata), file))
+        self.put(self.file(key), lambda file: pq.write_table(table.replace_schema_metadata(metadata), file))
 
     def add(self, key: Key, table: pa.Table, problems: list[Problem]):
         """To a finished block what had problems in it once, and the problems that remain."""
@@ -371,22 +371,23 @@ class Parts:
         old = there.filter(pa.array([name not in set(table["id"].to_pylist()) for name in there["id"].to_pylist()]))
         metadata = there.schema.metadata
         joined = pa.concat_tables([old.replace_schema_metadata(), table]).replace_schema_metadata(metadata)
-        self._put(self.file(key), lambda file: pq.write_table(joined, file))
-        self._write_problems(key, problems)
+        self.put(self.file(key), lambda file: pq.write_table(joined, file))
+        self.write_problems(key, problems)
 
     def _problems_file(self, key: Key) -> Path:
         return self.folder / self.file(key).name.replace("part-", "problems-").replace(".parquet", ".jsonl")
 
-    def _write_problems(self, key: Key, problems: list[Problem]):
+    def write_problems(self, key: Key, problems: list[Problem]) -> None:
+        """The file of a block's problems; none where there are no problems."""
         file = self._problems_file(key)
         if not problems:
             file.unlink(missing_ok=True)
             return
         text = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-        self._put(file, lambda target: target.write_text(text, encoding="utf-8"))
+        self.put(file, lambda target: target.write_text(text, encoding="utf-8"))
 
-    def _put(self, target: Path, write: Callable[[Path], object]):
-        """Under a name of this process first: one left over from a killed run may be writing the same file."""
+    def put(self, target: Path, write: Callable[[Path], object]) -> None:
+        """Writes a file, under a name of this process first: a killed run may have left another that writes it, too."""
         own = target.with_name(f".{socket.gethostname()}-{os.getpid()}-{target.name}")
         replace_file(own, write)
         os.replace(own, target)
@@ -479,15 +480,15 @@ class Work(IterableDataset):
             sequential = [shard.sequential for shard in self.inputs.shards]
             turns = share(turns, sequential, worker.id, worker.num_workers)
         try:
-            for tasks in self._together(turns):
+            for tasks in self.together(turns):
                 yield from batches_of(tasks, self.extractor, self.how.batch_seconds)
         except (OSError, ValueError) as error:
             yield error
 
-    def _together(self, turns: Turns) -> Iterator[list[Task]]:
+    def together(self, turns: Turns) -> Iterator[list[Task]]:
         """Blocks that are sorted by length together: one large one, or as many small ones as make one."""
         tasks: list[Task] = []
-        for key, utterances in self._blocks(turns):
+        for key, utterances in self.blocks(turns):
             tasks.append(Task(key, self._left(key, utterances), len(utterances)))
             if sum(len(task.utterances) for task in tasks) >= self.how.part_size:
                 yield tasks
@@ -495,7 +496,8 @@ class Work(IterableDataset):
         if tasks:
             yield tasks
 
-    def _blocks(self, turns: Turns) -> Iterator[tuple[Key, list[Utterance]]]:
+    def blocks(self, turns: Turns) -> Iterator[tuple[Key, list[Utterance]]]:
+        """The blocks of these shards that are still to be done, or to be tried again."""
         for number in turns:
             shard, again = self.inputs.shards[number], any(key[0] == number for key in self.retries)
             if shard.sequential and self.parts.finished(number, self.size) and not again:

@@ -242,7 +242,7 @@ class SpeakerIndex:
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
             raise ValueError(f"its format is {description['format']}, expected {_FORMAT}")
-        index = cls.__new__(cls)
+        index: Self = cls.__new__(cls)
         index.short, index.storage, index.full = (description[key] for key in ("short", "storage", "full"))
         shape = (description["speakers"], description["dimensions"])
         _check_options(shape[1], index.short, index.storage, index.full)
@@ -338,19 +338,20 @@ class BinaryShortlist:
         self._basis = (basis * np.sign(np.diag(triangle))).astype(np.float32)  # this sign makes it unique
 
     def add(self, prefixes: NDArray) -> None:
-        self._index.add(self._signs(prefixes))
+        self._index.add(self.signs(prefixes))
 
     def add_codes(self, codes: NDArray, count: int) -> None:
         self._index.add(_checked_codes(codes, count, self._index.code_size))
 
     def nearest(self, prefixes: NDArray, count: int) -> NDArray:
-        return self._index.search(self._signs(prefixes), count)[1]
+        return self._index.search(self.signs(prefixes), count)[1]
 
     @property
     def codes(self) -> NDArray:
         return _view(self._index.xb, self._index.ntotal)
 
-    def _signs(self, prefixes: NDArray) -> NDArray:
+    def signs(self, prefixes: NDArray) -> NDArray:
+        """prefixes [N, short] -> codes [N, short / 8] uint8, one bit a sign."""
         return np.packbits((prefixes - self.mean.astype(np.float32)) @ self._basis > 0, axis=1)
 
 

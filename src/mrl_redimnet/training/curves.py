@@ -148,7 +148,7 @@ def _dims(lines: Iterable[dict], key: str) -> set[int]:
     return {int(dim) for line in lines for dim in line.get(key) or {}}
 
 
-def _curve(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def curve_of(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Steps [N] and values [N] of the lines that have one, a gap where it was no number; N at most POINTS."""
     if dim is not None:
         lines = [{"step": line["step"], **(line.get(key) or {})} for line in lines]
@@ -163,7 +163,8 @@ def _curve(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.
     return steps, values
 
 
-def _line(ax: Axes, curve: tuple[np.ndarray, np.ndarray], **style):
+def add_line(ax: Axes, curve: tuple[np.ndarray, np.ndarray], **style) -> None:
+    """Draws steps [N] and values [N] into a panel; few of them are marked."""
     marker = "o" if len(curve[0]) <= 20 else ""  # a lone point has no line
     ax.plot(*curve, marker=marker, markersize=3, **style)
 
@@ -175,14 +176,14 @@ def _legend(ax: Axes, handles: list[Line2D]):
 
 def _losses(ax: Axes, lines: Lines):
     for dim in sorted(_dims(lines.train, "prefix_losses")):
-        curve = _curve(lines.train, "prefix_losses", dim)
-        _line(ax, curve, color=lines.colors[dim], lw=0.7, label=f"{dim} dimensions")
+        curve = curve_of(lines.train, "prefix_losses", dim)
+        add_line(ax, curve, color=lines.colors[dim], lw=0.7, label=f"{dim} dimensions")
     if _has(lines.train, "loss"):
-        _line(ax, _curve(lines.train, "loss"), color="black", lw=1.6, label="training")
+        add_line(ax, curve_of(lines.train, "loss"), color="black", lw=1.6, label="training")
     for name, style in lines.styles.items():
         if _has(lines.of_set(name), "validation_loss"):
-            curve = _curve(lines.of_set(name), "validation_loss")
-            _line(ax, curve, color="C3", lw=1.6, ls=style, label=f"validation: {_text(name)}")
+            curve = curve_of(lines.of_set(name), "validation_loss")
+            add_line(ax, curve, color="C3", lw=1.6, ls=style, label=f"validation: {_text(name)}")
     ax.set(title="Loss", ylabel="loss, nats")
     _legend(ax, ax.get_legend_handles_labels()[0])
 
@@ -191,8 +192,8 @@ def _eers(ax: Axes, lines: Lines):
     of_dims, of_sets, values = {}, {}, []
     for name, style in lines.styles.items():
         for dim in sorted(_dims(lines.of_set(name), "eer")):
-            steps, rates = _curve(lines.of_set(name), "eer", dim)
-            _line(ax, (steps, 100 * rates), color=lines.colors[dim], lw=1.4, ls=style)
+            steps, rates = curve_of(lines.of_set(name), "eer", dim)
+            add_line(ax, (steps, 100 * rates), color=lines.colors[dim], lw=1.4, ls=style)
             of_dims[dim] = Line2D([], [], color=lines.colors[dim], lw=2, label=f"{dim} dimensions")
             of_sets[name] = Line2D([], [], color="grey", ls=style, label=_text(name))
             values += [100 * rate for rate in rates if math.isfinite(rate)]
@@ -216,12 +217,12 @@ def _schedule(ax: Axes, lines: Lines):
     handles = []
     ax.set(title="Learning rate and margin", ylabel="learning rate")
     if _has(lines.train, "learning_rate"):
-        handles += ax.plot(*_curve(lines.train, "learning_rate"), color="C0", label="learning rate")
+        handles += ax.plot(*curve_of(lines.train, "learning_rate"), color="C0", label="learning rate")
         ax.set_ylim(bottom=0)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if _has(lines.train, "margin"):
         right = ax.twinx() if handles else ax
-        handles += right.plot(*_curve(lines.train, "margin"), color="C1", ls="--", label="margin")
+        handles += right.plot(*curve_of(lines.train, "margin"), color="C1", ls="--", label="margin")
         right.set(ylabel="margin, radians")
         right.set_ylim(bottom=0)
     _legend(ax, handles)
@@ -230,7 +231,7 @@ def _schedule(ax: Axes, lines: Lines):
 def _rates(ax: Axes, lines: Lines):
     for key, label in RATES.items():
         if _has(lines.train, key):
-            _line(ax, _curve(lines.train, key), lw=1.2, label=label)
+            add_line(ax, curve_of(lines.train, key), lw=1.2, label=label)
     ax.set(title="Speed", ylabel="crops/s")
     ax.set_ylim(bottom=0)
     _legend(ax, ax.get_legend_handles_labels()[0])
