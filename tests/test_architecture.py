@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"configuration_mrl_redimnet"},
     {"modeling_mrl_redimnet", "feature_extraction_mrl_redimnet"},
-    {"extras", "files", "settings"},
+    {"extras", "files", "settings", "streams"},
     {"audio", "rows"},
     {"hub_cards", "convert", "rotation", "data"},
     {"saving"},

@@ -19,6 +19,7 @@ from mrl_redimnet.audio.augmentation import Chain, InDomain, fitted
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, name_of, read_audio
 from mrl_redimnet.audio.material import MaterialError, draw_readable
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source, labels_of, seconds_of
+from mrl_redimnet.streams import Stream
 
 SAMPLERS = ("speaker", "utterance")
 
@@ -164,11 +165,11 @@ class CropDataset(torch.utils.data.Dataset):
         return len(self._labels) if self.sampler == "utterance" else len(self._first) * self.utterances_per_speaker
 
     def __getitem__(self, draw: int) -> dict | Problem:
-        rng = np.random.default_rng([self.seed, 1, draw])
+        rng = Stream.CROP.generator(self.seed, draw)
         row, speed = self.corpus_row(draw, rng)
         shortest, longest = self.crop_seconds
         if longest > shortest:
-            shortest = np.random.default_rng([self.seed, 5, draw // self.batch]).uniform(shortest, longest)
+            shortest = Stream.CROP_SECONDS.generator(self.seed, draw // self.batch).uniform(shortest, longest)
         example = self.maker.make(
             audio_source(self.corpus, row),
             float(self._seconds[row]),
@@ -194,7 +195,7 @@ class CropDataset(torch.utils.data.Dataset):
         shares /= shares.sum()
         if self.utterances_per_speaker == 1:
             return int(rng.choice(rows, p=shares)), None
-        of_group = np.random.default_rng([self.seed, 4, group])
+        of_group = Stream.SPEAKER_GROUP.generator(self.seed, group)
         chosen = of_group.choice(rows, min(self.utterances_per_speaker, len(rows)), replace=False, p=shares)
         return int(chosen[member % len(chosen)]), self.maker.draw_speed(of_group)
 
@@ -202,7 +203,7 @@ class CropDataset(torch.utils.data.Dataset):
         """Item `count` of an endless sequence of permutations of `length` items."""
         epoch, position = divmod(count, length)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(length).astype(np.int32)
+            self._order = Stream.CORPUS_ORDER.generator(self.seed, epoch).permutation(length).astype(np.int32)
             self._epoch = epoch
         return int(self._order[position])
 

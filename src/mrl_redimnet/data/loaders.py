@@ -17,6 +17,7 @@ from mrl_redimnet.audio.io import AudioError, Encoded, audio_info
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source
 from mrl_redimnet.data.crops import CropDataset, CropMaker, DrawBatches, Problem, collate
 from mrl_redimnet.data.streaming import Collated, SpeechStream, StreamState
+from mrl_redimnet.streams import Stream
 
 BEYOND = 2**40  # draws that no training comes to
 
@@ -65,7 +66,7 @@ class DrawnCrops:
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
         """Up to `most` drawn utterances, for `embed_files`."""
-        rows = np.random.default_rng([seed, 3]).permutation(len(self.dataset.corpus))[:most]
+        rows = Stream.CORPUS_SAMPLE.generator(seed).permutation(len(self.dataset.corpus))[:most]
         return [audio_source(self.dataset.corpus, int(row)) for row in sorted(rows)]
 
     def state(self) -> None:

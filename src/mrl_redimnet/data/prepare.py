@@ -36,6 +36,7 @@ from mrl_redimnet.data.corpus import (
     without_evaluation_speakers,
 )
 from mrl_redimnet.files import refuse_existing, text_lines
+from mrl_redimnet.streams import Stream
 
 ROWS_PER_GROUP = 100  # what a reader holds at a time: some ten megabytes of encoded speech
 _TEXT = datasets.Value("string")
@@ -210,7 +211,7 @@ class _Plan:
 
     def rows_of(self, shard: int, rows: int) -> np.ndarray:
         """The rows of the corpus that a shard holds, in its order."""
-        order = np.random.default_rng([self.seed, 6]).permutation(rows)
+        order = Stream.PREPARED_ORDER.generator(self.seed).permutation(rows)
         return np.array_split(order, self.shards)[shard]
 
     def name_of(self, shard: int) -> str:

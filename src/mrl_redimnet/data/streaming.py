@@ -41,6 +41,7 @@ from mrl_redimnet.data.corpus import (
     speaker_names,
 )
 from mrl_redimnet.data.prepare import PreparedIndex
+from mrl_redimnet.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,11 @@ class SpeechStream(torch.utils.data.IterableDataset):
             place = Place(place.stream, place.epoch + 1)
 
     def _files_of(self, stream: int, epoch: int) -> list[int]:
-        order = np.random.default_rng([self.seed, 7, epoch]).permutation(self.files)
+        order = Stream.STREAM_FILES.generator(self.seed, epoch).permutation(self.files)
         return order[stream :: self.streams].tolist()
 
     def _order(self, place: Place, file: int, rows: int) -> np.ndarray:
-        seed = [self.seed, 8, place.epoch, file, place.block]
-        return np.random.default_rng(seed).permutation(rows)
+        return Stream.STREAM_ROWS.generator(self.seed, place.epoch, file, place.block).permutation(rows)
 
     def _blocks(self, file: int, first: int) -> Iterator[pa.Table]:
         """Arrow tables of `window` rows of one file, from block `first` on."""

@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 
 from mrl_redimnet.extras import extra
+from mrl_redimnet.streams import SyntheticStream
 
 with extra("evaluation"):
     from scipy.signal import lfilter
@@ -30,7 +31,6 @@ MAX_TRIALS = 1500
 _HOP = 160  # one control frame, 10 ms
 _FFT = 1024  # a 20 ms frame and 44 ms for the resonators to ring out
 _UPPER = (3350.0, 4300.0, 5300.0, 6300.0)  # F4.. of an average male tract, Hz
-_SPEAKER, _SESSION, _UTTERANCE, _TRIALS = range(4)  # first word of each random stream's key, after the seed
 
 # Columns: F1, F2, F3 (Hz, male), voice level, noise level, noise centre and bandwidth (Hz), shortest and longest (ms).
 # Vowels: Peterson & Barney (1952), table II, men. Consonant formants: approximately Klatt's (1980, table III); the
@@ -101,7 +101,7 @@ class Speaker:
 
 def draw_speaker(seed: int, number: int) -> Speaker:
     """The speaker with this number (1, 2, ...; test speakers from 10001), a function of (seed, number) alone."""
-    rng = np.random.default_rng([seed, _SPEAKER, number])
+    rng = SyntheticStream.SPEAKER.generator(seed, number)
     female = number % 2 == 0
     tract = float(np.clip((1.16 if female else 1.0) * np.exp(rng.normal(0, 0.06)), 0.8, 1.25))
     upper = np.array(_UPPER) * tract * np.exp(rng.normal(0, 0.06, len(_UPPER)))
@@ -134,8 +134,8 @@ def synthesise(seed: int, number: int, session: int, utterance: int, seconds: tu
         (samples,) float64 at 16 kHz, peak below 0.99, rms about -33 to -20 dB re full scale.
     """
     speaker = draw_speaker(seed, number)
-    recording = np.random.default_rng([seed, _SESSION, number, session])  # same draws for all utterances of a session
-    rng = np.random.default_rng([seed, _UTTERANCE, number, session, utterance])
+    recording = SyntheticStream.SESSION.generator(seed, number, session)  # same draws for all utterances of a session
+    rng = SyntheticStream.UTTERANCE.generator(seed, number, session, utterance)
     frames = int(round(rng.uniform(*seconds) * SAMPLE_RATE / _HOP))
     mood = np.exp(np.clip(recording.normal(0, 0.05), -0.1, 0.1))  # the same voice is not at the same pitch every day
     effort = np.exp(recording.normal(0, 0.2))  # nor equally loud, which moves the spectral tilt
@@ -394,7 +394,7 @@ def trial_rows(p: dict) -> Iterator[tuple[int, str, str]]:
     Targets cross sessions. Impostors are of the same gender wherever the gender has another speaker: pitch and tract
     length alone would tell most mixed pairs apart.
     """
-    rng = np.random.default_rng([p["seed"], _TRIALS])
+    rng = SyntheticStream.TRIALS.generator(p["seed"])
     count, sessions, utterances = p["test_speakers"], p["sessions"], p["utterances"]
     per_speaker = min(sessions * (sessions - 1) // 2 * utterances**2, max(1, MAX_TRIALS // 2 // count))
     seen: set[frozenset[str]] = set()
