@@ -50,14 +50,13 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
         waveforms = [raw_speech] if single else list(raw_speech)
         if not waveforms:
             raise ValueError("raw_speech: an empty list, expected at least one waveform.")
-        checked = [self._checked(waveform, i) for i, waveform in enumerate(waveforms)]
+        checked = [self.checked(waveform, f"raw_speech[{i}]") for i, waveform in enumerate(waveforms)]
         return self.pad(
             BatchFeature({"input_values": checked}), padding=padding, return_tensors=return_tensors, **kwargs
         )
 
-    def _checked(self, waveform, index: int) -> np.ndarray:
-        """One waveform as float32 [samples]."""
-        where = f"raw_speech[{index}]"
+    def checked(self, waveform, where: str) -> np.ndarray:
+        """One waveform, as for a call, as float32 [samples]; raises ValueError that begins with `where`, its name."""
         if isinstance(waveform, torch.Tensor):
             waveform = waveform.detach().cpu()
             if waveform.is_floating_point():  # numpy has no bfloat16

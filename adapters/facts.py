@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from configuration_mrl_redimnet import MRLReDimNetError
+from mrl_redimnet.files import replace_text
 
 FACTS_FILE = "mrl_redimnet_adapter.json"
 TASKS = ("verification", "classification", "regression")
@@ -59,10 +59,7 @@ class AdapterFacts:
 
     def save(self, folder: str | Path):
         """Writes `folder`/mrl_redimnet_adapter.json, whole or not at all."""
-        target = Path(folder) / FACTS_FILE
-        temporary = target.with_name(f"{FACTS_FILE}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        replace_text(Path(folder) / FACTS_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "AdapterFacts | None":

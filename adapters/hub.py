@@ -39,13 +39,13 @@ from configuration_mrl_redimnet import MRLReDimNetError
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.files import refuse_missing
+from mrl_redimnet.hub_cards import PLACEHOLDER
 from mrl_redimnet.saving import load_model
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # reading one runs whatever code is in it
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-NAMELESS = "PATH_OR_HUB_ID"  # what a card of mrl_redimnet.hub_cards says before its repository is known
 LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or pass a token"
 
 
@@ -158,7 +158,7 @@ def push_base(
     except (ValueError, OSError) as error:
         raise HubError(f"{folder} cannot be loaded, so it is not pushed: {error}") from error
     if "README.md" in sent:
-        sent["README.md"] = _read(folder / "README.md").replace(NAMELESS, repository).encode()
+        sent["README.md"] = _read(folder / "README.md").replace(PLACEHOLDER, repository).encode()
     _check_paths(folder, sent)
     return _push(sent, left_out, repository, private, revision, tag, token, message or "Model")
 
@@ -352,7 +352,7 @@ def _card(folder: Path, repository: str, base: str, stale: set[str], facts: Adap
     file = folder / "README.md"
     name = repository.split("/")[-1]
     text = _read(file) if file.is_file() else f"# {name}\n\nA LoRA adapter (PEFT) on `{base}`.\n"
-    text = text.replace(NAMELESS, repository)
+    text = text.replace(PLACEHOLDER, repository)
     for local in sorted(stale, key=len, reverse=True):
         for quoted in ("{}",) if os.path.isabs(local) else ('"{}"', "`{}`"):  # a short name may be part of a word
             text = text.replace(quoted.format(local), quoted.format(base))

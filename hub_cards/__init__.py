@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing it would import PEFT, which a base's card does wi
     from mrl_redimnet.adapters.facts import AdapterFacts
 
 UNKNOWN_TRAINING = "How these weights were trained is not recorded here."
-PLACEHOLDER = "PATH_OR_HUB_ID"
+PLACEHOLDER = "PATH_OR_HUB_ID"  # in the card of a model that is in no repository yet
 NETWORKS = {  # by config.network
     "redimnet": ("ReDimNet", "https://arxiv.org/abs/2407.18223"),
     "redimnet2": ("ReDimNet2", "https://arxiv.org/abs/2603.11841"),

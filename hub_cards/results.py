@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_text
 from mrl_redimnet.rows import SIDES, AttributeRow, GroupRow, NumberRow, VerificationRow, row_from
 
 EVALUATION_FILE = "evaluation.json"
@@ -59,7 +59,7 @@ class Evaluation:
     def save(self, folder: str | Path):
         """Writes `folder`/evaluation.json, whole or not at all."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        replace_file(Path(folder) / EVALUATION_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        replace_text(Path(folder) / EVALUATION_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation | None":

@@ -29,7 +29,7 @@ from mrl_redimnet.evaluation.page import (
     write_page,
 )
 from mrl_redimnet.evaluation.results import check_present
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_file, replace_text
 from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Threshold, Thresholds
 from mrl_redimnet.scoring.scorers import Scorer, by_enrolments, with_enrolments
 from mrl_redimnet.scoring.trials import Trials, read_trials
@@ -164,7 +164,7 @@ def _record(scored: ScoredList, name: str, arguments, group_of: dict[str, str] |
 
 def _write_results(arguments, report: dict, scored: dict[str, ScoredList]):
     if arguments.json is not None:
-        replace_file(arguments.json, lambda file: file.write_text(as_json(report), encoding="utf-8"))
+        replace_text(arguments.json, as_json(report))
     if arguments.scores is not None:
         replace_file(arguments.scores, lambda file: _write_scores(file, arguments.scores.suffix, scored))
     if arguments.page is not None:

@@ -93,6 +93,11 @@ def replace_file(target: Path, write: Callable[[Path], object]):
         temporary.unlink(missing_ok=True)
 
 
+def replace_text(target: Path, text: str, newline: str | None = None) -> None:
+    """Puts a file of this text, UTF-8, in `target`'s place, whole or not at all. newline: as of `open`."""
+    replace_file(target, lambda file: file.write_text(text, encoding="utf-8", newline=newline))
+
+
 def recover_folder(target: Path):
     """Puts back what `replace_folder` had moved aside when it was killed between its two renamings."""
     old = target.with_name(f".{target.name}.old")

@@ -25,6 +25,7 @@ from huggingface_hub import constants
 
 from mrl_redimnet.audio.io import AudioError, Encoded, audio_info
 from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, LeftOut, is_text, printable, walk
+from mrl_redimnet.files import replace_text
 from mrl_redimnet.settings import near
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
@@ -610,10 +611,7 @@ class SpeakerTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the names as a JSON list; `path` holds either its old content or all of the new one."""
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.names, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        replace_text(Path(path), json.dumps(self.names, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SpeakerTable":
@@ -657,7 +655,7 @@ def check_problems(
         summary += f"; and {len(problems) - 5:,} more"
     if report_path is not None:
         lines = ["path\treason", *(f"{printable(path)}\t{' '.join(reason.split())}" for path, reason in problems)]
-        Path(report_path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        replace_text(Path(report_path), "\n".join(lines) + "\n")
         summary += f" (all in {report_path})"
     if share > max_share:
         raise ValueError(f"{summary}. At most {100 * max_share:g} % may be unusable")

@@ -46,7 +46,7 @@ from mrl_redimnet.audio.scan import is_hidden, walk
 from mrl_redimnet.embedding import embed_files
 from mrl_redimnet.evaluation.results import check_present, reader
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_file, replace_text
 from mrl_redimnet.rows import ALL, SIDES, NumberRow
 from mrl_redimnet.scoring.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.scoring.scorers import score
@@ -288,7 +288,7 @@ def save_reports(reports: Sequence[RobustnessReport], file: str | Path, differen
     """Writes reports, and how systems differ from the first, as JSON, whole or not at all."""
     record = {"systems": [asdict(report) for report in reports], "differences": [asdict(row) for row in differences]}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    replace_file(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(Path(file), text)
 
 
 def load_reports(file: str | Path) -> tuple[list[RobustnessReport], list[DifferenceRow]]:

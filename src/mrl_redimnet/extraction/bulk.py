@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 
 import fsspec
@@ -585,10 +586,13 @@ def _loaded(work: Work) -> Iterator[Batch | BlockEnd | Exception]:
     workers = work.how.workers
     ahead = dict(prefetch_factor=READ_AHEAD, in_order=False) if workers else {}
     loader = DataLoader(work, batch_size=None, num_workers=workers, generator=torch.Generator(), **ahead)
+    others = set(active_children())
+    batches = iter(loader)
+    processes = set(active_children()) - others
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(process.exitcode for process in processes):  # an error of the work itself
             raise
         raise ChildProcessError(
             f"a process that decodes audio died ({error}): killed for want of memory, perhaps. Run the command again, "

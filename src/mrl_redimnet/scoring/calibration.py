@@ -20,7 +20,7 @@ from torch import nn
 from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_text
 
 THRESHOLDS_FILE = "thresholds.json"
 VERSION = 1
@@ -368,7 +368,7 @@ class Thresholds:
             raise FileNotFoundError(f"no folder {folder} to save {THRESHOLDS_FILE} in")
         content = {"version": VERSION, "entries": [asdict(entry) for entry in self.entries]}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        replace_file(Path(folder) / THRESHOLDS_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        replace_text(Path(folder) / THRESHOLDS_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configuration_mrl_redimnet import MRLReDimNetError
-from mrl_redimnet.files import NotTextError, replace_file, text_lines
+from mrl_redimnet.files import NotTextError, replace_text, text_lines
 
 
 class UnknownSpeakersError(MRLReDimNetError, ValueError):
@@ -251,7 +251,7 @@ def write_trials(trials: Trials, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: utterance {utterance!r} does not fit the format; expected {line}")
     rows = zip(trials.labels.tolist(), trials.enrol, trials.test, strict=True)
     text = "".join(f"{label} {enrol} {test}\n" for label, enrol, test in rows)
-    replace_file(Path(path), lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
+    replace_text(Path(path), text, newline="\n")
 
 
 def make_trials(

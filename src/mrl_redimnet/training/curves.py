@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_file, replace_text
 
 with extra("train"):
     from matplotlib import colormaps
@@ -45,7 +45,7 @@ class Record:
         kept = [line for line in self.lines() if 0 < step and line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.file, lambda temporary: temporary.write_text(text))
+        replace_text(self.file, text)
 
     def add(self, step: int, kind: str, values: dict):
         """Appends a line. values: numbers (NaN and infinity become null), text, and dictionaries of them.
