@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"configuration_mrl_redimnet"},
     {"modeling_mrl_redimnet", "feature_extraction_mrl_redimnet"},
-    {"extras", "files", "settings", "streams"},
-    {"audio", "rows"},
+    {"extras", "files", "settings", "streams", "tables"},
+    {"audio", "plotting", "rows"},
     {"hub_cards", "convert", "rotation", "data"},
     {"saving"},
     {"adapters", "embedding"},

@@ -23,6 +23,7 @@ from mrl_redimnet.files import NotTextError, text_lines
 from mrl_redimnet.rows import BETWEEN, RATES, GroupRow, Rate, group_cells, group_notes
 from mrl_redimnet.scoring.metrics import bootstrap_values, eer, error_curve, quantile_interval
 from mrl_redimnet.scoring.trials import Trials, speaker_of
+from mrl_redimnet.tables import text_table
 
 # With fewer speakers a bootstrap over them tells little, with fewer trials a rate moves in steps of more than 3 %.
 LEAST_SPEAKERS, LEAST_TRIALS = 5, 30
@@ -232,7 +233,4 @@ def _rate(values: NDArray) -> Rate:
 
 def format_groups(rows: Sequence[GroupRow]) -> str:
     """A text table of the rows, and below it the differences between groups and the share of cross-group impostors."""
-    lines = group_cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([*text, *group_notes(rows)])
+    return "\n".join([text_table(group_cells(rows)), *group_notes(rows)])

@@ -15,6 +15,7 @@ from mrl_redimnet.rows import SHARES, AttributeRow, VerificationRow
 from mrl_redimnet.scoring.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, fitting_suffix, missing_utterances
+from mrl_redimnet.tables import text_table
 
 LISTED = 20  # missing files that a message names
 
@@ -148,18 +149,14 @@ def check_present(trials: Trials, folder: str | Path):
 
 def format_table(tables: dict[str, list[VerificationRow] | list[AttributeRow]]) -> str:
     """Named results as text: one line per name; of verification, a column per dimension."""
-    width = max(len(name) for name in tables) + 2
     first = next(iter(tables.values()))
     if isinstance(first[0], AttributeRow):
-        return "\n".join(f"{name:<{width}}{_attribute(row)}" for name, rows in tables.items() for row in rows)
-    lines = [" " * width + "".join(f"{f'{row.dim} dims':>22}" for row in first)]
+        return text_table([[name, _attribute(row)] for name, rows in tables.items() for row in rows], left=(0, 1))
+    lines = [["", *(f"{row.dim} dims" for row in first), ""]]
     for name, rows in tables.items():
-        eers = "".join(f"{_percent(row.eer, row.eer_low, row.eer_high):>22}" for row in rows)
-        lines += [
-            f"{name:<{width}}{eers}   EER %",
-            " " * width + "".join(f"{row.min_dcf:>22.3f}" for row in rows) + "   minDCF (p 0.01)",
-        ]
-    return "\n".join(lines)
+        lines.append([name, *(_percent(row.eer, row.eer_low, row.eer_high) for row in rows), "EER %"])
+        lines.append(["", *(f"{row.min_dcf:.3f}" for row in rows), "minDCF (p 0.01)"])
+    return text_table(lines, left=(0, len(first) + 1))
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
