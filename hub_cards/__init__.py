@@ -59,7 +59,7 @@ def base_card(
         paper=paper,
         dims=config.matryoshka_dims,
         parameters=f"{getattr(model, model.base_model_prefix, model).num_parameters():,}",
-        hop_ms=f"{config.hop_length / 16:g}",
+        hop_ms=f"{config.hop_ms:g}",
         provenance=_provenance(training, licence, datasets),
         results=results_section(evaluation),
     )

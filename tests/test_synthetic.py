@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.data import synthetic
-from mrl_redimnet.data.synthetic import SAMPLE_RATE, draw_speaker, make_corpus, synthesise
+from mrl_redimnet.data.synthetic import draw_speaker, make_corpus, synthesise
 
 SMALL = dict(train_speakers=2, test_speakers=24, sessions=3, utterances=2, seconds=(1.5, 2.0), seed=3)
 TINY = dict(train_speakers=1, test_speakers=2, sessions=2, utterances=1, seconds=(0.5, 0.6), seed=5)
@@ -52,8 +53,8 @@ def test_metadata_and_audio(corpus):
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
         audio, _ = soundfile.read(corpus / row["path"])
         assert row["path"].split("/")[2] == row["speaker"]
-        assert float(row["seconds"]) == pytest.approx(audio.size / SAMPLE_RATE, abs=0.005)
-        assert 1.5 <= audio.size / SAMPLE_RATE <= 2.0
+        assert float(row["seconds"]) == pytest.approx(audio.size / SAMPLING_RATE, abs=0.005)
+        assert 1.5 <= audio.size / SAMPLING_RATE <= 2.0
         assert np.abs(audio).max() < 0.99  # no clipping
         levels.append(20 * np.log10(np.sqrt(np.mean(audio**2))))
         assert -40 < levels[-1] < -15
@@ -169,7 +170,7 @@ def median_pitch(audio):
         ).clip(1.0)  # the window's own autocorrelation would favour short lags
         lag = 40 + np.argmax(r[40:267])
         if r[lag] > 0.6 * r[0] and np.sum(frame**2) > 0.1 * np.mean(audio**2) * 800:
-            pitches.append(SAMPLE_RATE / lag)
+            pitches.append(SAMPLING_RATE / lag)
     return np.median(pitches)
 
 
@@ -198,7 +199,7 @@ def baseline_feature(audio):
     """(820,) log standard deviation over time of 40 log-mel bands, and their correlations: a fixed channel cancels."""
     mel = np.linspace(20, 2595 * np.log10(1 + 7600 / 700), 42)
     edges = 700 * (10 ** (mel / 2595) - 1)
-    hz = np.fft.rfftfreq(512, 1 / SAMPLE_RATE)
+    hz = np.fft.rfftfreq(512, 1 / SAMPLING_RATE)
     bank = np.stack([np.interp(hz, edges[k : k + 3], [0, 1, 0], left=0, right=0) for k in range(40)])
     frames = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160] * np.hamming(400)
     logmel = np.log(np.abs(np.fft.rfft(frames, 512)) ** 2 @ bank.T + 1e-6)

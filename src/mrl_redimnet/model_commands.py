@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
-from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, drawn, files_below
 from mrl_redimnet.convert import convert_checkpoint
-from mrl_redimnet.data.corpus import AUDIO_SUFFIXES, SpeakerTable
+from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.embedding import embed_usable
 from mrl_redimnet.files import refuse_existing
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
@@ -59,6 +59,6 @@ def _save(model: MRLReDimNetPreTrainedModel, out: Path, speakers: SpeakerTable |
     save_model(model, out, speakers)
     config = model.config
     print(
-        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_length / 16:g} ms hop, "
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_ms:g} ms hop, "
         f"embeddings of {', '.join(map(str, config.matryoshka_dims))} dimensions."
     )

@@ -18,8 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.codecs import CODECS, band_limited, through_codec
-from mrl_redimnet.audio.io import SAMPLING_RATE, audio_info, read_audio
+from mrl_redimnet.audio.io import audio_info, read_audio
 from mrl_redimnet.audio.material import draw_readable, usable_files
 from mrl_redimnet.audio.rooms import RoomBank, reverberate
 from mrl_redimnet.settings import nearest

@@ -12,7 +12,8 @@ import soundfile as sf
 import torch
 from torchaudio.functional import resample
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.extras import extra
 
 TELEPHONE_RATE = 8_000

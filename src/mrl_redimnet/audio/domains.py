@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.augmentation import AddNoise, check_range
 from mrl_redimnet.audio.codecs import (
     PACKET,
@@ -23,7 +24,6 @@ from mrl_redimnet.audio.codecs import (
     telephone_codecs,
     transcode,
 )
-from mrl_redimnet.audio.io import SAMPLING_RATE
 from mrl_redimnet.audio.rooms import RoomBank, at_power_of, reverberate
 from mrl_redimnet.settings import Number, near
 

@@ -23,9 +23,7 @@ import soundfile as sf
 import torch
 from torchaudio.functional import resample
 
-from configuration_mrl_redimnet import MRLReDimNetError
-
-SAMPLING_RATE = 16_000
+from configuration_mrl_redimnet import SAMPLING_RATE, MRLReDimNetError
 
 # libsndfile is asked first for these, PyAV (which brings its own FFmpeg libraries) for everything else, m4a/AAC above
 # all; what the first of them cannot open is left to the other.

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning, Source, name_of, read_audio
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError, AudioWarning, Source, name_of, read_audio
 
 _FRAME = SAMPLING_RATE // 50  # 20 ms
 # The step of 16 bits. What stays within one and a half of it is dither or the rounding of nothing. Speech of -47 dBFS,

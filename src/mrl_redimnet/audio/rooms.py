@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, read_audio
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError, read_audio
 from mrl_redimnet.audio.material import draw_readable, usable
 from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, files_below
 from mrl_redimnet.extras import extra

@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset
 from torchaudio.transforms import Resample
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.augmentation import Chain, InDomain, fitted
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, name_of, read_audio
+from mrl_redimnet.audio.io import AudioError, Encoded, name_of, read_audio
 from mrl_redimnet.audio.material import MaterialError, draw_readable
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source, labels_of, seconds_of
 from mrl_redimnet.streams import Stream

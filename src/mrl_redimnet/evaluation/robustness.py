@@ -36,11 +36,11 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio.augmentation import AddNoise, BandLimit, Clipping, mix_at_snr
 from mrl_redimnet.audio.codecs import through_codec
 from mrl_redimnet.audio.domains import simulate
-from mrl_redimnet.audio.io import SAMPLING_RATE
 from mrl_redimnet.audio.rooms import draw_room, reverberate, simulated_response
 from mrl_redimnet.audio.scan import is_hidden, walk
 from mrl_redimnet.embedding import embed_files

@@ -32,10 +32,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel, sample_mask
 from mrl_redimnet.adapters.facts import same_weights
-from mrl_redimnet.audio.io import SAMPLING_RATE, Encoded, name_of, read_audio
+from mrl_redimnet.audio.io import Encoded, name_of, read_audio
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.audio.scan import is_text, printable
 from mrl_redimnet.embedding import BATCH_SECONDS, Waveforms, length_batches
