@@ -18,7 +18,9 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
 
     model_input_names = ["input_values", "attention_mask"]
 
-    def __init__(self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs):
+    def __init__(
+        self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs
+    ) -> None:
         kwargs.pop("feature_size", None)  # saved by the parent class; a waveform has one value per step
         super().__init__(feature_size=1, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.return_attention_mask = True

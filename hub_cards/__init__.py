@@ -120,7 +120,7 @@ def adapter_card(
     )
 
 
-def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None = None):
+def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None = None) -> None:
     """Writes README.md, and of an evaluation evaluation.json and, where there are EERs, eer.png.
 
     Raises ValueError when the card states other results than `evaluation`. Files of an earlier evaluation are removed.
@@ -149,7 +149,8 @@ def _metadata(name: str, evaluation: Evaluation | None, licence, datasets, **fie
 
 def _pipeline(model) -> str | None:
     """The transformers pipeline that runs the model, if there is one: "feature-extraction" is for text, and an adapter
-    lacks the feature extractor."""
+    lacks the feature extractor.
+    """
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return "audio-classification" if classifies and model.config.num_labels > 1 else None
 

@@ -86,7 +86,9 @@ def _over(kinds: list[str]) -> str:
 
 
 def _number_cell(row: NumberRow) -> str:
-    bounds = "" if row.change_low is None else f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+    bounds = ""
+    if row.change_low is not None and row.change_high is not None:
+        bounds = f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
     return f"{100 * row.change:+.0f}{bounds}"
 
 
@@ -184,18 +186,18 @@ def eer_plot(evaluation: Evaluation, file: Path) -> bool:
     return True
 
 
-def _draw(panel: "Axes", systems: dict[str, list[VerificationRow]], styles: dict[str, dict]):
+def _draw(panel: "Axes", systems: dict[str, list[VerificationRow]], styles: dict[str, dict]) -> None:
     for system, rows in systems.items():
         rows = sorted(rows, key=column)
         panel.plot([row.dim for row in rows], [100 * row.eer for row in rows], markersize=4, **styles[system])
         bounds = [(row.dim, *interval(row)) for row in rows if interval(row)]
         if bounds:
             dims, low, high = zip(*bounds, strict=True)
-            low, high = ([100 * rate for rate in rates] for rates in (low, high))
+            low, high = (tuple(100 * rate for rate in rates) for rates in (low, high))
             panel.fill_between(dims, low, high, color=styles[system]["color"], alpha=0.15, linewidth=0)
-    dims = sorted({row.dim for rows in systems.values() for row in rows})
+    widths = sorted({row.dim for rows in systems.values() for row in rows})
     panel.set_xscale("log", base=2)
-    panel.set_xticks(dims, [str(dim) for dim in dims], fontsize=8, rotation=45)
+    panel.set_xticks(widths, [str(dim) for dim in widths], fontsize=8, rotation=45)
     panel.minorticks_off()
     panel.set(xlabel="dimensions", ylabel="EER %")
     panel.set_ylim(bottom=0)

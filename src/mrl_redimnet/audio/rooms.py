@@ -58,14 +58,15 @@ class RoomBank:
     room_count: int = 64
     room_seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.room_count < 1:
             raise ValueError(f"room_count: got {self.room_count}, expected at least 1.")
         self.files = [] if self.folder is None else _response_files(self.folder)
 
     def draw(self, rng: np.random.Generator) -> RoomResponse:
         """One response, by the generator's draw. A recording that cannot be read, or is silent, is told and another one
-        drawn, see `mrl_redimnet.audio.material`."""
+        drawn, see `mrl_redimnet.audio.material`.
+        """
         if self.files:
             return draw_readable(lambda: recorded_response(self.files[rng.integers(len(self.files))]), "rooms")
         return simulated_response(self.room_seed, int(rng.integers(self.room_count)))

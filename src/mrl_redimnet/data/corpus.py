@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from itertools import pairwise
@@ -120,9 +120,12 @@ def source_of(audio: dict | bytes | str | None, remote: bool = False) -> str | E
     remote: the data comes from elsewhere, so a path that it names without bytes must be a URL or lie in the caches of
     `datasets` and the Hub. A row without audio, or with such a path, gives a source whose reading raises AudioError.
     """
-    data, path = (audio["bytes"], audio["path"]) if isinstance(audio, dict) else (audio, None)
-    if isinstance(audio, str):
+    if isinstance(audio, dict):
+        data, path = audio["bytes"], audio["path"]
+    elif isinstance(audio, str):
         data, path = None, audio
+    else:
+        data, path = audio, None
     if data is not None:
         return Encoded(path or "audio", data)
     if path is None:
@@ -263,7 +266,7 @@ class Columns:
         absent = sorted(name for name in given.values() if name not in features)
         if absent:
             raise ValueError(f"columns: there is no column {', '.join(absent)}; there are {there}")
-        found = {role: given.get(role) or _usual(features, role) for role in _USUAL_NAMES}
+        found: dict = {role: given.get(role) or _usual(features, role) for role in _USUAL_NAMES}
         for role in ("audio", "speaker"):
             if found[role] is None:
                 raise ValueError(
@@ -413,7 +416,10 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
                     seconds = audio_info(absolute).seconds
                 except AudioError as error:
                     problem = str(error)
-            speaker, session = parse(path)
+            found = parse(path)
+            if found is None:
+                raise ValueError(f"{absolute} came while the folder was being read: load it again")
+            speaker, session = found
             facts = {"path": path, "speaker": speaker, "session": session, "seconds": seconds, "problem": problem}
             yield path, {"audio": {"path": absolute, "bytes": None}, **facts}
 
@@ -421,7 +427,8 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
 @dataclass(frozen=True)
 class _Manifest:
     """The utterances of one folder: its entries that hold some, sorted, how many files, and a hash that changes with
-    any of them."""
+    any of them.
+    """
 
     folder: Path
     tops: list[str]
@@ -436,7 +443,9 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
         raise FileNotFoundError(f"{root} is not there: give the folder that holds the speakers' folders")
     if not root.is_dir():
         raise ValueError(f"{root} is a file: give the folder that holds the speakers' folders, or parquet files")
-    tops, total, wrong, first = [], 0, 0, []
+    tops: list[str] = []
+    first: list[str] = []
+    total = wrong = 0
     digest, left_out = hashlib.sha256(), LeftOut()
     for path in walk(root, left_out=left_out):
         total += 1
@@ -485,7 +494,7 @@ def layout_of(name: str) -> str:
     return layout
 
 
-def path_parser(layout: str):
+def path_parser(layout: str) -> Callable[[str], tuple[str, str] | None]:
     """A function from a relative path to (speaker, session), or to None where the path is not laid out so."""
     *folders, last = layout.split("/")
     file = re.split(r"([-_])", last)
@@ -576,7 +585,7 @@ def without_evaluation_speakers(
 class SpeakerTable:
     """Which integer label stands for which speaker; label i is `names[i]`."""
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str]) -> None:
         """Labels 0, 1, ... in the order of `names`. Raises ValueError unless they are distinct strings."""
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("a speaker table needs a list of names, all of them strings")
@@ -625,8 +634,8 @@ class SpeakerTable:
 def split_usable(dataset: datasets.Dataset, min_seconds: float) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """The rows of `load_corpus` that have no problem and last at least `min_seconds`; the others as (path, reason)."""
     short = seconds_of(dataset) < min_seconds
-    problems = (pc.not_equal(block, "").to_numpy(zero_copy_only=False) for block in blocks_of(dataset, "problem"))
-    wrong = np.concatenate([np.zeros(0, bool), *problems])
+    flags = (pc.not_equal(block, "").to_numpy(zero_copy_only=False) for block in blocks_of(dataset, "problem"))
+    wrong = np.concatenate([np.zeros(0, bool), *flags])
     unusable = np.flatnonzero(short | wrong)
     if not len(unusable):
         return dataset, []  # without a table of indices, which would make every access slower

@@ -77,7 +77,7 @@ class CropMaker:
         except MaterialError:  # of what the crop is augmented with: not this utterance's fault
             raise
         except AudioError as error:
-            return Problem(getattr(source, "name", source), str(error))
+            return Problem(source.name if isinstance(source, Encoded) else source, str(error))
         label = speaker + speed * self.speakers
         return {"input_values": crop, "label": label, "made_in": time.perf_counter() - began}
 
@@ -109,12 +109,13 @@ class CorpusTalkers:
 
     corpus: Dataset
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._seconds = seconds_of(self.corpus).astype(np.float32)
 
     def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
         """`samples` of a drawn utterance, from a drawn place, float32; a shorter one is repeated, another one drawn for
-        one that cannot be read."""
+        one that cannot be read.
+        """
         return draw_readable(lambda: self._stretch(rng, samples), "training speech for babble")
 
     def _stretch(self, rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -151,7 +152,7 @@ class CropDataset(torch.utils.data.Dataset):
     seed: int = 0
     targets: np.ndarray | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
         self._seconds = seconds_of(self.corpus).astype(np.float32)

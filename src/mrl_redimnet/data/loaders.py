@@ -49,7 +49,7 @@ class DrawnCrops:
     Accelerate does not prepare it: each process draws its own share already.
     """
 
-    def __init__(self, dataset: CropDataset, loading: Loading):
+    def __init__(self, dataset: CropDataset, loading: Loading) -> None:
         self.dataset, self.loading = dataset, loading
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[dict]:
@@ -72,7 +72,7 @@ class DrawnCrops:
     def state(self) -> None:
         """The step says all there is to say."""
 
-    def go_on(self, state: None):
+    def go_on(self, state: None) -> None:
         """Nothing to be restored."""
 
 
@@ -91,7 +91,7 @@ class StreamedCrops:
         crop_seconds: float,
         min_seconds: float,
         loading: Loading,
-    ):
+    ) -> None:
         self.loading, self._source, self._columns = loading, source, columns
         self._make = partial(_crop, maker, speakers, crop_seconds, min_seconds)
         how = self.loading
@@ -123,7 +123,7 @@ class StreamedCrops:
         """The place after the last batch given out."""
         return self._state.state_dict()
 
-    def go_on(self, state: dict):
+    def go_on(self, state: dict) -> None:
         """Lets `batches` begin where the state was taken. Raises ValueError for a stream of other settings."""
         self._state.load_state_dict(state)
 

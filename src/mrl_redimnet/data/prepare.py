@@ -95,7 +95,7 @@ class PreparedIndex:
     notes: list[str] = field(default_factory=list)
     version: int = 1
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
         """Writes `folder`/index.json."""
         (folder / "index.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
@@ -218,7 +218,7 @@ class _Plan:
         return f"train-{shard:05d}-of-{self.shards:05d}.parquet"
 
 
-def _take_up(work: Path, plan: _Plan):
+def _take_up(work: Path, plan: _Plan) -> None:
     """Makes `work` ready: as a stopped run of the same plan left it, else empty."""
     note = work / "plan.json"
     try:
@@ -373,7 +373,7 @@ def read_listing(path: str | os.PathLike) -> tuple[set[str], int]:
     return found, trials
 
 
-def run(arguments):
+def run(arguments) -> None:
     """`mrl-redimnet prepare`."""
     index = prepare(
         arguments.root,

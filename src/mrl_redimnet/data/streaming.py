@@ -100,7 +100,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
         epochs: int | None = None,
         columns: dict[str, str] | None = None,
         keep: Callable[[dict], bool] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if window < 1 or not 0 <= rank < world:
             raise ValueError(f"window: got {window}, expected 1 or more; rank: got {rank}, expected 0 to {world - 1}")
@@ -202,7 +202,7 @@ class StreamState:
     with the batch that follows the last `update`. Every rank has its own; all of them must be saved.
     """
 
-    def __init__(self, stream: SpeechStream):
+    def __init__(self, stream: SpeechStream) -> None:
         self._stream = stream
         self._places = dict(stream.places)
         self._last: int | None = None
@@ -212,7 +212,7 @@ class StreamState:
         """The epoch of the stream that is furthest behind."""
         return min(place.epoch for place in self._places.values())
 
-    def update(self, batch: dict):
+    def update(self, batch: dict) -> None:
         """Notes that a batch (of `Collated`) was used. Batches must come in the DataLoader's order."""
         place: Place = batch["place"]
         self._places[place.stream] = place
@@ -223,7 +223,7 @@ class StreamState:
         places = [list(asdict(place).values()) for place in self._places.values()]
         return {"settings": self._settings(), "places": places, "last": self._last}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """Lets the stream go on where the state was taken. Raises ValueError for a stream of other settings."""
         for name, here in self._settings().items():
             if state["settings"][name] != here:
@@ -269,13 +269,14 @@ def stream_contents(source: str, columns: dict[str, str] | None = None) -> Strea
     features = open_stream(source).features
     used = Columns.find(features, columns)
     needed = [name for name in (used.speaker, used.seconds) if name is not None]
-    names, rows, seconds = set(), 0, 0.0
+    found_names: set = set()  # of text, or of numbers of a ClassLabel
+    rows, seconds = 0, 0.0
     for table in open_stream(source, needed).select_columns(needed).with_format("arrow").iter(_ROWS_AT_A_TIME):
         rows += len(table)
-        names.update(table.column(used.speaker).unique().to_pylist())
+        found_names.update(table.column(used.speaker).unique().to_pylist())
         seconds += pc.sum(table.column(used.seconds)).as_py() or 0.0 if used.seconds is not None else 0.0
     classes = speaker_names(features[used.speaker])
-    named = {str(name if classes is None else classes[name]) for name in names - {None}}
+    named = {str(name if classes is None else classes[name]) for name in found_names if name is not None}
     return StreamContents(SpeakerTable(sorted(named)), rows, None if used.seconds is None else seconds)
 
 

@@ -89,7 +89,7 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
-def refuse_other_folder(folder: Path):
+def refuse_other_folder(folder: Path) -> None:
     """Raises FileExistsError where `folder` is there and is no page, which `write_page` would replace."""
     page = folder / PAGE
     ours = page.is_file() and _MARK in page.read_text(encoding="utf-8", errors="replace")
@@ -97,7 +97,7 @@ def refuse_other_folder(folder: Path):
         raise FileExistsError(f"{folder} is there and no page of evaluate: give a new folder, or that of a page.")
 
 
-def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]):
+def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]) -> None:
     """Writes `folder` whole, or replaces the page in it.
 
     report: as `mrl_redimnet.evaluation.measures` describes, of `lists`.
@@ -106,7 +106,7 @@ def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]):
     """
     refuse_other_folder(folder)
 
-    def write(target: Path):
+    def write(target: Path) -> None:
         pictures = {
             "Error trade-off at every dimension": ("det.png", det_picture(lists)),
             "EER over dimensions": ("eer.png", eer_picture(report)),
@@ -149,7 +149,7 @@ def _probit(rates: np.ndarray) -> np.ndarray:
     return norm.ppf(np.clip(rates, 1e-9, 1 - 1e-9))
 
 
-def _rate_axes(ax: "Axes", crossings: Sequence[float]):
+def _rate_axes(ax: "Axes", crossings: Sequence[float]) -> None:
     """Equal axes in per cent, that show the rates at which the curves cross the diagonal."""
     low = max(tick for tick in _RATE_TICKS[:2] if tick <= max(0.3 * min(crossings), _RATE_TICKS[0]))
     high = min(tick for tick in _RATE_TICKS if tick > max(0.35, 1.2 * max(crossings)) or tick == _RATE_TICKS[-1])
@@ -167,7 +167,7 @@ def score_picture(scored: ScoredList) -> "Figure":
     figure, panels = new_panels(len(scored.scores), across=3, width=3.6, height=2.7, below=0.4)
     targets = scored.trials.labels == 1
     for ax, (dim, scores) in zip(panels, scored.scores.items(), strict=True):
-        bins = np.linspace(*_span(scores), _BINS + 1)
+        bins = np.linspace(*_span(scores), _BINS + 1).tolist()
         for kind, name, color in ((~targets, "impostors", "C0"), (targets, "targets", "C1")):
             ax.hist(scores[kind], bins, density=True, color=color, alpha=0.6, label=name)
         ax.axvline(eer_threshold(scores, scored.trials.labels), color="black", lw=1, ls=":", label="equal error rates")

@@ -78,12 +78,14 @@ def embed_trials(
     problems: dict[str, str] | None = None,
 ) -> np.ndarray:
     """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`, the
-    row of one that cannot be read is NaN."""
+    row of one that cannot be read is NaN.
+    """
     check_present(trials, folder)
-    utterances, lost = trials.utterances, None if problems is None else {}
+    utterances = trials.utterances
+    lost: dict[int, str] | None = None if problems is None else {}
     files = [Path(folder) / path for path in utterances]
     embeddings = embed_files(model, files, progress=progress, load=reader(folder, domain), problems=lost)
-    if problems is not None:
+    if problems is not None and lost is not None:
         problems.update({utterances[row]: reason for row, reason in lost.items()})
     return embeddings
 
@@ -130,7 +132,7 @@ def reader(folder: str | Path, domain: Callable | None = None) -> Callable[[str 
     return load
 
 
-def check_present(trials: Trials, folder: str | Path):
+def check_present(trials: Trials, folder: str | Path) -> None:
     """Raises FileNotFoundError listing utterances of the trials that are not below `folder`."""
     missing = missing_utterances(trials, folder)
     if missing:
@@ -149,18 +151,23 @@ def check_present(trials: Trials, folder: str | Path):
 
 def format_table(tables: dict[str, list[VerificationRow] | list[AttributeRow]]) -> str:
     """Named results as text: one line per name; of verification, a column per dimension."""
-    first = next(iter(tables.values()))
-    if isinstance(first[0], AttributeRow):
-        return text_table([[name, _attribute(row)] for name, rows in tables.items() for row in rows], left=(0, 1))
-    lines = [["", *(f"{row.dim} dims" for row in first), ""]]
+    attributes = [
+        [name, _attribute(row)] for name, rows in tables.items() for row in rows if isinstance(row, AttributeRow)
+    ]
+    if attributes:
+        return text_table(attributes, left=(0, 1))
+    lines: list[list[str]] = []
     for name, rows in tables.items():
-        lines.append([name, *(_percent(row.eer, row.eer_low, row.eer_high) for row in rows), "EER %"])
-        lines.append(["", *(f"{row.min_dcf:.3f}" for row in rows), "minDCF (p 0.01)"])
-    return text_table(lines, left=(0, len(first) + 1))
+        verification = [row for row in rows if isinstance(row, VerificationRow)]
+        if not lines:
+            lines.append(["", *(f"{row.dim} dims" for row in verification), ""])
+        lines.append([name, *(_percent(row.eer, row.eer_low, row.eer_high) for row in verification), "EER %"])
+        lines.append(["", *(f"{row.min_dcf:.3f}" for row in verification), "minDCF (p 0.01)"])
+    return text_table(lines, left=(0, len(lines[0]) - 1))
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
-    interval = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{100 * value:.2f}{interval}"
 
 

@@ -120,7 +120,8 @@ def _clipping(level: float, noise: str | Path | None) -> Perturb:
 
 class Perturbation(NamedTuple):
     """kind: what its number counts towards. levels: mild ones first, each printed with `unit`.
-    build(level, folder of noise or None) -> the callable of a level."""
+    build(level, folder of noise or None) -> the callable of a level.
+    """
 
     kind: str
     levels: tuple[Level, ...]
@@ -285,7 +286,9 @@ class RobustnessReport:
         )
 
 
-def save_reports(reports: Sequence[RobustnessReport], file: str | Path, differences: Sequence[DifferenceRow] = ()):
+def save_reports(
+    reports: Sequence[RobustnessReport], file: str | Path, differences: Sequence[DifferenceRow] = ()
+) -> None:
     """Writes reports, and how systems differ from the first, as JSON, whole or not at all."""
     record = {"systems": [asdict(report) for report in reports], "differences": [asdict(row) for row in differences]}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -379,7 +382,7 @@ def _checked_dims(models: Mapping[str, MRLReDimNetPreTrainedModel], dims: Sequen
     return list(dims)
 
 
-def _check_speakers(trials: Trials):
+def _check_speakers(trials: Trials) -> None:
     """Before the minutes of embedding, not after them."""
     try:
         trials.speakers  # noqa: B018
@@ -414,7 +417,7 @@ def _embedded(
 class _Measured:
     """EERs of one system as arrays [1 + resamples]: that of the list, then those of its resamples."""
 
-    def __init__(self, trials: Trials, clean: np.ndarray, dims: Sequence[int], resamples: int):
+    def __init__(self, trials: Trials, clean: np.ndarray, dims: Sequence[int], resamples: int) -> None:
         self.trials, self.clean_embeddings, self.dims, self.resamples = trials, clean, dims, resamples
         # For side "test" one matrix holds clean rows and, under marked names, perturbed ones.
         self.mixed_names = [*trials.utterances, *(_marked(path) for path in trials.utterances)]
@@ -422,7 +425,7 @@ class _Measured:
         self.clean = {dim: self._eers(score(trials, trials.utterances, clean, dim)) for dim in dims}
         self.perturbed: dict[tuple[Condition, str, int], np.ndarray] = {}
 
-    def add(self, condition: Condition, embeddings: np.ndarray):
+    def add(self, condition: Condition, embeddings: np.ndarray) -> None:
         """embeddings [N, D] of the utterances in the condition."""
         mixed = np.concatenate([self.clean_embeddings, embeddings])
         for dim in self.dims:
@@ -519,7 +522,7 @@ def format_numbers(report: RobustnessReport) -> str:
     return markdown_table(lines)
 
 
-def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | None = None):
+def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | None = None) -> None:
     """Draws a picture (PNG, or what the file's suffix says): a row per condition, change in % and EER % in its cells.
 
     Columns, per side: of one report its dimensions (or `dim` alone); of several the systems, at `dim` (None: the
@@ -569,7 +572,7 @@ def _heat_title(reports: Sequence[RobustnessReport], columns: Sequence[tuple[Rob
     return f"{what} of {reports[0].system}, per dimension\nclean EER % at {clean}"
 
 
-def draw_cells(factors, texts, labels, kinds, titles, title: str, file: str | Path):
+def draw_cells(factors, texts, labels, kinds, titles, title: str, file: str | Path) -> None:
     """factors [conditions + 1, columns] as colours, with texts of the same shape; the last row is the number."""
     down, across = factors.shape
     figure = new_figure(2.6 + 1.05 * across, 1.6 + 0.26 * down)

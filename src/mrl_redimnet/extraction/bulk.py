@@ -77,7 +77,8 @@ class Task:
 @dataclass(frozen=True)
 class Batch:
     """Utterances of one block or of several: the block and the row in the task of each, ids, paths, and waves [B, T]
-    with their lengths [B] in samples."""
+    with their lengths [B] in samples.
+    """
 
     places: list[tuple[Key, int]]
     ids: list[str]
@@ -153,7 +154,7 @@ class Embedder:
     dim: how many numbers of each embedding are kept (None: all); storage: how, one of STORAGES.
     """
 
-    def __init__(self, model: MRLReDimNetPreTrainedModel, dim: int | None = None, storage: str = "float32"):
+    def __init__(self, model: MRLReDimNetPreTrainedModel, dim: int | None = None, storage: str = "float32") -> None:
         if storage not in STORAGES:
             raise ValueError(f"storage: got {storage!r}, expected one of {', '.join(STORAGES)}.")
         self.encoder = getattr(model, model.base_model_prefix, model)
@@ -189,7 +190,7 @@ class Block:
     rows: list[tuple[int, str, str, float, np.ndarray]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, row: int, id: str, path: str, seconds: float, embedding: np.ndarray):
+    def add(self, row: int, id: str, path: str, seconds: float, embedding: np.ndarray) -> None:
         """An embedding [dim]; one with numbers that are not finite is a problem."""
         if np.isfinite(embedding).all():
             self.rows.append((row, id, path, seconds, embedding))
@@ -220,7 +221,7 @@ class Process:
     count: int = 1
     local: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.number < self.count or self.local < 0:
             raise ValueError(
                 f"process {self.number} of {self.count} (RANK, WORLD_SIZE): expected 0 to {self.count - 1}"
@@ -290,7 +291,7 @@ class Made:
     def by(cls, system: System, embedder: Embedder) -> "Made":
         return cls(system.name, system.adapter or "", system.weights, str(embedder.dim), embedder.storage)
 
-    def refuse_others(self, file: Path, metadata: dict[str, str]):
+    def refuse_others(self, file: Path, metadata: dict[str, str]) -> None:
         """Raises ValueError, naming what differs, where a file was made with something else."""
         for name in ("adapter", "weights", "dim", "storage"):
             there, here = metadata.get(name), getattr(self, name)
@@ -361,13 +362,13 @@ class Parts:
                 found[key] = [problem for problem in told if problem.id not in embedded]
         return found
 
-    def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]):
+    def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]) -> None:
         """A block's file, after that of its problems: when the first is there, so is the second."""
         self.write_problems(key, problems)
         metadata = {**asdict(self.made), "utterances": str(utterances)}
         self.put(self.file(key), lambda file: pq.write_table(table.replace_schema_metadata(metadata), file))
 
-    def add(self, key: Key, table: pa.Table, problems: list[Problem]):
+    def add(self, key: Key, table: pa.Table, problems: list[Problem]) -> None:
         """To a finished block what had problems in it once, and the problems that remain."""
         there = pq.read_table(self.file(key))
         old = there.filter(pa.array([name not in set(table["id"].to_pylist()) for name in there["id"].to_pylist()]))
@@ -443,7 +444,7 @@ class Extraction:
     workers: int = 1
     retry: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("batch_seconds", 0.02), ("part_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {least} or more")
@@ -452,7 +453,8 @@ class Extraction:
 @dataclass(frozen=True)
 class Report:
     """Of one process: utterances it embedded, those of its blocks that were finished before, and what has problems,
-    now or since an earlier run."""
+    now or since an earlier run.
+    """
 
     embedded: int
     before: int

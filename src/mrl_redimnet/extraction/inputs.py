@@ -404,7 +404,7 @@ class Inputs:
                 digest.update("".join(f"{name}\0" for name in chunk.to_pylist()).encode())
         return digest.hexdigest()
 
-    def _refuse_double_names(self):
+    def _refuse_double_names(self) -> None:
         """ValueError for an id, or an archive's name, that two utterances would have."""
         known = [shard.known_ids() for shard in self.shards]
         # An archive's name begins its ids, without its folder; a table without paths is called by its own.

@@ -57,7 +57,7 @@ class Calibration:
     targets: int = 0
     impostors: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.uses_seconds == (self.seconds is None) or (self.shorter is None) != (self.longer is None):
             raise ValueError("shorter, longer and seconds belong together: all of them, or none.")
         values = [self.offset, self.slope, *(self.seconds or ())]
@@ -198,7 +198,7 @@ class Threshold:
     enrolments: int = 1
     tail: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "tail", tuple(map(tuple, self.tail)))  # lists, as JSON has them, are welcome
         for name, kind in _FIELDS.items():
             value = getattr(self, name)
@@ -229,7 +229,8 @@ class Threshold:
     ) -> "Threshold":
         """Calibrates scores [T] of labels [T], with duration terms where `seconds` [T, 2] are given, and sets the
         threshold for a false-accept rate `wanted`. scorer: a `Scorer` or its `str()`. enrolments: how many utterances
-        were averaged for each enrolment of the trials. Errors as in `Calibration.fit` and `threshold_at`."""
+        were averaged for each enrolment of the trials. Errors as in `Calibration.fit` and `threshold_at`.
+        """
         calibration = Calibration.fit(scores, labels, seconds, prior)
         values, targets = _checked(calibration(scores, seconds) if calibration.uses_seconds else scores, labels)
         threshold = threshold_at(values, labels, wanted)
@@ -308,7 +309,7 @@ class Thresholds:
     entries: list[Threshold] = field(default_factory=list)
     source: str = "these thresholds"  # for messages
 
-    def put(self, entry: Threshold):
+    def put(self, entry: Threshold) -> None:
         """Adds an entry, in the place of one for the same adapter, dimension, scorer and number of enrolments."""
         self.entries = sorted(
             [other for other in self.entries if other.key != entry.key] + [entry],
@@ -362,7 +363,7 @@ class Thresholds:
             f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one"
         )
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`/thresholds.json, whole or not at all. Raises FileNotFoundError without the folder."""
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder {folder} to save {THRESHOLDS_FILE} in")
@@ -404,7 +405,8 @@ class Thresholds:
 
 def weights_of(base: nn.Module, adapter: str | Path | None = None) -> str:
     """Names the weights that answer, for `Threshold`: the base's fingerprint and, of an adapter's folder or Hub id, a
-    hash of its tensors. `base` must be unmerged: on another machine merging may round otherwise."""
+    hash of its tensors. `base` must be unmerged: on another machine merging may round otherwise.
+    """
     if adapter is None:
         return fingerprint(base)
     tensors = Path(local_folder(adapter, None, None)) / "adapter_model.safetensors"

@@ -73,7 +73,7 @@ class Scorer:
         Raises ValueError, with the `names` of the rows, for a vector that is zero or has NaN or infinite numbers.
         """
         cut = np.array(embeddings[:, :dim], dtype=np.float64)
-        if SCORERS[self.name].centre:
+        if SCORERS[self.name].centre and self.cohort is not None:
             cut -= self.cohort[:, :dim].mean(0, dtype=np.float64)
         return _unit(cut, names)
 
@@ -85,7 +85,7 @@ class Scorer:
         for start in range(0, len(scores), step):
             part = slice(start, start + step)
             scores[part] = np.einsum("td,td->t", enrol[enrol_rows[part]], test[test_rows[part]])
-        if not SCORERS[self.name].normalise:
+        if not SCORERS[self.name].normalise or self.cohort is None:
             return scores
         cohort = self.units(
             self.cohort, enrol.shape[1], [f"row {row} of the cohort" for row in range(len(self.cohort))]

@@ -211,7 +211,8 @@ def read_trials(
             model.
     """
     path, layout = Path(path), None
-    labels, enrol, test, same = [], [], [], {}
+    labels, enrol, test = [], [], []
+    same: dict[str, str] = {}
     for number, line, fields in _lines(path, "trial list", _expected(format)):
         if layout is None:
             format = _format_of(path, number, line, fields, format)
