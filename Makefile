@@ -1,7 +1,7 @@
 # make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
 #            a page of results in runs/demo-report.
-# make test: lint, and the tests that are not slow: five minutes on two cores.
-# make test-all: lint and all tests, with more examples of each property: what has to pass before a change lands.
+# make test: lint, types, and the tests that are not slow: five minutes on two cores.
+# make test-all: lint, types and all tests, with more examples of each property: what has to pass before a change lands.
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
 # make test-gpu: the tests that need a GPU; without one each says that it was skipped.
@@ -39,6 +39,7 @@ test-gpu: .venv/ready
 test test-all: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/$(PYTEST) $(CHOICE)
 
 .venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))

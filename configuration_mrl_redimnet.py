@@ -302,6 +302,11 @@ class MRLReDimNetConfig(PretrainedConfig):
         return self.pooling_input * (1 if self.pooling in ("TAP", "TSDP") else 2)
 
     @property
+    def hop_ms(self) -> float:
+        """Milliseconds between two frames of the front end."""
+        return 1000 * self.hop_length / SAMPLING_RATE
+
+    @property
     def min_samples(self) -> int:
         """Shortest waveform in samples: two frames (and one of the last stage, which may span more), and more than half
         an FFT window to reflect."""

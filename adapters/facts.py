@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from torch import nn
 
 from configuration_mrl_redimnet import MRLReDimNetError
+from mrl_redimnet.files import replace_text
 from mrl_redimnet.fingerprints import CONFIG_PART, fingerprint, same_weights
 
 FACTS_FILE = "mrl_redimnet_adapter.json"
@@ -52,16 +52,13 @@ class AdapterFacts:
     training: str = ""
     layers: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(TASKS)}.")
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`/mrl_redimnet_adapter.json, whole or not at all."""
-        target = Path(folder) / FACTS_FILE
-        temporary = target.with_name(f"{FACTS_FILE}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        replace_text(Path(folder) / FACTS_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "AdapterFacts | None":
@@ -79,7 +76,7 @@ class AdapterFacts:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a description of an adapter: {error!r}") from error
 
-    def check_base(self, model: nn.Module, name: str, revision: str | None = None):
+    def check_base(self, model: nn.Module, name: str, revision: str | None = None) -> None:
         """Raises WrongBaseError, showing both, unless `model`, called `name`, is the base that the adapter fits."""
         found = Base(name, revision, fingerprint(model))
         if not same_weights(self.base.fingerprint, found.fingerprint):

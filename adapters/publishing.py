@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # training alone has what these take a second to import for
     from mrl_redimnet.adapters.strategies import Vanilla
 
 
-def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path):
+def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path) -> None:
     """Writes a trained adapter to `folder`: PEFT's two files, our facts and a card."""
 
-    def write(target: Path):
+    def write(target: Path) -> None:
         strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
         strategy.save(target)
         replace(facts, layers=saved_ranks(target)).save(target)
@@ -33,10 +33,12 @@ def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path):
     replace_folder(Path(folder), write)
 
 
-def publish_adapter(source: str | Path, folder: str | Path, training: str = "", evaluation: Evaluation | None = None):
+def publish_adapter(
+    source: str | Path, folder: str | Path, training: str = "", evaluation: Evaluation | None = None
+) -> None:
     """A copy of the adapter in `source`, with how it was trained and what was measured on its card."""
 
-    def write(target: Path):
+    def write(target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
         replace(AdapterFacts.load(target), training=training).save(target)
         write_adapter_card(target, evaluation)
@@ -54,7 +56,7 @@ def saved_ranks(folder: Path) -> dict[str, int]:
         }
 
 
-def write_adapter_card(folder: Path, evaluation: Evaluation | None = None):
+def write_adapter_card(folder: Path, evaluation: Evaluation | None = None) -> None:
     """The card of the adapter in `folder`, from what its files say; its name is the base's and the domain."""
     facts = AdapterFacts.load(folder)
     weights = folder / "adapter_model.safetensors"
@@ -77,7 +79,7 @@ def mix_adapters(
     method: str = "svd",
     rank: int | None = None,
     density: float | None = None,
-):
+) -> None:
     """Writes several adapters of a base, {path or Hub id: weight}, to `folder` as a new one, with a card.
 
     method, rank, density: as of `AdapterBank.combine`. Raises as that and `AdapterBank.add` do.
@@ -96,7 +98,7 @@ def mix_adapters(
     write_adapter_card(Path(folder))
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path):
+def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path) -> None:
     """Writes the base with the adapter folded in to `folder`, as a model without adapters. base, adapter: path or Hub
     id. Raises as `AdapterBank.add` does."""
     from mrl_redimnet.adapters.bank import AdapterBank

@@ -103,7 +103,9 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
     return Adapter(config, tensors, head, facts, digest=adapter_digest(folder))
 
 
-def as_plain_lora(config: AdaLoraConfig, tensors: dict[str, torch.Tensor], encoder: nn.Module):
+def as_plain_lora(
+    config: AdaLoraConfig, tensors: dict[str, torch.Tensor], encoder: nn.Module
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """AdaLoRA as equal LoRA with a rank per layer: PEFT cannot mix, combine or swap it, or have it beside LoRA."""
     scale, ranks, changed = config.lora_alpha / (config.init_r + 1e-5), {}, dict(tensors)
     for layer in [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]:
@@ -134,7 +136,7 @@ def adapter_tensors(encoder: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def fill(room: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]):
+def fill(room: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     """Copies `tensors` into those of the model; ValueError unless both have the same names and shapes."""
     problems = [f"{key} has no place in the model" for key in tensors.keys() - room.keys()]
     problems += [f"{key} is not in the file" for key in room.keys() - tensors.keys()]

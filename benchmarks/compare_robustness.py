@@ -24,11 +24,11 @@ from mrl_redimnet.evaluation.robustness import (
     RobustnessReport,
     compare,
     heat_map,
-    markdown_table,
     save_reports,
 )
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.scoring.trials import Trials, speaker_of
+from mrl_redimnet.tables import markdown_table
 from mrl_redimnet_cli.robustness import add_grid, grid_of
 
 TITLES = {"test": "The test side alone perturbed", "both": "Enrolment and test perturbed"}

@@ -42,7 +42,7 @@ from mrl_redimnet.extraction.bulk import (
     share,
     whole,
 )
-from mrl_redimnet.extraction.inputs import Inputs, Listing, Utterance, _cut, read_manifest
+from mrl_redimnet.extraction.inputs import Inputs, Listing, Utterance, in_blocks, read_manifest
 from mrl_redimnet.saving import load_model, save_model
 
 SPEAKERS, UTTERANCES = 8, 9
@@ -109,7 +109,7 @@ class Rows:
     def blocks(self, size, wanted):
         made = (f"{self.name}/{row}" for row in range(self.rows))
         if self.sequential:
-            yield from _cut(made, lambda name: Utterance(name, name), size, wanted)
+            yield from in_blocks(made, lambda name: Utterance(name, name), size, wanted)
         else:
             yield from Listing.of((name, name) for name in made).blocks(size, wanted)
 
@@ -119,7 +119,7 @@ def work_of(inputs: Inputs, size: int, done: dict, number: int, count: int, work
     sequential = [shard.sequential for shard in inputs.shards]
     turns = share(share(whole(inputs), sequential, number, count), sequential, worker, workers)
     parts = Parts(Path(), Made("", "", "", "", ""), "", done=dict(done))
-    return Work(inputs, turns, parts, size, {}, None, Extraction())._blocks(turns)
+    return Work(inputs, turns, parts, size, {}, None, Extraction()).blocks(turns)
 
 
 SHARDS = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=6)
@@ -164,7 +164,7 @@ def test_shares_hold_each_block_once(sequential, takers, workers):
 
 @pytest.mark.parametrize(("rows", "sizes"), [(5, [2, 2, 1]), (4, [2, 2, 0]), (0, [0])])
 def test_the_last_block_of_a_stream_is_short(rows, sizes):
-    blocks = list(_cut(range(rows), int, 2, lambda block: True))
+    blocks = list(in_blocks(range(rows), int, 2, lambda block: True))
     assert [(block, len(made)) for block, made in blocks] == list(enumerate(sizes))
     assert [row for _, made in blocks for row in made] == list(range(rows))
 
@@ -201,7 +201,7 @@ def test_parts_of_stopped_runs_and_of_the_last_hold_every_utterance_once(
 
             def write(parts, *arguments, left=left):
                 if next(left, None) is None:
-                    parts._write_problems(*arguments[::3])  # the last thing that is done before the part
+                    parts.write_problems(*arguments[::3])  # the last thing that is done before the part
                     raise Stopped
                 real(parts, *arguments)
 
@@ -346,7 +346,7 @@ def test_small_blocks_are_sorted_by_length_together(speech, system):
     inputs, how = Inputs.find([speech]), Extraction(part_size=64, workers=0)
     parts = Parts(Path(), Made("", "", "", "", ""), "")
     work = Work(inputs, whole(inputs), parts, 16, {}, None, how)
-    together = [[len(task.utterances) for task in tasks] for tasks in work._together(work.turns)]
+    together = [[len(task.utterances) for task in tasks] for tasks in work.together(work.turns)]
     assert together == [[16, 16, 16, 16], [8]]
 
 
@@ -409,15 +409,15 @@ def test_a_retry_that_is_stopped_anywhere_loses_and_doubles_nothing(
     embed_corpus(system, inputs, out, SMALL)
     for name in BROKEN:
         shutil.copy(speech / name, broken / name)
-    again, real, put = Extraction(part_size=32, workers=0, retry=True), Parts._write_problems, Parts._put
-    monkeypatch.setattr(Parts, "_put", stop)
+    again, real, put = Extraction(part_size=32, workers=0, retry=True), Parts.write_problems, Parts.put
+    monkeypatch.setattr(Parts, "put", stop)
     with pytest.raises(Stopped):
         embed_corpus(system, inputs, out, again)  # before the part is there
-    monkeypatch.setattr(Parts, "_put", put)
-    monkeypatch.setattr(Parts, "_write_problems", stop)
+    monkeypatch.setattr(Parts, "put", put)
+    monkeypatch.setattr(Parts, "write_problems", stop)
     with pytest.raises(Stopped):
         embed_corpus(system, inputs, out, again)  # between the part and its problems
-    monkeypatch.setattr(Parts, "_write_problems", real)
+    monkeypatch.setattr(Parts, "write_problems", real)
     assert len(embed_corpus(system, inputs, out, SMALL).problems) == 3  # of the other parts
     assert embed_corpus(system, inputs, out, again).problems == []
     same(out, expected)

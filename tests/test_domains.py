@@ -295,7 +295,7 @@ def test_a_codec_that_fails_says_which(monkeypatch):
     broken = {
         "ffmpeg": failing(av.FFmpegError(22, "Invalid argument")),
         "sndfile": failing(soundfile.LibsndfileError(1)),
-        "missing": Codec(lambda pcm, rng: codecs._run_ffmpeg("no_such_codec", pcm, 8000, 8000), delay=0),
+        "missing": Codec(lambda pcm, rng: codecs.run_ffmpeg("no_such_codec", pcm, 8000, 8000), delay=0),
         "short": Codec(lambda pcm, rng: pcm[:100].astype(np.float32), delay=0),
     }
     for name, codec in broken.items():

@@ -454,7 +454,7 @@ def test_trunk_compiles_as_one_graph(variant, masked):
     [("convnext_convatt", True, True), ("fwse_att", True, False), ("redimnet2_dual", False, True)],
 )
 def test_a_whole_model_compiles_as_one_graph_with_the_loss(variant, training, masked):
-    torch._dynamo.reset()  # it compiles the same code only so often
+    torch.compiler.reset()  # it compiles the same code only so often
     config = tiny_config(variant, scale=8.0)
     model = tiny_model(config, kind=MRLReDimNetForXVector).double().train(training)
     batch = padded(waves(8_000, 6_000)) if masked else {"input_values": torch.stack(waves(8_000, 8_000))}
@@ -986,7 +986,7 @@ def test_a_backward_pass_asks_for_what_was_not_kept():
     F.gelu(source.sin()).sum().backward()
     assert_equal(gradient, source.grad)
     assert calls == [1]
-    with modeling._keeping_all():  # as gradient checkpointing does
+    with modeling._keeping_all():  # noqa: SLF001 -- as gradient checkpointing does
         modeling.lean(F.gelu, source.sin(), recipe).sum().backward()
     assert calls == [1]
 

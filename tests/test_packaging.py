@@ -115,13 +115,14 @@ def test_every_command_is_a_module():
     assert files == {module.__name__.rpartition(".")[2] for module in mrl_redimnet_cli.COMMANDS}
     for parser in parsers(mrl_redimnet_cli.make_parser()):
         assert parser.get_default("run").__doc__, parser.prog
-        for action in parser._actions:
+        for action in parser._actions:  # noqa: SLF001 argparse has no public list of them
             assert action.help, f"{parser.prog}: {action.dest} has no help"
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """The parsers of all commands and of what these have below them."""
-    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    actions = parser._actions  # noqa: SLF001
+    below = [action for action in actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
     for action in below:
         for inner in action.choices.values():
             yield from parsers(inner)
@@ -166,8 +167,8 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 # What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
 VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
-data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results rotation rows
-saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials
+data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
+rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch

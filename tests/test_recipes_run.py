@@ -11,10 +11,9 @@ import pytest
 import soundfile
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model
+from training_runs import train_here
 
-import train_hf
 from configuration_mrl_redimnet import SIZES
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.audio.io import SAMPLING_RATE
@@ -133,13 +132,7 @@ def test_a_recipe_is_started_by_the_command_of_its_comment(path, world, tmp_path
     monkeypatch.chdir(world)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "cache")
     argv = [word.replace("FILE.csv", f"{path.stem}.csv") for word in training_command(path)]
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    try:
-        train_hf.main([str(path), *argv, *shrunk(path), f"--output={tmp_path / 'run'}"])
-    finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+    train_here([str(path), *argv, *shrunk(path), f"--output={tmp_path / 'run'}"])
     results = json.loads((tmp_path / "run/results.json").read_text())
     wanted = yaml.safe_load(argv[argv.index("--tests") + 1])
     assert list(results["results"]) == list(wanted)

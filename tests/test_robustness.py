@@ -465,7 +465,9 @@ def test_heat_map(tmp_path, report):
 
 def test_heat_map_shows_the_rows_at_their_place(tmp_path, report, monkeypatch):
     seen = {}
-    monkeypatch.setattr(module, "_draw", lambda *drawn: seen.update(factors=drawn[0], texts=drawn[1], labels=drawn[2]))
+    monkeypatch.setattr(
+        module, "draw_cells", lambda *drawn: seen.update(factors=drawn[0], texts=drawn[1], labels=drawn[2])
+    )
     heat_map([report], tmp_path / "x.png")
     columns = list(itertools.product(SIDES, report.dims))
     for row in report.points:

@@ -154,7 +154,7 @@ def test_every_scan_is_this_one(linked, tmp_path):
         assert [str(file) for file in files_below(linked)] == paths
         assert Inputs.find([linked]).shards[0].known_ids().to_pylist() == files
         assert AddNoise(linked).files == paths
-        assert RoomBank(linked)._files == paths
+        assert RoomBank(linked).files == paths
         assert [one.name for one in make_grid(linked, [], ["noise"], quick=True)] == ["noise/anna", "noise/bob"]
     (linked / "bob/3.sph").rename(linked / "bob/deep/3.sph")
     (tmp_path / "corpus").mkdir()

@@ -86,7 +86,7 @@ def test_ranks_and_workers_together_see_every_row_once_in_every_epoch(folder, wo
     for rank in range(world):
         stream = stream_of(folder, seed=seed, rank=rank, world=world, workers=workers, window=window, epochs=2)
         for place in stream.places.values():
-            for item in stream._examples(place):
+            for item in stream.examples_from(place):
                 seen[item.draw[1]][item.example[0]] += 1
                 draws.add(item.draw)
     for epoch in (0, 1):
@@ -148,7 +148,7 @@ def test_two_workers_take_turns_and_go_on_in_turn(folder):
         assert batches(stream, 5)[0] == whole[stop : stop + 5]
     # The same examples without processes: the worker of a stream changes nothing about it.
     one = stream_of(folder, seed=5, workers=2)
-    items = one._examples(one.places[1])
+    items = one.examples_from(one.places[1])
     assert whole[1] + whole[3] == [next(items).example for _ in range(6)]
 
 

@@ -78,7 +78,7 @@ def process(rank: int, port: int, folder: str):
 
 
 def work(rank: int, cpu_kernels: bool) -> dict:
-    modeling_mrl_redimnet._cpu_kernels = lambda x: cpu_kernels
+    modeling_mrl_redimnet._cpu_kernels = lambda x: cpu_kernels  # noqa: SLF001 -- both paths on one CPU
     results = {}
     half = slice(2 * rank, 2 * rank + 2)
     for variant, saving in MODELS:

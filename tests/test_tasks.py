@@ -209,7 +209,7 @@ def test_the_classes_of_a_task_are_the_labels_of_its_crops(speech, recipe):
     task = make_task(settings, speech)
     crops = CropDataset(task.corpus, task.speakers, CropMaker(len(task.speakers), (1.0, 0.9)), (0.2, 0.2))
     for draw in range(16):
-        row, _ = crops._row(draw, np.random.default_rng([0, 1, draw]))
+        row, _ = crops.corpus_row(draw, np.random.default_rng([0, 1, draw]))
         name = task.classes.name(crops[draw]["label"])
         assert name.partition(" at speed ")[0] == task.corpus[row]["speaker"]
     assert len(task.classes) == 8

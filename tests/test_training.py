@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
+from training_runs import reset_accelerate
 
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
@@ -591,8 +591,7 @@ class Run:
     """A linear layer in training: all that a checkpoint needs."""
 
     def __init__(self, folder: Path, seed: int = 0):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         torch.manual_seed(seed)
         self.folder, self.accelerator = folder, Accelerator(cpu=True)
         model = nn.Linear(3, 2)
@@ -616,8 +615,7 @@ class Run:
 @pytest.fixture
 def run(tmp_path):
     yield Run(tmp_path / "checkpoints")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def test_a_checkpoint_restores_weights_optimizer_and_progress(run):

@@ -40,15 +40,19 @@ def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[st
     return [*(f"--{key}={value}" for key, value in settings.items()), *flags]
 
 
+def reset_accelerate():
+    """Accelerate keeps the first Accelerator's settings for the whole process; after this the next one sets its own."""
+    AcceleratorState._reset_state(True)  # noqa: SLF001 -- no public way, and Accelerate's own tests do the same
+    GradientState._reset_state()  # noqa: SLF001 -- as above
+
+
 def train_here(argv: list[str]):
     """The script's main in this process, as if it were the first run of it."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     try:
         train_hf.main(argv)
     finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
 
 
 def start(corpus: Path, argv: list[str], *, processes: int = 1, script: Path = SCRIPT) -> subprocess.Popen:

@@ -114,7 +114,7 @@ class _ConvolutionalFrontEnd(MelFrontEnd):
         return (real.square() + imaginary.square()).transpose(1, 2)
 
     @classmethod
-    def adopt(cls, front_end: MelFrontEnd):
+    def adopt(cls, front_end: MelFrontEnd) -> None:
         """Turns a front end into one of this kind."""
         samples = torch.arange(FFT_SIZE, dtype=torch.float64)
         angle = 2 * math.pi / FFT_SIZE * torch.arange(FFT_SIZE // 2 + 1, dtype=torch.float64)[:, None] * samples
@@ -126,7 +126,7 @@ class _ConvolutionalFrontEnd(MelFrontEnd):
         front_end.register_buffer("basis", basis.float(), persistent=False)
 
 
-def _widen_groups(conv: nn.Conv2d):
+def _widen_groups(conv: nn.Conv2d) -> None:
     """The same convolution in fewer groups of `CHANNEL_BLOCK` channels, zeros between what were groups.
 
     onnxruntime has a fast kernel for groups of whole blocks, and none for groups of 4 channels: with four times the
@@ -161,7 +161,7 @@ def _encoder(model: MRLReDimNetPreTrainedModel) -> MRLReDimNetModel:
             f"export takes a plain model, got {type(model).__name__} or adapters inside it: "
             "AdapterBank.merged gives one with an adapter folded in."
         )
-    encoder = copy.deepcopy(getattr(model, "redimnet", model)).eval().requires_grad_(False).float().cpu()
+    encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False).float().cpu()
     for part in encoder.modules():
         if isinstance(part, nn.Linear):
             part.__class__ = nn.Linear  # ours choose a kernel by the input's size, and graphs are for all sizes
@@ -171,7 +171,7 @@ def _encoder(model: MRLReDimNetPreTrainedModel) -> MRLReDimNetModel:
 class _AdaptableLinear(nn.Module):
     """A linear layer with a place for LoRA factors: x (W + B A)^T + bias; A [r, in], B [out, r]."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.data.T.contiguous())
         self.bias = linear.bias
@@ -187,7 +187,7 @@ class _AdaptableLinear(nn.Module):
 class _Window(nn.Module):
     """input_values [B, T], lengths [B] or None -> embeddings [B, D] float32."""
 
-    def __init__(self, encoder: MRLReDimNetModel):
+    def __init__(self, encoder: MRLReDimNetModel) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -201,17 +201,18 @@ class _Exported(nn.Module):
     min_samples: the shortest T [the model's].
     """
 
-    def __init__(self, encoder: MRLReDimNetModel, min_samples: int | None = None):
+    def __init__(self, encoder: MRLReDimNetModel, min_samples: int | None = None) -> None:
         super().__init__()
         self.window = _Window(encoder)
         self.min_samples = encoder.config.min_samples if min_samples is None else min_samples
 
     def forward(self, input_values, attention_mask=None, factors=None):
-        torch._check(input_values.shape[1] >= self.min_samples)
+        require = torch._check  # noqa: SLF001 -- what torch.export's manual says to bound sizes by
+        require(input_values.shape[1] >= self.min_samples)
         lengths = None
         if attention_mask is not None:
-            torch._check(attention_mask.shape[0] == input_values.shape[0])
-            torch._check(attention_mask.shape[1] == input_values.shape[1])
+            require(attention_mask.shape[0] == input_values.shape[0])
+            require(attention_mask.shape[1] == input_values.shape[1])
             lengths = attention_mask.sum(1)
         if factors is None:
             return self.window(input_values, lengths)
@@ -222,7 +223,8 @@ class _Exported(nn.Module):
 def _example(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     """Arguments to trace with, and which of their dimensions are free."""
     free, samples = torch.export.Dim.DYNAMIC, 2 * encoder.config.min_samples + encoder.config.hop_length
-    arguments, shapes = {"input_values": torch.zeros(2, samples)}, {"input_values": {0: free, 1: free}}
+    arguments: dict = {"input_values": torch.zeros(2, samples)}
+    shapes: dict = {"input_values": {0: free, 1: free}}
     if mask:
         arguments["attention_mask"], shapes["attention_mask"] = torch.ones(2, samples).long(), {0: free, 1: free}
     if factors:
@@ -280,7 +282,7 @@ def export_onnx(
     for key, value in {"precision": precision, **(facts or {})}.items():
         graph.metadata_props.add(key=key, value=value)
 
-    def write(file: Path):
+    def write(file: Path) -> None:
         onnx.save(graph, file)
         if not (found := deviation(model, file)) <= PRECISIONS[precision]:  # also where it is no number
             raise ValueError(
@@ -328,7 +330,7 @@ def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, 
     with extra("export"):
         from onnxruntime import AdapterFormat, OrtValue
 
-    encoder = getattr(model, "redimnet", model)
+    encoder = model.base_model
     found = read_adapter(local_folder(adapter, None, None), encoder)
     if found.facts is not None:
         found.facts.check_base(encoder, model.config.name_or_path)
@@ -366,7 +368,7 @@ def _make_adaptable(encoder: MRLReDimNetModel, placement: str) -> dict[str, torc
     return {name: value.data for name, value in encoder.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
 
 
-def _halve(encoder: MRLReDimNetModel):
+def _halve(encoder: MRLReDimNetModel) -> None:
     """float16 weights; the front end computes in float32 whatever its dtype, but its constants are to stay exact."""
     for name, part in encoder.named_children():
         if name != "front_end":
@@ -403,7 +405,7 @@ def _traced(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tens
     return graph
 
 
-def _name_axes(value: "onnx.ValueInfoProto"):
+def _name_axes(value: "onnx.ValueInfoProto") -> None:
     """Free axes get names that people can read."""
     axes = value.type.tensor_type.shape.dim
     if value.name.endswith((".lora_A", ".lora_B")):

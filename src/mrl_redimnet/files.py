@@ -23,7 +23,7 @@ class NotTextError(MRLReDimNetError, ValueError):
     """A text file is not in the encoding it should be in. The message says where."""
 
 
-def refuse_missing(source: str | Path, names: Iterable[str] = ()):
+def refuse_missing(source: str | Path, names: Iterable[str] = ()) -> None:
     """Raises FileNotFoundError where `source` reads like a folder, not like a Hub id OWNER/NAME, and there is none.
 
     names: what could have been given as well, for the message.
@@ -34,13 +34,13 @@ def refuse_missing(source: str | Path, names: Iterable[str] = ()):
         raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id (OWNER/NAME){or_name}.")
 
 
-def refuse_existing(folder: Path):
+def refuse_existing(folder: Path) -> None:
     """Raises FileExistsError where `folder` is there already."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give a new folder, or remove it.")
 
 
-def check_output(file: Path | None, suffixes: Sequence[str] = ()):
+def check_output(file: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Raises, before the work, for a file that could not be written after it; None is no file.
 
     Raises ValueError for another suffix than one of `suffixes`, FileNotFoundError for a folder, or without its folder.
@@ -67,7 +67,7 @@ def path_below(folder: str | Path, name: str, what: str) -> Path:
     return Path(folder) / name
 
 
-def text_lines(file: str | Path) -> Iterator[str]:
+def text_lines(file: str | os.PathLike) -> Iterator[str]:
     """The lines of a text file with their ends, as the csv module takes them: UTF-8, or UTF-16 or UTF-32 (as Excel
     saves) where the file begins with a byte order mark.
 
@@ -96,7 +96,7 @@ def _not_text(file: Path, encoding: str) -> str:
     return f"{file}: not {name} text (save it as UTF-8)"
 
 
-def replace_file(target: Path, write: Callable[[Path], object]):
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     """Fills a temporary file with `write(file)`, then puts it in `target`'s place; an error leaves no trace."""
     temporary = target.with_name(f".{target.name}.writing")
     try:
@@ -106,14 +106,19 @@ def replace_file(target: Path, write: Callable[[Path], object]):
         temporary.unlink(missing_ok=True)
 
 
-def recover_folder(target: Path):
+def replace_text(target: Path, text: str, newline: str | None = None) -> None:
+    """Puts a file of this text, UTF-8, in `target`'s place, whole or not at all. newline: as of `open`."""
+    replace_file(target, lambda file: file.write_text(text, encoding="utf-8", newline=newline))
+
+
+def recover_folder(target: Path) -> None:
     """Puts back what `replace_folder` had moved aside when it was killed between its two renamings."""
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         os.replace(old, target)
 
 
-def replace_folder(target: Path, write: Callable[[Path], None]):
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Fills a temporary folder with `write(folder)`, then puts it in `target`'s place; an error leaves no trace."""
     recover_folder(target)
     temporary, old = target.with_name(f".{target.name}.writing"), target.with_name(f".{target.name}.old")

@@ -46,7 +46,7 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
     embedding. A batch norm behind the projection is folded in first. Under several processes all of them call this, and
     the first one's rotation is everybody's: on other processors the same embeddings may give other signs.
     """
-    encoder = getattr(model, model.base_model_prefix, model)
+    encoder = model.base_model
     projection = encoder.projection
     width = sum(segment.out_features for segment in projection.segments)
     if np.shape(embeddings)[1:] != (width,):
@@ -94,7 +94,7 @@ def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tenso
     return weight * scale[:, None], bias * scale + shift
 
 
-def _store(projection: MatryoshkaProjection, weight: torch.Tensor, bias: torch.Tensor):
+def _store(projection: MatryoshkaProjection, weight: torch.Tensor, bias: torch.Tensor) -> None:
     start = 0
     for segment in projection.segments:
         end = start + segment.out_features

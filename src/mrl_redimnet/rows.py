@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 SIDES = ("test", "both")  # what is perturbed in a robustness test
 ALL = "all"  # in place of a kind: the one number
@@ -40,14 +41,15 @@ class VerificationRow:
 @dataclass(frozen=True)
 class AttributeRow:
     """Result of an attribute on labelled utterances: accuracy in [0, 1] or mean absolute error in the label's unit,
-    the interval over speakers or None."""
+    the interval over speakers or None.
+    """
 
     metric: str
     value: float
     low: float | None = None
     high: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"metric: got {self.metric!r}, expected one of {', '.join(METRICS)}.")
 
@@ -99,7 +101,10 @@ def row_from(record: Mapping) -> GroupRow:
     """
     known = {field.name for field in fields(GroupRow)}
     values = {name: value for name, value in record.items() if name in known}
-    return GroupRow(**{name: Rate(**value) if isinstance(value, dict) else value for name, value in values.items()})
+    whole: dict[str, Any] = {
+        name: Rate(**value) if isinstance(value, dict) else value for name, value in values.items()
+    }
+    return GroupRow(**whole)
 
 
 # ---------------------------------------------------------------- as text
@@ -137,5 +142,7 @@ def _cells(row: GroupRow) -> list[str]:
 
 
 def _percent(rate: Rate, sign: str = "") -> str:
-    bounds = "" if rate.low is None else f" [{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
+    bounds = ""
+    if rate.low is not None and rate.high is not None:
+        bounds = f" [{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
     return f"{100 * rate.value:{sign}.2f}{bounds}"

@@ -23,7 +23,7 @@ def save_model(
     speakers: "SpeakerTable | None" = None,
     evaluation: Evaluation | None = None,
     **card_facts,
-):
+) -> None:
     """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
 
     card_facts: what `hub_cards.base_card` may state. What was there before is replaced at the end, in one rename.
@@ -35,7 +35,7 @@ def save_model(
         )
     refuse_wrapped(model)
 
-    def write(target: Path):
+    def write(target: Path) -> None:
         model.save_pretrained(target)
         MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
         card = base_card(model, **{"name": Path(folder).name, **card_facts}, evaluation=evaluation)

@@ -201,7 +201,7 @@ class Stretch:
         if not length.amount and not self.none:
             least = "at least 1" if length.unit == "steps" else Length.EXPECTED
             raise ValueError(f"{name}: got {value!r}, expected {least}.")
-        return length.amount if length.unit != "epochs" else value
+        return length.amount if length.unit != "epochs" else str(value)
 
 
 # ---------------------------------------------------------------- fields of classes elsewhere

@@ -133,10 +133,10 @@ def _print_notes(notes: list[str]):
 def _write(arguments: argparse.Namespace, report: dict, scored: dict):
     from mrl_redimnet.evaluation.lists import write_scores
     from mrl_redimnet.evaluation.page import as_json, write_page
-    from mrl_redimnet.files import replace_file
+    from mrl_redimnet.files import replace_text
 
     if arguments.json is not None:
-        replace_file(arguments.json, lambda target: target.write_text(as_json(report), encoding="utf-8"))
+        replace_text(arguments.json, as_json(report))
     if arguments.scores is not None:
         write_scores(arguments.scores, scored)
     if arguments.page is not None:

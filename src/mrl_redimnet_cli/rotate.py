@@ -52,6 +52,6 @@ def print_saved(model, out: Path):
     """Prints what the model is that was saved in `out`."""
     config = model.config
     print(
-        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_length / 16:g} ms hop, "
+        f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.hop_ms:g} ms hop, "
         f"embeddings of {', '.join(map(str, config.matryoshka_dims))} dimensions."
     )

@@ -226,7 +226,8 @@ def test_a_joint_norm_of_one_process_is_a_plain_one(device):
     exact = norm_step(a_norm().double(), norm_input().double(), None)
     norm, x = a_norm().to(device), norm_input().to(device).requires_grad_()
     with alone_in("nccl" if device.type == "cuda" else "gloo"):
-        ours = norm_step(norm, x.detach(), None, lambda x: norm._composed_normaliser(x, None, joint=True)(x))
+        composed = norm._composed_normaliser  # noqa: SLF001 -- as on a GPU, whatever device this is
+        ours = norm_step(norm, x.detach(), None, lambda x: composed(x, None, joint=True)(x))
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -234,7 +235,7 @@ def test_a_joint_norm_of_one_process_is_a_plain_one(device):
 def half_a_batch(rank: int, port: int, folder: str, device: torch.device):
     """One of two processes; both use the same GPU, which gloo allows."""
     if device.type == "cpu":
-        modeling_mrl_redimnet._cpu_kernels = lambda x: False
+        modeling_mrl_redimnet._cpu_kernels = lambda x: False  # noqa: SLF001 -- as on a GPU
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     norm = a_norm().to(device)
     synchronise_batch_norms(norm)

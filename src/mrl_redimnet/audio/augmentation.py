@@ -14,12 +14,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.codecs import CODECS, band_limited, through_codec
-from mrl_redimnet.audio.io import SAMPLING_RATE, audio_info, read_audio
+from mrl_redimnet.audio.io import audio_info, read_audio
 from mrl_redimnet.audio.material import draw_readable, usable_files
 from mrl_redimnet.audio.rooms import RoomBank, reverberate
 from mrl_redimnet.settings import nearest
@@ -53,7 +54,7 @@ class Recordings:
     what: str = "recording"
     _lengths: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.files) == 0:
             raise ValueError("files: got none, expected at least one audio file.")
         if self.seconds is not None and len(self.seconds) != len(self.files):
@@ -128,7 +129,7 @@ class AddNoise:
     without audio, AudioError where none of it can be read.
     """
 
-    def __init__(self, folder: str | Path, snr: tuple[float, float] = (0.0, 15.0), probability: float = 0.6):
+    def __init__(self, folder: str | Path, snr: tuple[float, float] = (0.0, 15.0), probability: float = 0.6) -> None:
         self.files = usable_files(folder, "noise folder")
         self.snr, self.probability = snr, probability
         self._recordings = Recordings(self.files, what="noise")
@@ -187,7 +188,7 @@ class Transcoding:
 
     codecs: Sequence[str] = tuple(CODECS)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.codecs, (list, tuple)) or not self.codecs:
             raise ValueError(f"codecs: got {self.codecs!r}, expected a list of some of {', '.join(CODECS)}.")
         for name in self.codecs:
@@ -196,7 +197,7 @@ class Transcoding:
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """crop [samples] float32 -> the same through a codec, by the generator's draws."""
-        return through_codec(self.codecs[rng.integers(len(self.codecs))], crop, rng)
+        return through_codec(self.codecs[int(rng.integers(len(self.codecs)))], crop, rng)
 
 
 @dataclass
@@ -205,7 +206,7 @@ class BandLimit:
 
     cutoff: tuple[float, float] = (2000.0, 7000.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("cutoff", self.cutoff, 100.0, SAMPLING_RATE / 2 - 1)
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -219,7 +220,7 @@ class Gain:
 
     gain: tuple[float, float] = (-10.0, 10.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("gain", self.gain, -100.0, 100.0)
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -236,7 +237,7 @@ class Clipping:
 
     level: tuple[float, float] = (0.2, 0.8)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("level", self.level, 0.01, 1.0)
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -248,7 +249,7 @@ class Clipping:
 class InDomain:
     """Brings crops into a domain (see `mrl_redimnet.audio.domains`), except for a share that stays as it is."""
 
-    def __init__(self, domain: Augmentation, base_share: float = 0.1):
+    def __init__(self, domain: Augmentation, base_share: float = 0.1) -> None:
         self.domain, self.base_share = domain, base_share
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -278,7 +279,7 @@ class OneOf:
     choices: Sequence[Step]
     weights: Sequence[float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weights = np.ones(len(self.choices)) if self.weights is None else np.array(self.weights, dtype=np.float64)
         if weights.shape != (len(self.choices),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
             raise ValueError(
@@ -396,7 +397,7 @@ def _make_noise(sources: Sources, snr: Sequence[float] = (0.0, 15.0), folder: st
         return _unread
     folder = _first_given(folder, sources.noise, "a folder of noise")
     part = Path(folder) / "noise"
-    return AddNoise(part if part.is_dir() else folder, tuple(snr), probability=1.0)
+    return AddNoise(part if part.is_dir() else folder, _pair(snr), probability=1.0)
 
 
 def _make_music(sources: Sources, snr: Sequence[float] = (5.0, 15.0), folder: str | Path | None = None) -> Augmentation:
@@ -409,7 +410,7 @@ def _make_music(sources: Sources, snr: Sequence[float] = (5.0, 15.0), folder: st
     part = root / "music"
     if folder is None and not part.is_dir():
         raise ValueError(f"noise: {root} has no folder music: give the root of MUSAN there, or this entry a `folder`.")
-    return AddNoise(part if part.is_dir() else root, tuple(snr), probability=1.0)
+    return AddNoise(part if part.is_dir() else root, _pair(snr), probability=1.0)
 
 
 def _make_babble(
@@ -441,7 +442,15 @@ def _make_babble(
             "folder: there is no training speech to draw talkers from, as where it is streamed; give this entry a "
             "`folder` of speech, or the setting `noise` the root of MUSAN, which has a folder speech."
         )
-    return Babble(talkers, tuple(count), tuple(snr))
+    return Babble(talkers, _pair(count), _pair(snr))
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _pair(limits: Sequence[_Number]) -> tuple[_Number, _Number]:
+    low, high = limits
+    return low, high
 
 
 def _make_reverberation(
@@ -505,6 +514,7 @@ def _check_folder(folder: object) -> None:
 
 
 def _first_given(folder: str | Path | None, setting: str | Path | None, what: str) -> str | Path:
-    if folder is None and setting is None:
+    given = setting if folder is None else folder
+    if given is None:
         raise ValueError(f"noise: {what} is needed; give the setting `noise`, or this entry a `folder`.")
-    return setting if folder is None else folder
+    return given

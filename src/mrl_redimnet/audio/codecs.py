@@ -12,7 +12,8 @@ import soundfile as sf
 import torch
 from torchaudio.functional import resample
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.extras import extra
 
 TELEPHONE_RATE = 8_000
@@ -125,24 +126,24 @@ def _run_sndfile(subtype: str, pcm: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _run_amr_nb(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _run_ffmpeg("libopencore_amrnb", pcm, TELEPHONE_RATE, int(rng.choice(_AMR_MODES)))
+    return run_ffmpeg("libopencore_amrnb", pcm, TELEPHONE_RATE, int(rng.choice(_AMR_MODES)))
 
 
 def _run_opus(rate: int, bit_rates: tuple[int, int], pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     bit_rate = int(rng.integers(*bit_rates, endpoint=True))
-    return _run_ffmpeg("libopus", pcm, rate, bit_rate, {"application": "voip", "frame_duration": "20"})
+    return run_ffmpeg("libopus", pcm, rate, bit_rate, {"application": "voip", "frame_duration": "20"})
 
 
 def _run_mp3(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _run_ffmpeg("mp3", pcm, SAMPLING_RATE, int(rng.choice(_MP3_RATES)))
+    return run_ffmpeg("mp3", pcm, SAMPLING_RATE, int(rng.choice(_MP3_RATES)))
 
 
 def _run_aac(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _run_ffmpeg("aac", pcm, SAMPLING_RATE, int(rng.integers(*_AAC_RATES, endpoint=True)))
+    return run_ffmpeg("aac", pcm, SAMPLING_RATE, int(rng.integers(*_AAC_RATES, endpoint=True)))
 
 
 def _run_g722(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _run_ffmpeg("g722", np.pad(pcm, (0, CODECS["g722"].delay)), SAMPLING_RATE, 64_000)
+    return run_ffmpeg("g722", np.pad(pcm, (0, CODECS["g722"].delay)), SAMPLING_RATE, 64_000)
 
 
 def _run_vorbis(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -154,7 +155,7 @@ def _run_vorbis(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return sf.read(coded, dtype="float32")[0]
 
 
-def _run_ffmpeg(
+def run_ffmpeg(
     name: str, pcm: np.ndarray, rate: int, bit_rate: int, options: dict[str, str] | None = None
 ) -> np.ndarray:
     """pcm [samples] int16 at `rate` Hz -> decoded [samples] float32 at that rate, by the FFmpeg library's codec."""

@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.augmentation import AddNoise, check_range
 from mrl_redimnet.audio.codecs import (
     PACKET,
@@ -23,7 +25,6 @@ from mrl_redimnet.audio.codecs import (
     telephone_codecs,
     transcode,
 )
-from mrl_redimnet.audio.io import SAMPLING_RATE
 from mrl_redimnet.audio.rooms import RoomBank, at_power_of, reverberate
 from mrl_redimnet.settings import Number, near
 
@@ -60,10 +61,10 @@ class Noisy:
     room_count: int = 64
     room_seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_noisy(**{f.name: getattr(self, f.name) for f in fields(self)})
         self._bank = RoomBank(self.rooms, self.room_count, self.room_seed)
-        self._add_noise = AddNoise(self.noise, snr=self.snr, probability=1.0)
+        self._add_noise = AddNoise(cast("str | Path", self.noise), snr=self.snr, probability=1.0)
 
     def __call__(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """audio [samples] float32 -> the same in a room (or not) and in noise, by the generator's draws."""
@@ -104,7 +105,7 @@ class Telephony:
     loss: tuple[float, float] = (0.0, 0.05)
     band: tuple[float, float] = (300.0, 3400.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = telephone_codecs()
         if not isinstance(self.codecs, (list, tuple)):
             raise ValueError(f"codecs: got {self.codecs!r}, expected a list of some of {', '.join(known)}.")
@@ -120,7 +121,7 @@ class Telephony:
     def __call__(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """audio [samples] float32 -> the same through a telephone call, by the generator's draws."""
         line = self._to_line(audio)
-        line = transcode(self.codecs[rng.integers(len(self.codecs))], line, rng)
+        line = transcode(self.codecs[int(rng.integers(len(self.codecs)))], line, rng)
         line = self._in_band(lose_packets(line, rng.uniform(*self.loss), rng))
         wide = resampled(line, TELEPHONE_RATE, SAMPLING_RATE)
         return at_power_of(audio, wide[: len(audio)])

@@ -23,9 +23,7 @@ import soundfile as sf
 import torch
 from torchaudio.functional import resample
 
-from configuration_mrl_redimnet import MRLReDimNetError
-
-SAMPLING_RATE = 16_000
+from configuration_mrl_redimnet import SAMPLING_RATE, MRLReDimNetError
 
 # libsndfile is asked first for these, PyAV (which brings its own FFmpeg libraries) for everything else, m4a/AAC above
 # all; what the first of them cannot open is left to the other.
@@ -160,7 +158,8 @@ def read_audio(
 @dataclass(frozen=True)
 class _Reader:
     """An open file. `read(first, last)` gives its samples [first, last), averaged over channels, float32, fewer where
-    it ends before; once. `is_cut()`, after that: whether it ends where it should not, though no header says so."""
+    it ends before; once. `is_cut()`, after that: whether it ends where it should not, though no header says so.
+    """
 
     sampling_rate: int
     channels: int
@@ -177,7 +176,8 @@ def name_of(source: Source) -> str:
 @contextmanager
 def _opened(source: Source) -> Iterator[_Reader]:
     """The source opened by the library for its suffix, else by the other one; the errors of libraries, here or in the
-    body, as AudioError."""
+    body, as AudioError.
+    """
     name = name_of(source)
     path = Path(name)
     if isinstance(source, Encoded) and source.problem:
@@ -227,7 +227,7 @@ def _size_of(path: Path) -> int:
     raise AudioError(f"{path} is {kind}, not a file: give a file")
 
 
-def _check_header(reader: _Reader, name: str):
+def _check_header(reader: _Reader, name: str) -> None:
     if reader.frames == 0:
         raise AudioError(f"{name} is empty (0 samples): encode it again or remove it")
     if not _SLOWEST <= reader.sampling_rate <= _FASTEST:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning, Source, name_of, read_audio
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError, AudioWarning, Source, name_of, read_audio
 
 _FRAME = SAMPLING_RATE // 50  # 20 ms
 # The step of 16 bits. What stays within one and a half of it is dither or the rounding of nothing. Speech of -47 dBFS,
@@ -37,7 +38,8 @@ class Levels:
 
 def levels(audio: np.ndarray) -> Levels:
     """audio [samples] float32 at 16 kHz, at least one -> its levels. Real speech, however quiet, has no problem as long
-    as 16 bits can hold it."""
+    as 16 bits can hold it.
+    """
     power = float(np.mean(np.square(audio, dtype=np.float64)))
     dbfs = 10 * np.log10(power) if power > 0 else -np.inf
     frames = audio[: len(audio) // _FRAME * _FRAME].reshape(-1, _FRAME) if len(audio) >= _FRAME else audio[None]
@@ -69,7 +71,8 @@ def _is_clipped(frames: np.ndarray) -> bool:
 
 def refuse_silence(source: Source, audio: np.ndarray) -> np.ndarray:
     """The audio [samples] of a whole file as it is. Raises AudioError, naming the file, where no speaker can be heard
-    in it."""
+    in it.
+    """
     found = levels(audio)
     if found.problem:
         raise AudioError(f"{name_of(source)} {found.problem} ({found}): record it again, or leave it out")

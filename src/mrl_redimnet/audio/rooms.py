@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, read_audio
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.io import AudioError, read_audio
 from mrl_redimnet.audio.material import draw_readable, usable
 from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, files_below
 from mrl_redimnet.extras import extra
@@ -57,16 +58,17 @@ class RoomBank:
     room_count: int = 64
     room_seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.room_count < 1:
             raise ValueError(f"room_count: got {self.room_count}, expected at least 1.")
-        self._files = [] if self.folder is None else _response_files(self.folder)
+        self.files = [] if self.folder is None else _response_files(self.folder)
 
     def draw(self, rng: np.random.Generator) -> RoomResponse:
         """One response, by the generator's draw. A recording that cannot be read, or is silent, is told and another one
-        drawn, see `mrl_redimnet.audio.material`."""
-        if self._files:
-            return draw_readable(lambda: recorded_response(self._files[rng.integers(len(self._files))]), "rooms")
+        drawn, see `mrl_redimnet.audio.material`.
+        """
+        if self.files:
+            return draw_readable(lambda: recorded_response(self.files[rng.integers(len(self.files))]), "rooms")
         return simulated_response(self.room_seed, int(rng.integers(self.room_count)))
 
 

@@ -25,7 +25,8 @@ _NAMED = 5  # suffixes or folders that a message names
 @dataclass
 class LeftOut:
     """What a scan passes over. suffixes: how many files of each that is not audio's; hidden: entries whose names begin
-    with a point (as macOS's ._x) and __MACOSX; others: folders and links that were not followed, and why."""
+    with a point (as macOS's ._x) and __MACOSX; others: folders and links that were not followed, and why.
+    """
 
     suffixes: Counter = field(default_factory=Counter)
     hidden: int = 0
@@ -45,7 +46,7 @@ class LeftOut:
             parts.append(f"{len(self.others):,} folders or links ({'; '.join(self.others[:_NAMED])}{more})")
         return ", ".join(parts)
 
-    def warn(self, where: str | os.PathLike):
+    def warn(self, where: str | os.PathLike) -> None:
         """One AudioWarning of all that was left out of the folder `where`, none where that is nothing."""
         if text := str(self):
             warnings.warn(f"{printable(where)}: left out {text}.", AudioWarning, stacklevel=3)
@@ -68,7 +69,8 @@ def audio_files(folder: str | os.PathLike) -> Iterator[str]:
 
 def walk(folder: str | os.PathLike, inside: str = "", left_out: LeftOut | None = None) -> Iterator[str]:
     """As `audio_files`, of one entry (a file or a folder) `inside` the folder if it is given, and without a warning:
-    what is left out is counted in `left_out`."""
+    what is left out is counted in `left_out`.
+    """
     folder, left_out = os.fspath(folder), LeftOut() if left_out is None else left_out
     top = os.path.join(folder, inside)
     if inside and not os.path.isdir(top):
@@ -106,7 +108,8 @@ def _below(
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
     """Names in a folder, and whether each is a folder, in the order of the paths below them: with "/" after a folder's
-    name."""
+    name.
+    """
     with os.scandir(folder) as entries:
         found = [(entry.name, _is_folder(entry)) for entry in entries]
     return sorted(found, key=lambda entry: entry[0] + "/" * entry[1])

@@ -52,7 +52,7 @@ def read_waveform(
         audio = prepare(source, audio)
     if longest is not None:
         audio = audio[: round(longest * SAMPLING_RATE)]
-    return _checked(audio, SAMPLING_RATE, extractor, name)
+    return _checked(audio, extractor, name)
 
 
 def _from_array(value: object, name: str) -> np.ndarray:
@@ -65,17 +65,16 @@ def _from_array(value: object, name: str) -> np.ndarray:
         )
     if not isinstance(rate, int | np.integer) or rate < 1:
         raise AudioError(f"{name}: its sampling rate is {rate!r}, expected a whole number of Hz")
-    audio = _checked(array, int(rate), MRLReDimNetFeatureExtractor(sampling_rate=int(rate), min_samples=1), name)
+    audio = _checked(array, MRLReDimNetFeatureExtractor(sampling_rate=int(rate), min_samples=1), name)
     return audio if rate == SAMPLING_RATE else resample(torch.from_numpy(audio), int(rate), SAMPLING_RATE).numpy()
 
 
-def _checked(audio: object, rate: int, extractor: MRLReDimNetFeatureExtractor, name: str) -> np.ndarray:
+def _checked(audio: object, extractor: MRLReDimNetFeatureExtractor, name: str) -> np.ndarray:
     """[samples] float32; by itself, so that a message is about this utterance."""
     try:
-        (waveform,) = extractor([audio], sampling_rate=rate, return_tensors="np").input_values
+        return extractor.checked(audio, name)
     except (ValueError, TypeError) as error:
-        raise AudioError(f"{name}: {str(error).removeprefix('raw_speech[0]: ')}") from error
-    return waveform
+        raise AudioError(str(error)) from error
 
 
 def length_batches(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from itertools import pairwise
@@ -25,6 +25,7 @@ from huggingface_hub import constants
 
 from mrl_redimnet.audio.io import AudioError, Encoded, audio_info
 from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, LeftOut, is_text, printable, walk
+from mrl_redimnet.files import replace_text
 from mrl_redimnet.settings import near
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
@@ -41,7 +42,7 @@ _INNER_FOLDERS = frozenset({"wav", "aac", "m4a", "flac", "data"})
 # What one process scans at a time: enough pieces for any num_proc.
 _SCAN_SHARDS = 256
 # Files whose headers are worth several processes: one reads them in seconds.
-_MANY_FILES = 10_000
+MANY_FILES = 10_000
 # Rows of a whole column that are looked at at a time.
 _COLUMN_BLOCK = 100_000
 _SOME_ROWS = 100  # that tell which corpus it is
@@ -104,7 +105,7 @@ def load_corpus(
         layout=layout,
         fingerprint=manifest.fingerprint,
     )
-    builder.download_and_prepare(num_proc=_processes(num_proc, manifest.files))
+    builder.download_and_prepare(num_proc=processes_for(num_proc, manifest.files))
     return builder.as_dataset(split="train").cast_column("audio", datasets.Audio(decode=False))
 
 
@@ -119,9 +120,12 @@ def source_of(audio: dict | bytes | str | None, remote: bool = False) -> str | E
     remote: the data comes from elsewhere, so a path that it names without bytes must be a URL or lie in the caches of
     `datasets` and the Hub. A row without audio, or with such a path, gives a source whose reading raises AudioError.
     """
-    data, path = (audio["bytes"], audio["path"]) if isinstance(audio, dict) else (audio, None)
-    if isinstance(audio, str):
+    if isinstance(audio, dict):
+        data, path = audio["bytes"], audio["path"]
+    elif isinstance(audio, str):
         data, path = None, audio
+    else:
+        data, path = audio, None
     if data is not None:
         return Encoded(path or "audio", data)
     if path is None:
@@ -189,8 +193,9 @@ def seconds_of(dataset: datasets.Dataset) -> np.ndarray:
 
 def blocks_of(dataset: datasets.Dataset, column: str) -> Iterator[pa.Array]:
     """One column of all rows, piece by piece; no other column is touched."""
-    values, selected = dataset.data.column(column), dataset._indices
-    if selected is not None:  # the public ways gather selected rows one by one: 20 s for a million, against 0.1 s
+    # The public ways gather selected rows one by one: 20 s for a million, against 0.1 s.
+    values, selected = dataset.data.column(column), dataset._indices  # noqa: SLF001 -- for this speed
+    if selected is not None:
         values = values.take(selected.column(0))
     for first in range(0, len(values), _COLUMN_BLOCK):
         yield values.slice(first, _COLUMN_BLOCK).combine_chunks()
@@ -261,7 +266,7 @@ class Columns:
         absent = sorted(name for name in given.values() if name not in features)
         if absent:
             raise ValueError(f"columns: there is no column {', '.join(absent)}; there are {there}")
-        found = {role: given.get(role) or _usual(features, role) for role in _USUAL_NAMES}
+        found: dict = {role: given.get(role) or _usual(features, role) for role in _USUAL_NAMES}
         for role in ("audio", "speaker"):
             if found[role] is None:
                 raise ValueError(
@@ -350,7 +355,7 @@ def _uniform(
         remove_columns=needed,
         features=_FACTS,
         fn_kwargs={"columns": columns, "names": names, "strays": strays},
-        num_proc=_processes(num_proc, len(data)) if columns.seconds is None else num_proc,
+        num_proc=processes_for(num_proc, len(data)) if columns.seconds is None else num_proc,
         desc="Reading headers" if columns.seconds is None else "Reading columns",
     )
     return datasets.concatenate_datasets([audio, facts], axis=1)
@@ -411,7 +416,10 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
                     seconds = audio_info(absolute).seconds
                 except AudioError as error:
                     problem = str(error)
-            speaker, session = parse(path)
+            found = parse(path)
+            if found is None:
+                raise ValueError(f"{absolute} came while the folder was being read: load it again")
+            speaker, session = found
             facts = {"path": path, "speaker": speaker, "session": session, "seconds": seconds, "problem": problem}
             yield path, {"audio": {"path": absolute, "bytes": None}, **facts}
 
@@ -419,7 +427,8 @@ class SpeechFolder(datasets.GeneratorBasedBuilder):
 @dataclass(frozen=True)
 class _Manifest:
     """The utterances of one folder: its entries that hold some, sorted, how many files, and a hash that changes with
-    any of them."""
+    any of them.
+    """
 
     folder: Path
     tops: list[str]
@@ -434,7 +443,9 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
         raise FileNotFoundError(f"{root} is not there: give the folder that holds the speakers' folders")
     if not root.is_dir():
         raise ValueError(f"{root} is a file: give the folder that holds the speakers' folders, or parquet files")
-    tops, total, wrong, first = [], 0, 0, []
+    tops: list[str] = []
+    first: list[str] = []
+    total = wrong = 0
     digest, left_out = hashlib.sha256(), LeftOut()
     for path in walk(root, left_out=left_out):
         total += 1
@@ -456,9 +467,9 @@ def _find_utterances(root: Path, layout: str) -> _Manifest:
     return _Manifest(root, tops, total, digest.hexdigest())
 
 
-def _processes(given: int | None, files: int) -> int | None:
+def processes_for(given: int | None, files: int) -> int | None:
     """How many processes read the headers of so many files."""
-    if given is not None or files < _MANY_FILES:
+    if given is not None or files < MANY_FILES:
         return given
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no former
 
@@ -483,7 +494,7 @@ def layout_of(name: str) -> str:
     return layout
 
 
-def path_parser(layout: str):
+def path_parser(layout: str) -> Callable[[str], tuple[str, str] | None]:
     """A function from a relative path to (speaker, session), or to None where the path is not laid out so."""
     *folders, last = layout.split("/")
     file = re.split(r"([-_])", last)
@@ -574,7 +585,7 @@ def without_evaluation_speakers(
 class SpeakerTable:
     """Which integer label stands for which speaker; label i is `names[i]`."""
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str]) -> None:
         """Labels 0, 1, ... in the order of `names`. Raises ValueError unless they are distinct strings."""
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("a speaker table needs a list of names, all of them strings")
@@ -609,10 +620,7 @@ class SpeakerTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the names as a JSON list; `path` holds either its old content or all of the new one."""
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.names, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        replace_text(Path(path), json.dumps(self.names, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SpeakerTable":
@@ -626,8 +634,8 @@ class SpeakerTable:
 def split_usable(dataset: datasets.Dataset, min_seconds: float) -> tuple[datasets.Dataset, list[tuple[str, str]]]:
     """The rows of `load_corpus` that have no problem and last at least `min_seconds`; the others as (path, reason)."""
     short = seconds_of(dataset) < min_seconds
-    problems = (pc.not_equal(block, "").to_numpy(zero_copy_only=False) for block in blocks_of(dataset, "problem"))
-    wrong = np.concatenate([np.zeros(0, bool), *problems])
+    flags = (pc.not_equal(block, "").to_numpy(zero_copy_only=False) for block in blocks_of(dataset, "problem"))
+    wrong = np.concatenate([np.zeros(0, bool), *flags])
     unusable = np.flatnonzero(short | wrong)
     if not len(unusable):
         return dataset, []  # without a table of indices, which would make every access slower
@@ -656,7 +664,7 @@ def check_problems(
         summary += f"; and {len(problems) - 5:,} more"
     if report_path is not None:
         lines = ["path\treason", *(f"{printable(path)}\t{' '.join(reason.split())}" for path, reason in problems)]
-        Path(report_path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        replace_text(Path(report_path), "\n".join(lines) + "\n")
         summary += f" (all in {report_path})"
     if share > max_share:
         raise ValueError(f"{summary}. At most {100 * max_share:g} % may be unusable")

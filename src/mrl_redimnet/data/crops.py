@@ -15,10 +15,12 @@ import torch
 from datasets import Dataset
 from torchaudio.transforms import Resample
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.augmentation import Chain, InDomain, fitted
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, name_of, read_audio
+from mrl_redimnet.audio.io import AudioError, Encoded, name_of, read_audio
 from mrl_redimnet.audio.material import MaterialError, draw_readable
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source, labels_of, seconds_of
+from mrl_redimnet.streams import Stream
 
 SAMPLERS = ("speaker", "utterance")
 
@@ -75,7 +77,7 @@ class CropMaker:
         except MaterialError:  # of what the crop is augmented with: not this utterance's fault
             raise
         except AudioError as error:
-            return Problem(getattr(source, "name", source), str(error))
+            return Problem(source.name if isinstance(source, Encoded) else source, str(error))
         label = speaker + speed * self.speakers
         return {"input_values": crop, "label": label, "made_in": time.perf_counter() - began}
 
@@ -107,12 +109,13 @@ class CorpusTalkers:
 
     corpus: Dataset
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._seconds = seconds_of(self.corpus).astype(np.float32)
 
     def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
         """`samples` of a drawn utterance, from a drawn place, float32; a shorter one is repeated, another one drawn for
-        one that cannot be read."""
+        one that cannot be read.
+        """
         return draw_readable(lambda: self._stretch(rng, samples), "training speech for babble")
 
     def _stretch(self, rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -149,7 +152,7 @@ class CropDataset(torch.utils.data.Dataset):
     seed: int = 0
     targets: np.ndarray | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
         self._seconds = seconds_of(self.corpus).astype(np.float32)
@@ -164,11 +167,11 @@ class CropDataset(torch.utils.data.Dataset):
         return len(self._labels) if self.sampler == "utterance" else len(self._first) * self.utterances_per_speaker
 
     def __getitem__(self, draw: int) -> dict | Problem:
-        rng = np.random.default_rng([self.seed, 1, draw])
-        row, speed = self._row(draw, rng)
+        rng = Stream.CROP.generator(self.seed, draw)
+        row, speed = self.corpus_row(draw, rng)
         shortest, longest = self.crop_seconds
         if longest > shortest:
-            shortest = np.random.default_rng([self.seed, 5, draw // self.batch]).uniform(shortest, longest)
+            shortest = Stream.CROP_SECONDS.generator(self.seed, draw // self.batch).uniform(shortest, longest)
         example = self.maker.make(
             audio_source(self.corpus, row),
             float(self._seconds[row]),
@@ -182,7 +185,7 @@ class CropDataset(torch.utils.data.Dataset):
             example["label"] = self.targets[row].item()
         return example
 
-    def _row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
+    def corpus_row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
         """The corpus's row of a draw, and its speed where that is the group's and not its own."""
         if self.sampler == "utterance":
             return int(self._in_order(draw, len(self._labels))), None
@@ -194,7 +197,7 @@ class CropDataset(torch.utils.data.Dataset):
         shares /= shares.sum()
         if self.utterances_per_speaker == 1:
             return int(rng.choice(rows, p=shares)), None
-        of_group = np.random.default_rng([self.seed, 4, group])
+        of_group = Stream.SPEAKER_GROUP.generator(self.seed, group)
         chosen = of_group.choice(rows, min(self.utterances_per_speaker, len(rows)), replace=False, p=shares)
         return int(chosen[member % len(chosen)]), self.maker.draw_speed(of_group)
 
@@ -202,7 +205,7 @@ class CropDataset(torch.utils.data.Dataset):
         """Item `count` of an endless sequence of permutations of `length` items."""
         epoch, position = divmod(count, length)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(length).astype(np.int32)
+            self._order = Stream.CORPUS_ORDER.generator(self.seed, epoch).permutation(length).astype(np.int32)
             self._epoch = epoch
         return int(self._order[position])
 

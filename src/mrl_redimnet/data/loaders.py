@@ -17,6 +17,7 @@ from mrl_redimnet.audio.io import AudioError, Encoded, audio_info
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source
 from mrl_redimnet.data.crops import CropDataset, CropMaker, DrawBatches, Problem, collate
 from mrl_redimnet.data.streaming import Collated, SpeechStream, StreamState
+from mrl_redimnet.streams import Stream
 
 BEYOND = 2**40  # draws that no training comes to
 
@@ -48,7 +49,7 @@ class DrawnCrops:
     Accelerate does not prepare it: each process draws its own share already.
     """
 
-    def __init__(self, dataset: CropDataset, loading: Loading):
+    def __init__(self, dataset: CropDataset, loading: Loading) -> None:
         self.dataset, self.loading = dataset, loading
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[dict]:
@@ -65,13 +66,13 @@ class DrawnCrops:
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
         """Up to `most` drawn utterances, for `SpeakerEncoder.embed_all`."""
-        rows = np.random.default_rng([seed, 3]).permutation(len(self.dataset.corpus))[:most]
+        rows = Stream.CORPUS_SAMPLE.generator(seed).permutation(len(self.dataset.corpus))[:most]
         return [audio_source(self.dataset.corpus, int(row)) for row in sorted(rows)]
 
     def state(self) -> None:
         """The step says all there is to say."""
 
-    def go_on(self, state: None):
+    def go_on(self, state: None) -> None:
         """Nothing to be restored."""
 
 
@@ -90,7 +91,7 @@ class StreamedCrops:
         crop_seconds: float,
         min_seconds: float,
         loading: Loading,
-    ):
+    ) -> None:
         self.loading, self._source, self._columns = loading, source, columns
         self._make = partial(_crop, maker, speakers, crop_seconds, min_seconds)
         how = self.loading
@@ -122,7 +123,7 @@ class StreamedCrops:
         """The place after the last batch given out."""
         return self._state.state_dict()
 
-    def go_on(self, state: dict):
+    def go_on(self, state: dict) -> None:
         """Lets `batches` begin where the state was taken. Raises ValueError for a stream of other settings."""
         self._state.load_state_dict(state)
 

@@ -35,7 +35,8 @@ from mrl_redimnet.data.corpus import (
     split_usable,
     without_evaluation_speakers,
 )
-from mrl_redimnet.files import refuse_existing, text_lines
+from mrl_redimnet.files import refuse_existing, replace_file, replace_text, text_lines
+from mrl_redimnet.streams import Stream
 
 ROWS_PER_GROUP = 100  # what a reader holds at a time: some ten megabytes of encoded speech
 _TEXT = datasets.Value("string")
@@ -94,7 +95,7 @@ class PreparedIndex:
     notes: list[str] = field(default_factory=list)
     version: int = 1
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
         """Writes `folder`/index.json."""
         (folder / "index.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
@@ -210,14 +211,14 @@ class _Plan:
 
     def rows_of(self, shard: int, rows: int) -> np.ndarray:
         """The rows of the corpus that a shard holds, in its order."""
-        order = np.random.default_rng([self.seed, 6]).permutation(rows)
+        order = Stream.PREPARED_ORDER.generator(self.seed).permutation(rows)
         return np.array_split(order, self.shards)[shard]
 
     def name_of(self, shard: int) -> str:
         return f"train-{shard:05d}-of-{self.shards:05d}.parquet"
 
 
-def _take_up(work: Path, plan: _Plan):
+def _take_up(work: Path, plan: _Plan) -> None:
     """Makes `work` ready: as a stopped run of the same plan left it, else empty."""
     note = work / "plan.json"
     try:
@@ -227,11 +228,10 @@ def _take_up(work: Path, plan: _Plan):
     if not same:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        unfinished = work / "plan.json.tmp"
-        unfinished.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-        os.replace(unfinished, note)
-    for leftover in (*work.glob("*.tmp"), *work.glob("*.part")):
-        leftover.unlink()
+        replace_text(note, json.dumps(asdict(plan)))
+    for file in work.iterdir():
+        if file != note and file.suffix not in (".parquet", ".done"):
+            file.unlink()  # what was being written when the run was killed
 
 
 def _side_by_side(write, shards: int, threads: int) -> Iterator[dict]:
@@ -253,32 +253,31 @@ def _write_shard(usable: datasets.Dataset, work: Path, plan: _Plan, shard: int) 
     done = path.with_suffix(".done")
     if path.is_file() and done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
-    unfinished = path.with_suffix(".part")
     rows = plan.rows_of(shard, len(usable))
-    written, seconds, problems = 0, 0.0, []
-    with pq.ParquetWriter(
-        unfinished,
-        FEATURES.arrow_schema,
-        compression="none",  # encoded audio does not get smaller
-        use_dictionary=["speaker"],
-        write_statistics=["speaker", "seconds"],
-    ) as writer:
-        for first in range(0, len(rows), ROWS_PER_GROUP):
-            group, failed = _read_rows(usable, rows[first : first + ROWS_PER_GROUP])
-            problems += failed
-            written += len(group)
-            seconds += sum(row["seconds"] for row in group)
-            writer.write_table(pa.Table.from_pylist(group, FEATURES.arrow_schema), ROWS_PER_GROUP)
-    facts = {"file": path.name, "rows": written, "bytes": unfinished.stat().st_size, "seconds": seconds}
-    facts["problems"] = problems
-    note = done.with_suffix(".tmp")
-    note.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(note, done)
-    os.replace(unfinished, path)  # last: a shard that has its name is complete
+    facts: dict = {"file": path.name, "rows": 0, "bytes": 0, "seconds": 0.0, "problems": []}
+
+    def write(file: Path) -> None:
+        with pq.ParquetWriter(
+            file,
+            FEATURES.arrow_schema,
+            compression="none",  # encoded audio does not get smaller
+            use_dictionary=["speaker"],
+            write_statistics=["speaker", "seconds"],
+        ) as writer:
+            for first in range(0, len(rows), ROWS_PER_GROUP):
+                group, failed = read_rows(usable, rows[first : first + ROWS_PER_GROUP])
+                facts["problems"] += failed
+                facts["rows"] += len(group)
+                facts["seconds"] += sum(row["seconds"] for row in group)
+                writer.write_table(pa.Table.from_pylist(group, FEATURES.arrow_schema), ROWS_PER_GROUP)
+
+    replace_file(path, write)
+    facts["bytes"] = path.stat().st_size
+    replace_text(done, json.dumps(facts))
     return facts
 
 
-def _read_rows(usable: datasets.Dataset, rows: np.ndarray) -> tuple[list[dict], list[tuple[str, str]]]:
+def read_rows(usable: datasets.Dataset, rows: np.ndarray) -> tuple[list[dict], list[tuple[str, str]]]:
     """Rows with their files' bytes, and (path, reason) of those whose file can no longer be read."""
     group, problems = [], []
     for number in rows.tolist():

@@ -41,6 +41,7 @@ from mrl_redimnet.data.corpus import (
     speaker_names,
 )
 from mrl_redimnet.data.prepare import PreparedIndex
+from mrl_redimnet.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class SpeechStream(torch.utils.data.IterableDataset):
         epochs: int | None = None,
         columns: dict[str, str] | None = None,
         keep: Callable[[dict], bool] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if window < 1 or not 0 <= rank < world:
             raise ValueError(f"window: got {window}, expected 1 or more; rank: got {rank}, expected 0 to {world - 1}")
         self.make, self.keep, self.seed, self.window, self.epochs = make, keep, seed, window, epochs
         self.rank, self.world, self.workers = rank, world, workers
         self.source, self._remote = source, is_remote(source)
-        self._data = _open(source)
+        self._data = open_stream(source)
         self._columns = Columns.find(self._data.features, columns)
         self._names = speaker_names(self._data.features[self._columns.speaker])
         needed = [name for name in asdict(self._columns).values() if name is not None]
@@ -140,9 +141,9 @@ class SpeechStream(torch.utils.data.IterableDataset):
             raise ValueError(f"the stream is made for {self.workers} workers, its DataLoader has {workers}")
         # The loader takes batches from its workers in turn, and begins with the first again when it is made anew.
         turn = (number + self.first_worker) % max(workers, 1)
-        return self._examples(self.places[self.own_streams[turn]])
+        return self.examples_from(self.places[self.own_streams[turn]])
 
-    def _examples(self, place: Place) -> Iterator[Streamed]:
+    def examples_from(self, place: Place) -> Iterator[Streamed]:
         """All examples of one stream from a place on."""
         while self.epochs is None or place.epoch < self.epochs:
             files = self._files_of(place.stream, place.epoch)
@@ -164,12 +165,11 @@ class SpeechStream(torch.utils.data.IterableDataset):
             place = Place(place.stream, place.epoch + 1)
 
     def _files_of(self, stream: int, epoch: int) -> list[int]:
-        order = np.random.default_rng([self.seed, 7, epoch]).permutation(self.files)
+        order = Stream.STREAM_FILES.generator(self.seed, epoch).permutation(self.files)
         return order[stream :: self.streams].tolist()
 
     def _order(self, place: Place, file: int, rows: int) -> np.ndarray:
-        seed = [self.seed, 8, place.epoch, file, place.block]
-        return np.random.default_rng(seed).permutation(rows)
+        return Stream.STREAM_ROWS.generator(self.seed, place.epoch, file, place.block).permutation(rows)
 
     def _blocks(self, file: int, first: int) -> Iterator[pa.Table]:
         """Arrow tables of `window` rows of one file, from block `first` on."""
@@ -202,7 +202,7 @@ class StreamState:
     with the batch that follows the last `update`. Every rank has its own; all of them must be saved.
     """
 
-    def __init__(self, stream: SpeechStream):
+    def __init__(self, stream: SpeechStream) -> None:
         self._stream = stream
         self._places = dict(stream.places)
         self._last: int | None = None
@@ -212,7 +212,7 @@ class StreamState:
         """The epoch of the stream that is furthest behind."""
         return min(place.epoch for place in self._places.values())
 
-    def update(self, batch: dict):
+    def update(self, batch: dict) -> None:
         """Notes that a batch (of `Collated`) was used. Batches must come in the DataLoader's order."""
         place: Place = batch["place"]
         self._places[place.stream] = place
@@ -223,7 +223,7 @@ class StreamState:
         places = [list(asdict(place).values()) for place in self._places.values()]
         return {"settings": self._settings(), "places": places, "last": self._last}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """Lets the stream go on where the state was taken. Raises ValueError for a stream of other settings."""
         for name, here in self._settings().items():
             if state["settings"][name] != here:
@@ -266,23 +266,24 @@ def stream_contents(source: str, columns: dict[str, str] | None = None) -> Strea
         if len(speakers) != found.speakers:
             raise ValueError(f"{source}/speakers.json has {len(speakers)} speakers, index.json {found.speakers}")
         return StreamContents(speakers, found.rows, found.seconds)
-    features = _open(source).features
+    features = open_stream(source).features
     used = Columns.find(features, columns)
     needed = [name for name in (used.speaker, used.seconds) if name is not None]
-    names, rows, seconds = set(), 0, 0.0
-    for table in _open(source, needed).select_columns(needed).with_format("arrow").iter(_ROWS_AT_A_TIME):
+    found_names: set = set()  # of text, or of numbers of a ClassLabel
+    rows, seconds = 0, 0.0
+    for table in open_stream(source, needed).select_columns(needed).with_format("arrow").iter(_ROWS_AT_A_TIME):
         rows += len(table)
-        names.update(table.column(used.speaker).unique().to_pylist())
+        found_names.update(table.column(used.speaker).unique().to_pylist())
         seconds += pc.sum(table.column(used.seconds)).as_py() or 0.0 if used.seconds is not None else 0.0
     classes = speaker_names(features[used.speaker])
-    named = {str(name if classes is None else classes[name]) for name in names - {None}}
+    named = {str(name if classes is None else classes[name]) for name in found_names if name is not None}
     return StreamContents(SpeakerTable(sorted(named)), rows, None if used.seconds is None else seconds)
 
 
 _ROWS_AT_A_TIME = 10_000
 
 
-def _open(source: str, columns: list[str] | None = None) -> datasets.IterableDataset:
+def open_stream(source: str, columns: list[str] | None = None) -> datasets.IterableDataset:
     """The source as a stream; of parquet data only `columns` are read (None: all)."""
     options = {}
     if columns is not None:

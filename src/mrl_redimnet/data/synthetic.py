@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.extras import extra
+from mrl_redimnet.streams import SyntheticStream
 
 with extra("evaluation"):
     from scipy.signal import lfilter
 
-SAMPLE_RATE = 16000
 GENERATOR_VERSION = 1  # raise whenever the same parameters would give other samples, so that old corpora are not reused
 FIRST_TEST_SPEAKER = 10001  # id0xxxx are training speakers, id1xxxx test speakers
 MAX_TRIALS = 1500
@@ -30,7 +31,6 @@ MAX_TRIALS = 1500
 _HOP = 160  # one control frame, 10 ms
 _FFT = 1024  # a 20 ms frame and 44 ms for the resonators to ring out
 _UPPER = (3350.0, 4300.0, 5300.0, 6300.0)  # F4.. of an average male tract, Hz
-_SPEAKER, _SESSION, _UTTERANCE, _TRIALS = range(4)  # first word of each random stream's key, after the seed
 
 # Columns: F1, F2, F3 (Hz, male), voice level, noise level, noise centre and bandwidth (Hz), shortest and longest (ms).
 # Vowels: Peterson & Barney (1952), table II, men. Consonant formants: approximately Klatt's (1980, table III); the
@@ -101,7 +101,7 @@ class Speaker:
 
 def draw_speaker(seed: int, number: int) -> Speaker:
     """The speaker with this number (1, 2, ...; test speakers from 10001), a function of (seed, number) alone."""
-    rng = np.random.default_rng([seed, _SPEAKER, number])
+    rng = SyntheticStream.SPEAKER.generator(seed, number)
     female = number % 2 == 0
     tract = float(np.clip((1.16 if female else 1.0) * np.exp(rng.normal(0, 0.06)), 0.8, 1.25))
     upper = np.array(_UPPER) * tract * np.exp(rng.normal(0, 0.06, len(_UPPER)))
@@ -134,9 +134,9 @@ def synthesise(seed: int, number: int, session: int, utterance: int, seconds: tu
         (samples,) float64 at 16 kHz, peak below 0.99, rms about -33 to -20 dB re full scale.
     """
     speaker = draw_speaker(seed, number)
-    recording = np.random.default_rng([seed, _SESSION, number, session])  # same draws for all utterances of a session
-    rng = np.random.default_rng([seed, _UTTERANCE, number, session, utterance])
-    frames = int(round(rng.uniform(*seconds) * SAMPLE_RATE / _HOP))
+    recording = SyntheticStream.SESSION.generator(seed, number, session)  # same draws for all utterances of a session
+    rng = SyntheticStream.UTTERANCE.generator(seed, number, session, utterance)
+    frames = int(round(rng.uniform(*seconds) * SAMPLING_RATE / _HOP))
     mood = np.exp(np.clip(recording.normal(0, 0.05), -0.1, 0.1))  # the same voice is not at the same pitch every day
     effort = np.exp(recording.normal(0, 0.2))  # nor equally loud, which moves the spectral tilt
 
@@ -194,10 +194,10 @@ def _smooth(x: np.ndarray, width: int) -> np.ndarray:
 
 def _source(rng: np.random.Generator, speaker: Speaker, f0: np.ndarray, effort: float) -> np.ndarray:
     """Glottal source with lip radiation for a pitch contour (samples,) in Hz; (samples,) of about unit rms."""
-    phase = np.cumsum(f0) / SAMPLE_RATE + rng.random()
+    phase = np.cumsum(f0) / SAMPLING_RATE + rng.random()
     cycles = int(1.05 * phase[-1]) + 2  # jitter can only move the end by a few per cent
     jitter, shimmer = np.clip(rng.normal(size=(2, cycles)), -2.5, 2.5)
-    phase = phase[0] + np.cumsum(f0 * (1 + speaker.jitter * jitter[phase.astype(int)])) / SAMPLE_RATE
+    phase = phase[0] + np.cumsum(f0 * (1 + speaker.jitter * jitter[phase.astype(int)])) / SAMPLING_RATE
     t = phase % 1.0
     strength = 1 + speaker.shimmer * shimmer[phase.astype(int)]  # changes where the flow is zero, so it never clicks
     opening, closed = speaker.open_quotient * 2 / 3, speaker.open_quotient
@@ -206,7 +206,7 @@ def _source(rng: np.random.Generator, speaker: Speaker, f0: np.ndarray, effort: 
     flow = np.where(t < opening, 0.5 - 0.5 * np.cos(np.pi * t / opening), closing)
     pulses = np.diff(flow * strength, prepend=flow[0] * strength[0])
     # The LF model's exponential return phase is, in frequency, a first-order low-pass.
-    pole = np.exp(-2 * np.pi * min(speaker.tilt_hz * effort, 7000) / SAMPLE_RATE)
+    pole = np.exp(-2 * np.pi * min(speaker.tilt_hz * effort, 7000) / SAMPLING_RATE)
     pulses = lfilter([1 - pole], [1, -pole], pulses)
     aspiration = speaker.breath * rng.normal(size=t.size) * (0.3 + flow)  # strongest while the glottis is open
     return pulses / _rms(pulses) + aspiration
@@ -214,8 +214,8 @@ def _source(rng: np.random.Generator, speaker: Speaker, f0: np.ndarray, effort: 
 
 def _resonator(hz: np.ndarray, bandwidth: np.ndarray) -> np.ndarray:
     """Klatt (1980) digital resonators of unit gain at 0 Hz: (k,) Hz and (k,) Hz to (k, bins) complex response."""
-    radius = np.exp(-np.pi * bandwidth / SAMPLE_RATE)[:, None]
-    b = (2 * radius * np.cos(2 * np.pi * hz / SAMPLE_RATE)[:, None]).astype(np.float32)
+    radius = np.exp(-np.pi * bandwidth / SAMPLING_RATE)[:, None]
+    b = (2 * radius * np.cos(2 * np.pi * hz / SAMPLING_RATE)[:, None]).astype(np.float32)
     c = -(radius**2).astype(np.float32)  # single precision: most of the time goes here
     z = np.exp(-2j * np.pi * np.arange(_FFT // 2 + 1) / _FFT).astype(np.complex64)
     return (1 - b - c) / (1 - (b + c * z) * z)
@@ -259,7 +259,7 @@ def _record(recording: np.random.Generator, rng: np.random.Generator, speech: np
     snr_db, colour = recording.uniform(20, 34), recording.uniform(0, 1)
     slope, low, high = recording.uniform(-1.5, 1.5), recording.uniform(50, 180), recording.uniform(5500, 7800)
     level = 10 ** ((recording.uniform(-32, -21) + rng.uniform(-1, 1)) / 20)
-    hz = np.fft.rfftfreq(speech.size, 1 / SAMPLE_RATE)
+    hz = np.fft.rfftfreq(speech.size, 1 / SAMPLING_RATE)
     octaves = np.log2(np.maximum(hz, 50) / 1000)
     noise = np.fft.rfft(rng.normal(size=speech.size)) * 2 ** (-colour * octaves)
     noise *= _rms(speech) * 10 ** (-snr_db / 20) / _rms(np.fft.irfft(noise, speech.size))
@@ -304,7 +304,7 @@ def make_corpus(
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
         corpus = Path(scratch, "corpus")
-        _write_corpus(corpus, parameters)
+        write_corpus(corpus, parameters)
         try:
             if root.is_dir():
                 root.rmdir()  # empty, or it would have been refused above
@@ -357,7 +357,7 @@ def _is_complete(root: Path, parameters: dict) -> bool:
     return True
 
 
-def _write_corpus(root: Path, p: dict) -> None:
+def write_corpus(root: Path, p: dict) -> None:
     """All files of a corpus into a new folder."""
     numbers = {
         "train": range(1, 1 + p["train_speakers"]),
@@ -371,14 +371,14 @@ def _write_corpus(root: Path, p: dict) -> None:
                     audio = synthesise(p["seed"], number, session, utterance, tuple(p["seconds"]))
                     path = root / split / "wav" / _wav(number, session, utterance)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    soundfile.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
+                    soundfile.write(path, audio, SAMPLING_RATE, subtype="PCM_16")
                     gender = draw_speaker(p["seed"], number).gender
                     relative = path.relative_to(root).as_posix()
-                    rows.append([split, relative, f"id{number:05d}", gender, f"{audio.size / SAMPLE_RATE:.2f}"])
+                    rows.append([split, relative, f"id{number:05d}", gender, f"{audio.size / SAMPLING_RATE:.2f}"])
     with open(root / "metadata.csv", "w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerows([["split", "path", "speaker", "gender", "seconds"], *rows])
-    trials = "".join(f"{label} {left} {right}\n" for label, left, right in _trials(p))
+    trials = "".join(f"{label} {left} {right}\n" for label, left, right in trial_rows(p))
     (root / "test" / "trials.txt").write_text(trials)
     (root / "README.txt").write_text(_README.format(version=GENERATOR_VERSION, seed=p["seed"]))
     (root / "corpus.json").write_text(json.dumps(p, indent=1) + "\n")
@@ -388,13 +388,13 @@ def _wav(number: int, session: int, utterance: int) -> str:
     return f"id{number:05d}/s{session:02d}/{utterance:05d}.wav"
 
 
-def _trials(p: dict) -> Iterator[tuple[int, str, str]]:
+def trial_rows(p: dict) -> Iterator[tuple[int, str, str]]:
     """Trials (label, wav, wav): as many impostor as target pairs, at most MAX_TRIALS, each speaker equally often.
 
     Targets cross sessions. Impostors are of the same gender wherever the gender has another speaker: pitch and tract
     length alone would tell most mixed pairs apart.
     """
-    rng = np.random.default_rng([p["seed"], _TRIALS])
+    rng = SyntheticStream.TRIALS.generator(p["seed"])
     count, sessions, utterances = p["test_speakers"], p["sessions"], p["utterances"]
     per_speaker = min(sessions * (sessions - 1) // 2 * utterances**2, max(1, MAX_TRIALS // 2 // count))
     seen: set[frozenset[str]] = set()

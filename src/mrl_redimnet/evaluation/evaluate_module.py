@@ -38,7 +38,7 @@ class TrialMetric(evaluate.Metric):
     Options of the measures and of the intervals are given to `compute`, or as defaults to `evaluate.load`.
     """
 
-    def __init__(self, *arguments, **keywords):
+    def __init__(self, *arguments, **keywords) -> None:
         known = inspect.signature(evaluate.Metric.__init__).parameters
         # evaluate drops keywords that it does not know: a misspelt option would be lost without a word
         self.options = {name: keywords.pop(name) for name in list(keywords) if name not in known}

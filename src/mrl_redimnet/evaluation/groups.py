@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ from mrl_redimnet.files import NotTextError, text_lines
 from mrl_redimnet.rows import BETWEEN, RATES, GroupRow, Rate, group_cells, group_notes
 from mrl_redimnet.scoring.metrics import bootstrap_values, eer, error_curve, quantile_interval
 from mrl_redimnet.scoring.trials import Trials, speaker_of
+from mrl_redimnet.tables import text_table
 
 # With fewer speakers a bootstrap over them tells little, with fewer trials a rate moves in steps of more than 3 %.
 LEAST_SPEAKERS, LEAST_TRIALS = 5, 30
@@ -73,7 +75,7 @@ def _source_column(file: Path, columns: Sequence[str], column: str) -> str:
     return source
 
 
-def _add_group(group_of: dict[str, str], named: str, source: str, group: str, where: str):
+def _add_group(group_of: dict[str, str], named: str, source: str, group: str, where: str) -> None:
     if not named:
         raise ValueError(f"{where}: no {source}.")
     try:
@@ -108,7 +110,8 @@ def _share(wrong: NDArray, of: NDArray, weights: ArrayLike | None) -> float:
 
 def eer_threshold(scores: ArrayLike, labels: ArrayLike) -> float:
     """The score, of those in the list, at which miss and false-alarm rate are nearest to each other; errors as of
-    `metrics.error_curve`."""
+    `metrics.error_curve`.
+    """
     miss, false_alarm = error_curve(scores, labels)
     thresholds = np.unique(np.asarray(scores, dtype=np.float64))
     return float(thresholds[np.argmin(np.abs(miss - false_alarm)[:-1])])  # the last one rejects all
@@ -156,7 +159,7 @@ def error_rates(
     reference = max(told, key=lambda group: parts[group].counts["speakers"], default=None)
     rows = []
     for group, part in parts.items():
-        rates = {name: _rate(drawn) for name, drawn in values[group].items()}
+        rates: dict[str, Any] = {name: _rate(drawn) for name, drawn in values[group].items()}
         if rates and group != reference:
             less = {name: _rate(values[group][name] - values[reference][name]) for name in RATES}
             rates |= {"against": reference, **{f"{name}_difference": rate for name, rate in less.items()}}
@@ -184,7 +187,7 @@ class _Part:
     scores: NDArray
     labels: NDArray
     speakers: tuple[NDArray, NDArray]
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
     @classmethod
     def of(cls, trials: Trials, scores: NDArray, chosen: NDArray, beside: NDArray | None = None) -> "_Part":
@@ -206,11 +209,11 @@ class _Part:
         """
         if self._tells_little("targets", "impostors"):
             return {}
-        at = {"miss": partial(miss_rate, threshold=threshold)}
-        at["false_alarm"] = partial(false_alarm_rate, threshold=threshold)
-        return {name: self._drawn(metric, resamples, seed) for name, metric in {"eer": eer, **at}.items()}
+        metrics: dict[str, Callable[..., float]] = {"eer": eer, "miss": partial(miss_rate, threshold=threshold)}
+        metrics["false_alarm"] = partial(false_alarm_rate, threshold=threshold)
+        return {name: self._drawn(metric, resamples, seed) for name, metric in metrics.items()}
 
-    def false_alarm(self, threshold: float, resamples: int) -> dict[str, Rate]:
+    def false_alarm(self, threshold: float, resamples: int) -> dict[str, Any]:
         """The one rate of `BETWEEN`, or none where it tells little."""
         if self._tells_little("impostors"):
             return {}
@@ -221,8 +224,9 @@ class _Part:
 
     def _drawn(self, metric: Callable[..., float], resamples: int, seed: int) -> NDArray:
         trials = (self.scores, self.labels)
-        drawn = bootstrap_values(*trials, *self.speakers, metric, resamples, seed) if resamples else []
-        return np.array([metric(*trials), *drawn])
+        if not resamples:
+            return np.array([metric(*trials)])
+        return np.array([metric(*trials), *bootstrap_values(*trials, *self.speakers, metric, resamples, seed)])
 
 
 def _rate(values: NDArray) -> Rate:
@@ -232,7 +236,4 @@ def _rate(values: NDArray) -> Rate:
 
 def format_groups(rows: Sequence[GroupRow]) -> str:
     """A text table of the rows, and below it the differences between groups and the share of cross-group impostors."""
-    lines = group_cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([*text, *group_notes(rows)])
+    return "\n".join([text_table(group_cells(rows)), *group_notes(rows)])

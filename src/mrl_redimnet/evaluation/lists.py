@@ -178,7 +178,7 @@ def report_of(
     return {"conditions": conditions, "lists": records}, notes
 
 
-def write_scores(file: Path, lists: Mapping[str, ScoredList]):
+def write_scores(file: Path, lists: Mapping[str, ScoredList]) -> None:
     """list, label, enrol, test and a score per dimension of every trial: lines behind a heading (.tsv), or arrays
     (.npz). The file is written whole or not at all."""
     columns = {

@@ -38,7 +38,8 @@ from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError
 @dataclass(frozen=True)
 class Measure:
     """metric(scores, labels, weights=None) -> float; percent: it is a rate, shown times 100; of_llrs: it takes
-    log likelihood ratios for scores."""
+    log likelihood ratios for scores.
+    """
 
     title: str
     metric: Callable[..., float]

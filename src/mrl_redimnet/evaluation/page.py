@@ -6,10 +6,10 @@ normal quantile, so that normally distributed scores give straight lines), histo
 """
 
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import Environment
@@ -18,16 +18,19 @@ from mrl_redimnet.evaluation.groups import eer_threshold
 from mrl_redimnet.evaluation.measures import ScoredList, measures
 from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_folder
+from mrl_redimnet.plotting import new_figure, new_panels, plain, save_figure, shades
 from mrl_redimnet.rows import group_cells, group_notes, row_from
 from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Threshold
 from mrl_redimnet.scoring.metrics import error_curve
+from mrl_redimnet.tables import text_table
 
 with extra("evaluation"):
     from markupsafe import Markup
-    from matplotlib import colormaps
+    from scipy.stats import norm
+
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from scipy.stats import norm
 
 PAGE, REPORT = "index.html", "evaluation.json"
 _MARK = '<meta name="generator" content="mrl-redimnet evaluate">'
@@ -86,7 +89,7 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
-def refuse_other_folder(folder: Path):
+def refuse_other_folder(folder: Path) -> None:
     """Raises FileExistsError where `folder` is there and is no page, which `write_page` would replace."""
     page = folder / PAGE
     ours = page.is_file() and _MARK in page.read_text(encoding="utf-8", errors="replace")
@@ -94,7 +97,7 @@ def refuse_other_folder(folder: Path):
         raise FileExistsError(f"{folder} is there and no page of evaluate: give a new folder, or that of a page.")
 
 
-def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]):
+def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]) -> None:
     """Writes `folder` whole, or replaces the page in it.
 
     report: as `mrl_redimnet.evaluation.measures` describes, of `lists`.
@@ -103,7 +106,7 @@ def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]):
     """
     refuse_other_folder(folder)
 
-    def write(target: Path):
+    def write(target: Path) -> None:
         pictures = {
             "Error trade-off at every dimension": ("det.png", det_picture(lists)),
             "EER over dimensions": ("eer.png", eer_picture(report)),
@@ -113,7 +116,7 @@ def write_page(folder: Path, report: dict, lists: dict[str, ScoredList]):
             },
         }
         for file, figure in pictures.values():
-            figure.savefig(target / file, dpi=110)
+            save_figure(figure, target / file)
         (target / REPORT).write_text(as_json(report), encoding="utf-8")
         (target / PAGE).write_text(_page(report, {title: file for title, (file, _) in pictures.items()}), "utf-8")
 
@@ -128,15 +131,15 @@ def as_json(report: dict) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def det_picture(lists: dict[str, ScoredList]) -> Figure:
-    """A panel per list, a curve per dimension."""
-    figure, panels = _panels(len(lists), across=2, width=5.4, height=5.2)
+def det_picture(lists: dict[str, ScoredList]) -> "Figure":
+    """A panel per list, a curve per dimension, from bright (the shortest) to dark."""
+    figure, panels = new_panels(len(lists), across=2, width=5.4, height=5.2)
     for ax, (name, scored) in zip(panels, lists.items(), strict=True):
         curves = {dim: error_curve(scores, scored.trials.labels) for dim, scores in scored.scores.items()}
-        for (dim, (miss, false_alarm)), color in zip(curves.items(), _shades(len(curves)), strict=True):
+        for (dim, (miss, false_alarm)), color in zip(curves.items(), shades(len(curves), 0.85, 0.0), strict=True):
             ax.plot(_probit(false_alarm), _probit(miss), color=color, lw=1.5, label=f"{dim} dimensions")
         _rate_axes(ax, [float(np.max(np.minimum(*curve))) for curve in curves.values()])
-        ax.set_title(_title(name), fontsize=10)
+        ax.set_title(plain(name, 50), fontsize=10)
         ax.legend(fontsize=8, loc="upper right")
     return figure
 
@@ -146,7 +149,7 @@ def _probit(rates: np.ndarray) -> np.ndarray:
     return norm.ppf(np.clip(rates, 1e-9, 1 - 1e-9))
 
 
-def _rate_axes(ax: Axes, crossings: Sequence[float]):
+def _rate_axes(ax: "Axes", crossings: Sequence[float]) -> None:
     """Equal axes in per cent, that show the rates at which the curves cross the diagonal."""
     low = max(tick for tick in _RATE_TICKS[:2] if tick <= max(0.3 * min(crossings), _RATE_TICKS[0]))
     high = min(tick for tick in _RATE_TICKS if tick > max(0.35, 1.2 * max(crossings)) or tick == _RATE_TICKS[-1])
@@ -159,12 +162,12 @@ def _rate_axes(ax: Axes, crossings: Sequence[float]):
     ax.grid(alpha=0.3)
 
 
-def score_picture(scored: ScoredList) -> Figure:
+def score_picture(scored: ScoredList) -> "Figure":
     """A panel per dimension: targets and impostors, the threshold of equal error rates and those that are saved."""
-    figure, panels = _panels(len(scored.scores), across=3, width=3.6, height=2.7, legend=True)
+    figure, panels = new_panels(len(scored.scores), across=3, width=3.6, height=2.7, below=0.4)
     targets = scored.trials.labels == 1
     for ax, (dim, scores) in zip(panels, scored.scores.items(), strict=True):
-        bins = np.linspace(*_span(scores), _BINS + 1)
+        bins = np.linspace(*_span(scores), _BINS + 1).tolist()
         for kind, name, color in ((~targets, "impostors", "C0"), (targets, "targets", "C1")):
             ax.hist(scores[kind], bins, density=True, color=color, alpha=0.6, label=name)
         ax.axvline(eer_threshold(scores, scored.trials.labels), color="black", lw=1, ls=":", label="equal error rates")
@@ -186,15 +189,15 @@ def _span(scores: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def eer_picture(report: dict) -> Figure:
+def eer_picture(report: dict) -> "Figure":
     """A line per list, with its intervals where there are any."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_figure(6.4, 4.0)
     ax = figure.subplots()
     for number, (name, record) in enumerate(report["lists"].items()):
         rows = sorted(record["rows"], key=lambda row: row["dim"])
         dims, eers = [row["dim"] for row in rows], 100 * np.array([row["eer"] for row in rows])
         color, marker = f"C{number % 10}", "osD^v<>"[number % 7]
-        ax.plot(dims, eers, color=color, marker=marker, markersize=4, label=_title(name, 60))
+        ax.plot(dims, eers, color=color, marker=marker, markersize=4, label=plain(name, 60))
         if all("eer_low" in row for row in rows):
             ends = 100 * np.array([[row["eer_low"], row["eer_high"]] for row in rows]).T
             ax.errorbar(dims, eers, abs(ends - eers), color=color, lw=0, elinewidth=1, capsize=3, alpha=0.6)
@@ -207,26 +210,6 @@ def eer_picture(report: dict) -> Figure:
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
-
-
-def _panels(count: int, across: int, width: float, height: float, legend: bool = False) -> tuple[Figure, list[Axes]]:
-    across = min(across, count)
-    down = -(-count // across)
-    figure = Figure(figsize=(width * across, height * down + 0.4 * legend), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for unused in panels[count:]:
-        unused.remove()
-    return figure, panels[:count]
-
-
-def _shades(count: int) -> np.ndarray:
-    """Colours from the shortest prefix to the whole embedding."""
-    return colormaps["viridis"](np.linspace(0.85, 0.0, count))
-
-
-def _title(name: str, width: int = 50) -> str:
-    """A name as matplotlib shows it: a dollar sign would begin a formula."""
-    return textwrap.fill(name, width).replace("$", r"\$")
 
 
 # ---------------------------------------------------------------- tables
@@ -302,10 +285,8 @@ def thresholds_table(entries: Sequence[Threshold]) -> Table:
 
 def text_of(table: Table) -> str:
     """A table for the screen, columns aligned to the right."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*([table.caption] if table.caption else []), *text, *table.notes])
+    text = text_table([table.columns, *table.rows], left=())
+    return "\n".join([*([table.caption] if table.caption else []), text, *table.notes])
 
 
 def counts_text(record: dict) -> str:

@@ -15,6 +15,7 @@ from mrl_redimnet.rows import SHARES, AttributeRow, VerificationRow
 from mrl_redimnet.scoring.metrics import bootstrap_interval, eer, mean_interval, min_dcf
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, fitting_suffix, missing_utterances
+from mrl_redimnet.tables import text_table
 
 LISTED = 20  # missing files that a message names
 
@@ -77,7 +78,8 @@ def embed_trials(
     problems: dict[str, str] | None = None,
 ) -> np.ndarray:
     """Embeddings [N, D] of `trials.utterances`, for `score_trials`; arguments and errors as in `evaluate_trials`, the
-    row of one that cannot be read is NaN."""
+    row of one that cannot be read is NaN.
+    """
     check_present(trials, folder)
     files, encoder = [Path(folder) / path for path in trials.utterances], SpeakerEncoder(model)
     if problems is None:
@@ -112,7 +114,7 @@ def without(trials: Trials, lost: Collection[str]) -> Trials:
     return replace(trials, labels=labels, enrol=enrol, test=test, models=models)
 
 
-def check_present(trials: Trials, folder: str | Path):
+def check_present(trials: Trials, folder: str | Path) -> None:
     """Raises FileNotFoundError listing utterances of the trials that are not below `folder`."""
     missing = missing_utterances(trials, folder)
     if missing:
@@ -131,22 +133,23 @@ def check_present(trials: Trials, folder: str | Path):
 
 def format_table(tables: dict[str, list[VerificationRow] | list[AttributeRow]]) -> str:
     """Named results as text: one line per name; of verification, a column per dimension."""
-    width = max(len(name) for name in tables) + 2
-    first = next(iter(tables.values()))
-    if isinstance(first[0], AttributeRow):
-        return "\n".join(f"{name:<{width}}{_attribute(row)}" for name, rows in tables.items() for row in rows)
-    lines = [" " * width + "".join(f"{f'{row.dim} dims':>22}" for row in first)]
+    attributes = [
+        [name, _attribute(row)] for name, rows in tables.items() for row in rows if isinstance(row, AttributeRow)
+    ]
+    if attributes:
+        return text_table(attributes, left=(0, 1))
+    lines: list[list[str]] = []
     for name, rows in tables.items():
-        eers = "".join(f"{_percent(row.eer, row.eer_low, row.eer_high):>22}" for row in rows)
-        lines += [
-            f"{name:<{width}}{eers}   EER %",
-            " " * width + "".join(f"{row.min_dcf:>22.3f}" for row in rows) + "   minDCF (p 0.01)",
-        ]
-    return "\n".join(lines)
+        verification = [row for row in rows if isinstance(row, VerificationRow)]
+        if not lines:
+            lines.append(["", *(f"{row.dim} dims" for row in verification), ""])
+        lines.append([name, *(_percent(row.eer, row.eer_low, row.eer_high) for row in verification), "EER %"])
+        lines.append(["", *(f"{row.min_dcf:.3f}" for row in verification), "minDCF (p 0.01)"])
+    return text_table(lines, left=(0, len(lines[0]) - 1))
 
 
 def _percent(value: float, low: float | None, high: float | None) -> str:
-    interval = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{100 * value:.2f}{interval}"
 
 

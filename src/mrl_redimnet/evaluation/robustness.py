@@ -36,23 +36,25 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio.augmentation import AddNoise, BandLimit, Clipping, mix_at_snr
 from mrl_redimnet.audio.codecs import through_codec
 from mrl_redimnet.audio.domains import simulate
-from mrl_redimnet.audio.io import SAMPLING_RATE, Source
+from mrl_redimnet.audio.io import Source
 from mrl_redimnet.audio.rooms import draw_room, reverberate, simulated_response
 from mrl_redimnet.audio.scan import is_hidden, walk
 from mrl_redimnet.audio.waveforms import Prepare, into_domain, read_waveform
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.results import check_present
-from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_text
+from mrl_redimnet.plotting import new_figure, plain, save_figure
 from mrl_redimnet.rows import ALL, SIDES, NumberRow
 from mrl_redimnet.scoring.metrics import bootstrap_values, eer, quantile_interval
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError
+from mrl_redimnet.tables import markdown_table
 
 SMOOTHING = 0.005
 RESAMPLES = 200
@@ -122,7 +124,8 @@ def _clipping(level: float, noise: str | Path | None) -> Perturb:
 
 class Perturbation(NamedTuple):
     """kind: what its number counts towards. levels: mild ones first, each printed with `unit`.
-    build(level, folder of noise or None) -> the callable of a level."""
+    build(level, folder of noise or None) -> the callable of a level.
+    """
 
     kind: str
     levels: tuple[Level, ...]
@@ -287,11 +290,13 @@ class RobustnessReport:
         )
 
 
-def save_reports(reports: Sequence[RobustnessReport], file: str | Path, differences: Sequence[DifferenceRow] = ()):
+def save_reports(
+    reports: Sequence[RobustnessReport], file: str | Path, differences: Sequence[DifferenceRow] = ()
+) -> None:
     """Writes reports, and how systems differ from the first, as JSON, whole or not at all."""
     record = {"systems": [asdict(report) for report in reports], "differences": [asdict(row) for row in differences]}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    replace_file(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(Path(file), text)
 
 
 def load_reports(file: str | Path) -> tuple[list[RobustnessReport], list[DifferenceRow]]:
@@ -381,7 +386,7 @@ def _checked_dims(models: Mapping[str, MRLReDimNetPreTrainedModel], dims: Sequen
     return list(dims)
 
 
-def _check_speakers(trials: Trials):
+def _check_speakers(trials: Trials) -> None:
     """Before the minutes of embedding, not after them."""
     try:
         trials.speakers  # noqa: B018
@@ -420,7 +425,7 @@ def _embedded(
 class _Measured:
     """EERs of one system as arrays [1 + resamples]: that of the list, then those of its resamples."""
 
-    def __init__(self, trials: Trials, clean: np.ndarray, dims: Sequence[int], resamples: int):
+    def __init__(self, trials: Trials, clean: np.ndarray, dims: Sequence[int], resamples: int) -> None:
         self.trials, self.clean_embeddings, self.dims, self.resamples = trials, clean, dims, resamples
         # For side "test" one matrix holds clean rows and, under marked names, perturbed ones.
         self.mixed_names = [*trials.utterances, *(_marked(path) for path in trials.utterances)]
@@ -428,7 +433,7 @@ class _Measured:
         self.clean = {dim: self._eers(score(trials, trials.utterances, clean, dim)) for dim in dims}
         self.perturbed: dict[tuple[Condition, str, int], np.ndarray] = {}
 
-    def add(self, condition: Condition, embeddings: np.ndarray):
+    def add(self, condition: Condition, embeddings: np.ndarray) -> None:
         """embeddings [N, D] of the utterances in the condition."""
         mixed = np.concatenate([self.clean_embeddings, embeddings])
         for dim in self.dims:
@@ -525,19 +530,7 @@ def format_numbers(report: RobustnessReport) -> str:
     return markdown_table(lines)
 
 
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, headings first, as a Markdown table with its columns aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-
-    def line(cells):
-        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join([first.strip().ljust(widths[0]), *rest]) + " |"
-
-    rule = "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
-    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
-
-
-def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | None = None):
+def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | None = None) -> None:
     """Draws a picture (PNG, or what the file's suffix says): a row per condition, change in % and EER % in its cells.
 
     Columns, per side: of one report its dimensions (or `dim` alone); of several the systems, at `dim` (None: the
@@ -557,7 +550,9 @@ def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | N
         for down, row in enumerate([*(at[label] for label in labels[0]), report.number(side, width)]):
             factors[down, across] = math.log2(1 + row.change)
             texts[down][across] = f"{_signed(row.change)}  ({100 * row.eer:.1f})"
-    _draw(factors, texts, [*labels[0], "the number (mean EER)"], kinds, titles, _heat_title(reports, columns), file)
+    draw_cells(
+        factors, texts, [*labels[0], "the number (mean EER)"], kinds, titles, _heat_title(reports, columns), file
+    )
 
 
 def _heat_columns(
@@ -585,13 +580,10 @@ def _heat_title(reports: Sequence[RobustnessReport], columns: Sequence[tuple[Rob
     return f"{what} of {reports[0].system}, per dimension\nclean EER % at {clean}"
 
 
-def _draw(factors, texts, labels, kinds, titles, title: str, file: str | Path):
+def draw_cells(factors, texts, labels, kinds, titles, title: str, file: str | Path) -> None:
     """factors [conditions + 1, columns] as colours, with texts of the same shape; the last row is the number."""
-    with extra("evaluation"):
-        from matplotlib.figure import Figure  # a second of import that measuring does without
-
     down, across = factors.shape
-    figure = Figure(figsize=(2.6 + 1.05 * across, 1.6 + 0.26 * down), layout="constrained")
+    figure = new_figure(2.6 + 1.05 * across, 1.6 + 0.26 * down)
     axes = figure.subplots()
     most = max(1.0, min(4.0, float(np.abs(factors).max())))  # 16 times the errors and more look alike
     axes.imshow(factors, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
@@ -608,20 +600,14 @@ def _draw(factors, texts, labels, kinds, titles, title: str, file: str | Path):
     axes.axvline(half - 0.5, color="k", linewidth=1.6)
     axes.set_yticks(range(down), labels, fontsize=8)
     longest = max(map(len, titles))
-    axes.set_xticks(range(across), [_plain(name) for name in titles], fontsize=8, rotation=30 if longest > 14 else 0)
+    axes.set_xticks(range(across), [plain(name) for name in titles], fontsize=8, rotation=30 if longest > 14 else 0)
     axes.tick_params(length=0)
     for i, heading in enumerate(("test side alone perturbed", "enrolment and test perturbed")):
         axes.text((i + 0.5) * half - 0.5, -0.75, heading, ha="center", va="bottom", fontsize=9, weight="bold")
-    figure.suptitle(_plain(title), fontsize=10)
-    form = Path(file).suffix.removeprefix(".") or "png"
-    replace_file(Path(file), lambda temporary: figure.savefig(temporary, dpi=150, format=form))
+    figure.suptitle(plain(title), fontsize=10)
+    save_figure(figure, file, dpi=150)
 
 
 def _signed(share: float) -> str:
     """In whole per cent with its sign, without one at 0."""
     return f"{round(100 * share):+d}" if round(100 * share) else "0"
-
-
-def _plain(text: str) -> str:
-    """Text as matplotlib shows it: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")

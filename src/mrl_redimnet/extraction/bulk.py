@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 
 import fsspec
@@ -33,8 +34,9 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, name_of
+from mrl_redimnet.audio.io import AudioError, Encoded, name_of
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.audio.scan import is_text, printable
 from mrl_redimnet.audio.waveforms import length_batches, read_waveform
@@ -76,7 +78,8 @@ class Task:
 @dataclass(frozen=True)
 class Batch:
     """Utterances of one block or of several: the block and the row in the task of each, ids, paths, and waves [B, T]
-    with their lengths [B] in samples."""
+    with their lengths [B] in samples.
+    """
 
     places: list[tuple[Key, int]]
     ids: list[str]
@@ -147,7 +150,7 @@ class Embedder:
     dim: how many numbers of each embedding are kept (None: all); storage: how, one of STORAGES.
     """
 
-    def __init__(self, encoder: SpeakerEncoder, dim: int | None = None, storage: str = "float32"):
+    def __init__(self, encoder: SpeakerEncoder, dim: int | None = None, storage: str = "float32") -> None:
         if storage not in STORAGES:
             raise ValueError(f"storage: got {storage!r}, expected one of {', '.join(STORAGES)}.")
         self.encoder, self.dim, self.storage = encoder, encoder.dim(dim), storage
@@ -178,7 +181,7 @@ class Block:
     rows: list[tuple[int, str, str, float, np.ndarray]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, row: int, id: str, path: str, seconds: float, embedding: np.ndarray):
+    def add(self, row: int, id: str, path: str, seconds: float, embedding: np.ndarray) -> None:
         """An embedding [dim]; one with numbers that are not finite is a problem."""
         if np.isfinite(embedding).all():
             self.rows.append((row, id, path, seconds, embedding))
@@ -209,7 +212,7 @@ class Process:
     count: int = 1
     local: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.number < self.count or self.local < 0:
             raise ValueError(
                 f"process {self.number} of {self.count} (RANK, WORLD_SIZE): expected 0 to {self.count - 1}"
@@ -293,7 +296,7 @@ class Made:
         encoder = embedder.encoder
         return cls(encoder.name, encoder.adapter or "", encoder.fingerprint, str(embedder.dim), embedder.storage)
 
-    def refuse_others(self, file: Path, metadata: dict[str, str]):
+    def refuse_others(self, file: Path, metadata: dict[str, str]) -> None:
         """Raises ValueError, naming what differs, where a file was made with something else."""
         for name in ("adapter", "weights", "dim", "storage"):
             there, here = metadata.get(name), getattr(self, name)
@@ -364,34 +367,35 @@ class Parts:
                 found[key] = [problem for problem in told if problem.id not in embedded]
         return found
 
-    def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]):
+    def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]) -> None:
         """A block's file, after that of its problems: when the first is there, so is the second."""
-        self._write_problems(key, problems)
+        self.write_problems(key, problems)
         metadata = {**asdict(self.made), "utterances": str(utterances)}
-        self._put(self.file(key), lambda file: pq.write_table(table.replace_schema_metadata(metadata), file))
+        self.put(self.file(key), lambda file: pq.write_table(table.replace_schema_metadata(metadata), file))
 
-    def add(self, key: Key, table: pa.Table, problems: list[Problem]):
+    def add(self, key: Key, table: pa.Table, problems: list[Problem]) -> None:
         """To a finished block what had problems in it once, and the problems that remain."""
         there = pq.read_table(self.file(key))
         old = there.filter(pa.array([name not in set(table["id"].to_pylist()) for name in there["id"].to_pylist()]))
         metadata = there.schema.metadata
         joined = pa.concat_tables([old.replace_schema_metadata(), table]).replace_schema_metadata(metadata)
-        self._put(self.file(key), lambda file: pq.write_table(joined, file))
-        self._write_problems(key, problems)
+        self.put(self.file(key), lambda file: pq.write_table(joined, file))
+        self.write_problems(key, problems)
 
     def _problems_file(self, key: Key) -> Path:
         return self.folder / self.file(key).name.replace("part-", "problems-").replace(".parquet", ".jsonl")
 
-    def _write_problems(self, key: Key, problems: list[Problem]):
+    def write_problems(self, key: Key, problems: list[Problem]) -> None:
+        """The file of a block's problems; none where there are no problems."""
         file = self._problems_file(key)
         if not problems:
             file.unlink(missing_ok=True)
             return
         text = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-        self._put(file, lambda target: target.write_text(text, encoding="utf-8"))
+        self.put(file, lambda target: target.write_text(text, encoding="utf-8"))
 
-    def _put(self, target: Path, write: Callable[[Path], object]):
-        """Under a name of this process first: one left over from a killed run may be writing the same file."""
+    def put(self, target: Path, write: Callable[[Path], object]) -> None:
+        """Writes a file, under a name of this process first: a killed run may have left another that writes it, too."""
         own = target.with_name(f".{socket.gethostname()}-{os.getpid()}-{target.name}")
         replace_file(own, write)
         os.replace(own, target)
@@ -445,7 +449,7 @@ class Extraction:
     workers: int = 1
     retry: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("batch_seconds", 0.02), ("part_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {least} or more")
@@ -454,7 +458,8 @@ class Extraction:
 @dataclass(frozen=True)
 class Report:
     """Of one process: utterances it embedded, those of its blocks that were finished before, and what has problems,
-    now or since an earlier run."""
+    now or since an earlier run.
+    """
 
     embedded: int
     before: int
@@ -484,15 +489,15 @@ class Work(IterableDataset):
             sequential = [shard.sequential for shard in self.inputs.shards]
             turns = share(turns, sequential, worker.id, worker.num_workers)
         try:
-            for tasks in self._together(turns):
+            for tasks in self.together(turns):
                 yield from batches_of(tasks, self.extractor, self.how.batch_seconds)
         except (OSError, ValueError) as error:
             yield error
 
-    def _together(self, turns: Turns) -> Iterator[list[Task]]:
+    def together(self, turns: Turns) -> Iterator[list[Task]]:
         """Blocks that are sorted by length together: one large one, or as many small ones as make one."""
         tasks: list[Task] = []
-        for key, utterances in self._blocks(turns):
+        for key, utterances in self.blocks(turns):
             tasks.append(Task(key, self._left(key, utterances), len(utterances)))
             if sum(len(task.utterances) for task in tasks) >= self.how.part_size:
                 yield tasks
@@ -500,7 +505,8 @@ class Work(IterableDataset):
         if tasks:
             yield tasks
 
-    def _blocks(self, turns: Turns) -> Iterator[tuple[Key, list[Utterance]]]:
+    def blocks(self, turns: Turns) -> Iterator[tuple[Key, list[Utterance]]]:
+        """The blocks of these shards that are still to be done, or to be tried again."""
         for number in turns:
             shard, again = self.inputs.shards[number], any(key[0] == number for key in self.retries)
             if shard.sequential and self.parts.finished(number, self.size) and not again:
@@ -613,10 +619,13 @@ def _loaded(work: Work) -> Iterator[Batch | BlockEnd | Exception]:
     workers = work.how.workers
     ahead = dict(prefetch_factor=READ_AHEAD, in_order=False) if workers else {}
     loader = DataLoader(work, batch_size=None, num_workers=workers, generator=torch.Generator(), **ahead)
+    others = set(active_children())
+    batches = iter(loader)
+    processes = set(active_children()) - others
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(process.exitcode for process in processes):  # an error of the work itself
             raise
         raise ChildProcessError(
             f"a process that decodes audio died ({error}): killed for want of memory, perhaps. Run the command again, "

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from mrl_redimnet.audio.io import Encoded
 from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, LeftOut, is_hidden, is_text, printable, suffix_of, walk
 from mrl_redimnet.data.corpus import Columns, dataset_arguments, is_remote, source_of
-from mrl_redimnet.data.streaming import _open
+from mrl_redimnet.data.streaming import open_stream
 from mrl_redimnet.files import text_lines
 
 # Lists of files, by their suffix.
@@ -230,12 +230,12 @@ class Archive:
                     name, entry = named
                     return Utterance(name, Encoded(entry.name, archive.extractfile(entry).read()))
 
-                yield from _cut(audio(archive), extracted, size, wanted)
+                yield from in_blocks(audio(archive), extracted, size, wanted)
         except (tarfile.TarError, EOFError) as error:  # EOFError: of a compressed one that was cut off
             raise ValueError(f"{self.url} cannot be read as a tar archive ({error}): copy or make it again") from error
 
 
-def _cut(rows: Iterable, make: Callable, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list]]:
+def in_blocks(rows: Iterable, make: Callable, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list]]:
     """Blocks of what `make(row)` makes of the rows of wanted blocks; the last is short, or empty."""
     rows, block, count = iter(rows), 0, size
     while count == size:
@@ -301,14 +301,14 @@ def _tables(source: str, split: str | None, columns: dict[str, str] | None) -> l
     saved = _saved(source, split) if _is_saved(source) else None
     if saved is None and split is not None and dataset_arguments(source).get("path") == source:
         source = f"{source}:{split}"
-    data = _open(source) if saved is None else saved
+    data = open_stream(source) if saved is None else saved
     # Speakers play no part here, but `find` wants a column for them: any.
     used = Columns.find(data.features, {"speaker": next(iter(data.features)), **(columns or {})})
     needed = [used.audio] if used.path is None else [used.audio, used.path]
     count = data.num_shards
     ids: list = [None] * count
     if used.path is not None:
-        paths = _open(source, [used.path]) if saved is None else saved.select_columns([used.path])
+        paths = open_stream(source, [used.path]) if saved is None else saved.select_columns([used.path])
         if list(paths.features) == [used.path]:  # else reading them would mean reading the audio
             ids = [_column_of(paths.shard(count, number)) for number in range(count)]
     data = data.select_columns(needed).with_format("arrow")
@@ -404,7 +404,7 @@ class Inputs:
                 digest.update("".join(f"{name}\0" for name in chunk.to_pylist()).encode())
         return digest.hexdigest()
 
-    def _refuse_double_names(self):
+    def _refuse_double_names(self) -> None:
         """ValueError for an id, or an archive's name, that two utterances would have."""
         known = [shard.known_ids() for shard in self.shards]
         # An archive's name begins its ids, without its folder; a table without paths is called by its own.

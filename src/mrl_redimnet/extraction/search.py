@@ -57,7 +57,7 @@ class SpeakerIndex:
 
     def __init__(
         self, names: Sequence[str], embeddings: ArrayLike, short: int = 64, storage: str = "int8", full: str = "float32"
-    ):
+    ) -> None:
         embeddings = _matrix(embeddings, "embeddings")
         _check_options(embeddings.shape[1], short, storage, full)
         self.short, self.storage, self.full = operator.index(short), storage, full
@@ -242,7 +242,7 @@ class SpeakerIndex:
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
             raise ValueError(f"its format is {description['format']}, expected {_FORMAT}")
-        index = cls.__new__(cls)
+        index: Self = cls.__new__(cls)
         index.short, index.storage, index.full = (description[key] for key in ("short", "storage", "full"))
         shape = (description["speakers"], description["dimensions"])
         _check_options(shape[1], index.short, index.storage, index.full)
@@ -271,7 +271,7 @@ class Shortlist(Protocol):
 
     mean: NDArray
 
-    def __init__(self, short: int, mean: NDArray): ...
+    def __init__(self, short: int, mean: NDArray) -> None: ...
 
     def add(self, prefixes: NDArray) -> None:
         """Encodes unit prefixes [N, short] float32; called once."""
@@ -290,7 +290,7 @@ class Shortlist(Protocol):
 class Float32Shortlist:
     """Prefixes as they are, by inner product."""
 
-    def __init__(self, short: int, mean: NDArray):
+    def __init__(self, short: int, mean: NDArray) -> None:
         self.mean, self._index = mean, faiss.IndexFlatIP(short)
 
     def add(self, prefixes: NDArray) -> None:
@@ -310,7 +310,7 @@ class Float32Shortlist:
 class Int8Shortlist(Float32Shortlist):
     """Each number, of the query too, in whole 127ths; by inner product."""
 
-    def __init__(self, short: int, mean: NDArray):
+    def __init__(self, short: int, mean: NDArray) -> None:
         self.mean = mean
         kind = faiss.ScalarQuantizer.QT_8bit_direct_signed  # takes numbers from -128 to 127, and cuts fractions off
         self._index = faiss.IndexScalarQuantizer(short, kind, faiss.METRIC_INNER_PRODUCT)
@@ -332,25 +332,26 @@ class BinaryShortlist:
     "Iterative quantization", 2011, the baseline PCA-RR).
     """
 
-    def __init__(self, short: int, mean: NDArray):
+    def __init__(self, short: int, mean: NDArray) -> None:
         self.mean, self._index = mean, faiss.IndexBinaryFlat(short)
         basis, triangle = np.linalg.qr(np.random.default_rng(0).standard_normal((short, short)))
         self._basis = (basis * np.sign(np.diag(triangle))).astype(np.float32)  # this sign makes it unique
 
     def add(self, prefixes: NDArray) -> None:
-        self._index.add(self._signs(prefixes))
+        self._index.add(self.signs(prefixes))
 
     def add_codes(self, codes: NDArray, count: int) -> None:
         self._index.add(_checked_codes(codes, count, self._index.code_size))
 
     def nearest(self, prefixes: NDArray, count: int) -> NDArray:
-        return self._index.search(self._signs(prefixes), count)[1]
+        return self._index.search(self.signs(prefixes), count)[1]
 
     @property
     def codes(self) -> NDArray:
         return _view(self._index.xb, self._index.ntotal)
 
-    def _signs(self, prefixes: NDArray) -> NDArray:
+    def signs(self, prefixes: NDArray) -> NDArray:
+        """prefixes [N, short] -> codes [N, short / 8] uint8, one bit a sign."""
         return np.packbits((prefixes - self.mean.astype(np.float32)) @ self._basis > 0, axis=1)
 
 

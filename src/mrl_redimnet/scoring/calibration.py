@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_text
 from mrl_redimnet.fingerprints import same_weights
 
 THRESHOLDS_FILE = "thresholds.json"
@@ -54,7 +54,7 @@ class Calibration:
     targets: int = 0
     impostors: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.uses_seconds == (self.seconds is None) or (self.shorter is None) != (self.longer is None):
             raise ValueError("shorter, longer and seconds belong together: all of them, or none.")
         values = [self.offset, self.slope, *(self.seconds or ())]
@@ -195,7 +195,7 @@ class Threshold:
     enrolments: int = 1
     tail: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "tail", tuple(map(tuple, self.tail)))  # lists, as JSON has them, are welcome
         for name, kind in _FIELDS.items():
             value = getattr(self, name)
@@ -226,7 +226,8 @@ class Threshold:
     ) -> "Threshold":
         """Calibrates scores [T] of labels [T], with duration terms where `seconds` [T, 2] are given, and sets the
         threshold for a false-accept rate `wanted`. scorer: a `Scorer` or its `str()`. enrolments: how many utterances
-        were averaged for each enrolment of the trials. Errors as in `Calibration.fit` and `threshold_at`."""
+        were averaged for each enrolment of the trials. Errors as in `Calibration.fit` and `threshold_at`.
+        """
         calibration = Calibration.fit(scores, labels, seconds, prior)
         values, targets = _checked(calibration(scores, seconds) if calibration.uses_seconds else scores, labels)
         threshold = threshold_at(values, labels, wanted)
@@ -305,7 +306,7 @@ class Thresholds:
     entries: list[Threshold] = field(default_factory=list)
     source: str = "these thresholds"  # for messages
 
-    def put(self, entry: Threshold):
+    def put(self, entry: Threshold) -> None:
         """Adds an entry, in the place of one for the same adapter, dimension, scorer and number of enrolments."""
         self.entries = sorted(
             [other for other in self.entries if other.key != entry.key] + [entry],
@@ -359,13 +360,13 @@ class Thresholds:
             f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one"
         )
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`/thresholds.json, whole or not at all. Raises FileNotFoundError without the folder."""
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder {folder} to save {THRESHOLDS_FILE} in")
         content = {"version": VERSION, "entries": [asdict(entry) for entry in self.entries]}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        replace_file(Path(folder) / THRESHOLDS_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        replace_text(Path(folder) / THRESHOLDS_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -221,9 +221,9 @@ def quantile_interval(values: NDArray, confidence: float = 0.95) -> tuple[float,
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1 (both excluded), got {confidence}")
-    outer = ("lower", "higher") if np.isinf(values).any() else ("linear", "linear")
-    ends = (1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0
-    low, high = (np.quantile(values, end, method=method) for end, method in zip(ends, outer, strict=True))
+    infinite = np.isinf(values).any()
+    low = np.quantile(values, (1.0 - confidence) / 2.0, method="lower" if infinite else "linear")
+    high = np.quantile(values, (1.0 + confidence) / 2.0, method="higher" if infinite else "linear")
     return float(low), float(high)
 
 
@@ -388,7 +388,7 @@ def _mean_bits(weights: NDArray, log_odds: NDArray) -> float:
     return float(np.sum(weights * np.logaddexp(0.0, -log_odds[used])) / (np.log(2.0) * weights.sum()))
 
 
-def _check_costs(p_target: float, c_miss: float, c_fa: float):
+def _check_costs(p_target: float, c_miss: float, c_fa: float) -> None:
     if not 0.0 < p_target < 1.0:
         raise ValueError(f"p_target must be between 0 and 1 (both excluded), got {p_target}")
     for name, cost in (("c_miss", c_miss), ("c_fa", c_fa)):

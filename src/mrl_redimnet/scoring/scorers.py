@@ -79,7 +79,7 @@ class Scorer:
                 "give whole embeddings of the same model"
             )
         cut = np.array(embeddings[:, :dim], dtype=np.float64)
-        if SCORERS[self.name].centre:
+        if SCORERS[self.name].centre and self.cohort is not None:
             cut -= self.cohort[:, :dim].mean(0, dtype=np.float64)
         return _unit(cut, names)
 
@@ -91,7 +91,7 @@ class Scorer:
         for start in range(0, len(scores), step):
             part = slice(start, start + step)
             scores[part] = np.einsum("td,td->t", enrol[enrol_rows[part]], test[test_rows[part]])
-        if not SCORERS[self.name].normalise:
+        if not SCORERS[self.name].normalise or self.cohort is None:
             return scores
         cohort = self.units(
             self.cohort, enrol.shape[1], [f"row {row} of the cohort" for row in range(len(self.cohort))]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configuration_mrl_redimnet import MRLReDimNetError
-from mrl_redimnet.files import NotTextError, replace_file, text_lines
+from mrl_redimnet.files import NotTextError, replace_text, text_lines
 
 
 class UnknownSpeakersError(MRLReDimNetError, ValueError):
@@ -211,7 +211,8 @@ def read_trials(
             model.
     """
     path, layout = Path(path), None
-    labels, enrol, test, same = [], [], [], {}
+    labels, enrol, test = [], [], []
+    same: dict[str, str] = {}
     for number, line, fields in _lines(path, "trial list", _expected(format)):
         if layout is None:
             format = _format_of(path, number, line, fields, format)
@@ -251,7 +252,7 @@ def write_trials(trials: Trials, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: utterance {utterance!r} does not fit the format; expected {line}")
     rows = zip(trials.labels.tolist(), trials.enrol, trials.test, strict=True)
     text = "".join(f"{label} {enrol} {test}\n" for label, enrol, test in rows)
-    replace_file(Path(path), lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
+    replace_text(Path(path), text, newline="\n")
 
 
 def make_trials(

@@ -11,17 +11,16 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_text
+from mrl_redimnet.plotting import legend_line, new_panels, plain, save_figure, shades
 
-with extra("train"):
-    from matplotlib import colormaps
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 HISTORY = "history.jsonl"
 PICTURE = "curves.png"
@@ -45,7 +44,7 @@ class Record:
         kept = [line for line in self.lines() if 0 < step and line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.file, lambda temporary: temporary.write_text(text))
+        replace_text(self.file, text)
 
     def add(self, step: int, kind: str, values: dict):
         """Appends a line. values: numbers (NaN and infinity become null), text, and dictionaries of them.
@@ -105,8 +104,7 @@ class Lines:
         # What is judged by comes first, and solid; then, for the gap, the speech that is trained on.
         ranked = sorted(sets, key=lambda name: not name.startswith("development"))
         self.dims = sorted(_dims(self.train, "prefix_losses") | _dims(self.evaluation, "eer"))
-        shades = colormaps["viridis"](np.linspace(0.0, 0.9, max(1, len(self.dims))))
-        self.colors = dict(zip(self.dims, shades, strict=False))
+        self.colors = dict(zip(self.dims, shades(len(self.dims)), strict=True))
         self.styles = {name: SET_STYLES[i % len(SET_STYLES)] for i, name in enumerate(ranked)}
 
     def of_set(self, name: str) -> list[dict]:
@@ -124,18 +122,13 @@ def draw(folder: str | Path) -> bool:
     panels = [panel for panel, present in PANELS if present(lines)]
     if not panels:
         return False
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(6.2 * across, 4.4 * down), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel, ax in zip(panels, axes, strict=False):
+    figure, axes = new_panels(len(panels), across=2, width=6.2, height=4.4)
+    for panel, ax in zip(panels, axes, strict=True):
         panel(ax, lines)
         ax.set_xlabel("step")
         ax.set_xlim(0, 1.02 * max(1, lines.last))
         ax.grid(alpha=0.3)
-    for unused in axes[len(panels) :]:
-        unused.remove()
-    replace_file(Path(folder) / PICTURE, lambda file: figure.savefig(file, dpi=110, format="png"))
+    save_figure(figure, Path(folder) / PICTURE)
     return True
 
 
@@ -148,7 +141,7 @@ def _dims(lines: Iterable[dict], key: str) -> set[int]:
     return {int(dim) for line in lines for dim in line.get(key) or {}}
 
 
-def _curve(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def curve_of(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Steps [N] and values [N] of the lines that have one, a gap where it was no number; N at most POINTS."""
     if dim is not None:
         lines = [{"step": line["step"], **(line.get(key) or {})} for line in lines]
@@ -163,45 +156,46 @@ def _curve(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[np.
     return steps, values
 
 
-def _line(ax: Axes, curve: tuple[np.ndarray, np.ndarray], **style):
+def add_line(ax: "Axes", curve: tuple[np.ndarray, np.ndarray], **style) -> None:
+    """Draws steps [N] and values [N] into a panel; few of them are marked."""
     marker = "o" if len(curve[0]) <= 20 else ""  # a lone point has no line
     ax.plot(*curve, marker=marker, markersize=3, **style)
 
 
-def _legend(ax: Axes, handles: list[Line2D]):
+def _legend(ax: "Axes", handles: "list[Artist]"):
     """Below the panel: inside it there is no place that curves keep clear of."""
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=8, frameon=False)
 
 
-def _losses(ax: Axes, lines: Lines):
+def _losses(ax: "Axes", lines: Lines):
     for dim in sorted(_dims(lines.train, "prefix_losses")):
-        curve = _curve(lines.train, "prefix_losses", dim)
-        _line(ax, curve, color=lines.colors[dim], lw=0.7, label=f"{dim} dimensions")
+        curve = curve_of(lines.train, "prefix_losses", dim)
+        add_line(ax, curve, color=lines.colors[dim], lw=0.7, label=f"{dim} dimensions")
     if _has(lines.train, "loss"):
-        _line(ax, _curve(lines.train, "loss"), color="black", lw=1.6, label="training")
+        add_line(ax, curve_of(lines.train, "loss"), color="black", lw=1.6, label="training")
     for name, style in lines.styles.items():
         if _has(lines.of_set(name), "validation_loss"):
-            curve = _curve(lines.of_set(name), "validation_loss")
-            _line(ax, curve, color="C3", lw=1.6, ls=style, label=f"validation: {_text(name)}")
+            curve = curve_of(lines.of_set(name), "validation_loss")
+            add_line(ax, curve, color="C3", lw=1.6, ls=style, label=f"validation: {plain(name)}")
     ax.set(title="Loss", ylabel="loss, nats")
     _legend(ax, ax.get_legend_handles_labels()[0])
 
 
-def _eers(ax: Axes, lines: Lines):
+def _eers(ax: "Axes", lines: Lines):
     of_dims, of_sets, values = {}, {}, []
     for name, style in lines.styles.items():
         for dim in sorted(_dims(lines.of_set(name), "eer")):
-            steps, rates = _curve(lines.of_set(name), "eer", dim)
-            _line(ax, (steps, 100 * rates), color=lines.colors[dim], lw=1.4, ls=style)
-            of_dims[dim] = Line2D([], [], color=lines.colors[dim], lw=2, label=f"{dim} dimensions")
-            of_sets[name] = Line2D([], [], color="grey", ls=style, label=_text(name))
+            steps, rates = curve_of(lines.of_set(name), "eer", dim)
+            add_line(ax, (steps, 100 * rates), color=lines.colors[dim], lw=1.4, ls=style)
+            of_dims[dim] = legend_line(color=lines.colors[dim], lw=2, label=f"{dim} dimensions")
+            of_sets[name] = legend_line(color="grey", ls=style, label=plain(name))
             values += [100 * rate for rate in rates if math.isfinite(rate)]
     _eer_axis(ax, min(values, default=0), max(values, default=0))
     ax.set(title="Equal error rate", ylabel="EER %")
     _legend(ax, [*(of_dims[dim] for dim in sorted(of_dims)), *of_sets.values()])
 
 
-def _eer_axis(ax: Axes, low: float, high: float):
+def _eer_axis(ax: "Axes", low: float, high: float):
     """From tick to tick around low and high, in %: logarithmic, yet with a 0, which training speakers may reach."""
     ax.set_yscale("symlog", linthresh=1, linscale=0.5)
     bottom = max(tick for tick in EER_TICKS[:-1] if tick <= low)
@@ -212,37 +206,32 @@ def _eer_axis(ax: Axes, low: float, high: float):
     ax.set_ylim(bottom, top)
 
 
-def _schedule(ax: Axes, lines: Lines):
+def _schedule(ax: "Axes", lines: Lines):
     handles = []
     ax.set(title="Learning rate and margin", ylabel="learning rate")
     if _has(lines.train, "learning_rate"):
-        handles += ax.plot(*_curve(lines.train, "learning_rate"), color="C0", label="learning rate")
+        handles += ax.plot(*curve_of(lines.train, "learning_rate"), color="C0", label="learning rate")
         ax.set_ylim(bottom=0)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if _has(lines.train, "margin"):
         right = ax.twinx() if handles else ax
-        handles += right.plot(*_curve(lines.train, "margin"), color="C1", ls="--", label="margin")
+        handles += right.plot(*curve_of(lines.train, "margin"), color="C1", ls="--", label="margin")
         right.set(ylabel="margin, radians")
         right.set_ylim(bottom=0)
     _legend(ax, handles)
 
 
-def _rates(ax: Axes, lines: Lines):
+def _rates(ax: "Axes", lines: Lines):
     for key, label in RATES.items():
         if _has(lines.train, key):
-            _line(ax, _curve(lines.train, key), lw=1.2, label=label)
+            add_line(ax, curve_of(lines.train, key), lw=1.2, label=label)
     ax.set(title="Speed", ylabel="crops/s")
     ax.set_ylim(bottom=0)
     _legend(ax, ax.get_legend_handles_labels()[0])
 
 
-def _text(name: str) -> str:
-    """A name as matplotlib shows it: a dollar sign would begin a formula."""
-    return name.replace("$", r"\$")
-
-
 # What draws a panel, and whether there is anything for it.
-PANELS: tuple[tuple[Callable[[Axes, Lines], None], Callable[[Lines], bool]], ...] = (
+PANELS: tuple[tuple[Callable[["Axes", Lines], None], Callable[[Lines], bool]], ...] = (
     (_losses, lambda lines: _has(lines.train, "loss", "prefix_losses") or _has(lines.evaluation, "validation_loss")),
     (_eers, lambda lines: _has(lines.evaluation, "eer")),
     (_schedule, lambda lines: _has(lines.train, "learning_rate", "margin")),

@@ -47,7 +47,7 @@ class SampledRows:
         if _several_processes():
             _broadcast(self.weight)  # a wrapper would do this for parameters alone
         self.state: dict[str, torch.Tensor] = {}  # of the optimiser, each as `weight`; empty before its first step
-        self._rows: torch.Tensor | None = None  # indices into `weight` of the rows in use, between begin and end
+        self.rows_in_use: torch.Tensor | None = None  # indices into `weight`, between begin and end
         start = self.weight[: sample * self.centers].to(classifier.weight.device, copy=True)
         self._parameter = nn.Parameter(start, requires_grad=classifier.weight.requires_grad)
         classifier.weight = self._parameter
@@ -63,11 +63,11 @@ class SampledRows:
         that does not train these rows; RuntimeError when the step before has not ended, or the optimiser's state is not
         the one that belongs to these rows.
         """
-        if self._rows is not None:
+        if self.rows_in_use is not None:
             raise RuntimeError("begin: the step before has not ended; call end(optimizer) after optimizer.step().")
         if not any(p is self._parameter for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer: it does not train the sampled rows; build it after SampledRows.")
-        speakers = self._draw(_gathered_speakers(labels), step)
+        speakers = self.speakers_of_step(gathered_speakers(labels), step)
         centers = torch.arange(self.centers)
         rows = (torch.from_numpy(speakers)[:, None] * self.centers + centers).flatten()
         rows = rows.to(self.weight.device, non_blocking=self.weight.is_cuda)  # the host does not wait for the device
@@ -83,7 +83,7 @@ class SampledRows:
             _take(self._parameter, self.weight, rows)
             for name, tensor in state.items():
                 _take(tensor, self.state[name], rows)
-        self._rows = rows
+        self.rows_in_use = rows
         return torch.searchsorted(torch.from_numpy(speakers).to(labels.device), labels)
 
     def end(self, optimizer: torch.optim.Optimizer):
@@ -91,7 +91,7 @@ class SampledRows:
 
         Raises RuntimeError without a step begun, ValueError for an optimiser whose state is not kept row by row.
         """
-        if self._rows is None:
+        if self.rows_in_use is None:
             raise RuntimeError("end: no step has begun; call begin(labels, step, optimizer) first.")
         with torch.no_grad():
             self._put_back(self.weight, self._parameter)
@@ -99,7 +99,7 @@ class SampledRows:
                 if name not in self.state:
                     self.state[name] = torch.zeros(self.weight.shape, dtype=tensor.dtype, device=self.weight.device)
                 self._put_back(self.state[name], tensor)
-        self._rows = None
+        self.rows_in_use = None
 
     @contextlib.contextmanager
     def gathered(self):
@@ -107,7 +107,7 @@ class SampledRows:
 
         Raises RuntimeError within a step.
         """
-        if self._rows is not None:
+        if self.rows_in_use is not None:
             raise RuntimeError("gathered: a step has begun; call end(optimizer) first.")
         self.classifier.weight = nn.Parameter(self.weight, requires_grad=False)
         try:
@@ -117,7 +117,7 @@ class SampledRows:
 
     def state_dict(self) -> dict:
         """All rows and their state; the optimiser's own state_dict belongs to a checkpoint, too."""
-        if self._rows is not None:
+        if self.rows_in_use is not None:
             raise RuntimeError("state_dict: a step has begun; call end(optimizer) first.")
         return {"seed": self.seed, "sample": self.sample, "weight": self.weight, "state": dict(self.state)}
 
@@ -136,9 +136,9 @@ class SampledRows:
             )
         self.weight.copy_(state_dict["weight"])
         self.state = {n: t.to(self.weight.device, copy=True) for n, t in state_dict["state"].items()}
-        self._rows = None
+        self.rows_in_use = None
 
-    def _draw(self, present: np.ndarray, step: int) -> np.ndarray:
+    def speakers_of_step(self, present: np.ndarray, step: int) -> np.ndarray:
         """`sample` speakers in order, all of `present` [n] (in order, without repetition) among them."""
         if len(present) and not (present[0] >= 0 and present[-1] < self.num_speakers):
             raise ValueError(
@@ -170,7 +170,7 @@ class SampledRows:
         return state
 
     def _put_back(self, whole: torch.Tensor, part: torch.Tensor):
-        whole.index_copy_(0, self._rows, part.to(whole.device))
+        whole.index_copy_(0, self.rows_in_use, part.to(whole.device))
 
 
 def _take(part: torch.Tensor, whole: torch.Tensor, rows: torch.Tensor):
@@ -181,7 +181,7 @@ def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _gathered_speakers(labels: torch.Tensor) -> np.ndarray:
+def gathered_speakers(labels: torch.Tensor) -> np.ndarray:
     """The different labels of all processes' batches [B], in order."""
     if not _several_processes():
         return np.unique(labels.cpu().numpy())

@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from mrl_redimnet.settings import Length
+from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.recipe import Recipe
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def prefix_weights_at(step: int, recipe: Recipe, config) -> list[float] | None:
     joined = [k for k, share in enumerate(recipe.prefixes_from or [0] * len(weights)) if step >= share * recipe.steps]
     if recipe.prefixes_per_step:
         *shorter, longest = joined
-        rng = np.random.default_rng([recipe.seed, 6, step])
+        rng = Stream.PREFIXES.generator(recipe.seed, step)
         count = min(recipe.prefixes_per_step - 1, len(shorter))
         joined = [*rng.choice(shorter, count, replace=False).tolist(), longest] if count else [longest]
     return [weight if k in joined else 0.0 for k, weight in enumerate(weights)]

@@ -36,6 +36,7 @@ from mrl_redimnet.rows import AttributeRow, GroupRow, VerificationRow
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 from mrl_redimnet.settings import near
+from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.recipe import Recipe
 
 Rows = list[VerificationRow] | list[AttributeRow]
@@ -406,7 +407,7 @@ def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> 
             f"dev_speakers: {recipe.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    rng, chosen = np.random.default_rng([recipe.seed, 2]), []
+    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.seed), []
     is_known = np.array([speakers.name(label) in (known or ()) for label in eligible])
     for some in (eligible[~is_known], eligible[is_known]):
         count = min(recipe.dev_speakers - len(chosen), len(some))
@@ -425,7 +426,7 @@ def some_training_speakers(corpus: Dataset, recipe: Recipe) -> Dataset | None:
     if len(several) < 2:
         return None
     wanted = min(len(several), max(2, recipe.dev_speakers))
-    chosen = np.random.default_rng([recipe.seed, 7]).choice(several, wanted, replace=False)
+    chosen = Stream.TRAINING_SPEAKERS.generator(recipe.seed).choice(several, wanted, replace=False)
     return corpus.select(np.flatnonzero(np.isin(labels, chosen)))
 
 
