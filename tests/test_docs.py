@@ -12,6 +12,8 @@ import yaml
 
 import mrl_redimnet
 import mrl_redimnet.adapters
+from mrl_redimnet import MRLReDimNetConfig
+from mrl_redimnet.adapters.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -95,6 +97,15 @@ def test_citation_names_the_papers():
     assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["message"]
     papers = {each["url"].rsplit("/", 1)[1] for each in citation["references"]}
     assert papers == {"2407.18223", "2603.11841", "2205.13147"}
+
+
+def test_settings_that_the_pages_on_training_name_exist():
+    """Names with an underscore, and `name: value`: settings of a recipe, fields of a configuration, strategies."""
+    recipe = set(re.findall(r"^(?:\| `|## )(\w+)", (DOCS / "recipe.md").read_text(), flags=re.MULTILINE))
+    known = recipe | set(MRLReDimNetConfig().to_dict()) | set(STRATEGIES)
+    text = prose(DOCS / "training.md") + prose(DOCS / "adapters.md").split("## Settings of an adapter")[1]
+    named = set(re.findall(r"`(\w+_\w+)`", text)) | set(re.findall(r"`[{]?(\w+): ", text))
+    assert len(named) > 10 and named - known == set()
 
 
 @pytest.mark.slow
