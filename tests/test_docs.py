@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_architecture import SOURCES
 
 import mrl_redimnet
 import mrl_redimnet.adapters
@@ -55,6 +56,14 @@ def test_links_lead_somewhere(page):
 def test_paths_that_are_named_exist(page):
     named = re.findall(r"`((?:src|tests|docs|recipes|adapters|examples|benchmarks|metrics)/[\w./-]*)`", prose(page))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_tables_of_the_code_that_contributing_names_exist():
+    """Where a block, a loss, a domain ... is entered."""
+    code = [file.read_text() for file in [*SOURCES.values(), ROOT / "tests" / "conftest.py"]]
+    named = set(re.findall(r"`([A-Z][A-Z0-9_]{4,})`", (ROOT / "CONTRIBUTING.md").read_text()))
+    missing = {name for name in named if not any(re.search(rf"^{name}\b.*=", text, re.MULTILINE) for text in code)}
+    assert len(named) > 10 and missing == set()
 
 
 def generator():
