@@ -77,8 +77,8 @@ PURPOSES = {
     "adapters": "LoRA: train, serve, publish",
     "hub_cards": "model cards",
     "train_hf": "the training loop",
-    "mrl_redimnet_cli": "arguments of commands",
-    "commands": "what commands do",
+    "encoder": "SpeakerEncoder",
+    "mrl_redimnet_cli": "one module per command",
 }
 
 
@@ -154,7 +154,7 @@ def picture() -> str:
 GENERATED = {"cli.md": command_line_page, "architecture.svg": picture}
 
 
-def main():
+def main() -> None:
     """Writes every generated page."""
     for name, page in GENERATED.items():
         (ROOT / "docs" / name).write_text(page())

@@ -20,7 +20,9 @@ from mrl_redimnet.saving import save_model
 from mrl_redimnet.training.recipe import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {file.name: file.read_text() for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("[a-z]*.md"))]}
+# Without the generated reference of settings, whose commands are patterns.
+WRITTEN = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("[a-z]*.md")) - {ROOT / "docs" / "recipe.md"})]
+PAGES = {file.name: file.read_text() for file in WRITTEN}
 README = PAGES["README.md"]
 EVERYTHING = "\n".join(PAGES.values())
 
