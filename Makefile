@@ -8,8 +8,8 @@
 # make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
 # demo, test, test-all, test-gpu and docs set up .venv when it is missing or older than requirements.lock or
-# pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one that
-# is put into .tools.
+# pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one
+# that is put into .tools.
 PYTHON ?= python3
 UV ?= .tools/bin/uv
 UV_VERSION := 0.13.9
