@@ -105,7 +105,7 @@ class SpeakerIndex:
                 number enrolled, which makes the search exhaustive.
 
         Returns:
-            names [Q][k], best first, equal scores by name, and cosines [Q, k] float32 of the whole embeddings as
+            names, Q lists of k, best first, equal scores by name, and cosines [Q, k] float32 of the whole embeddings as
             stored.
 
         Raises:
