@@ -1,0 +1,124 @@
+"""Batch norms that can be computed again, and the statistics of all processes' batches together."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_mrl_redimnet import BatchNorm, zero_padding
+from mrl_redimnet.speed.recompute import recomputed
+
+
+class FastBatchNorm(BatchNorm):
+    """`BatchNorm` whose normalisation can be computed again from its input.
+
+    `synchronised` (see `synchronise_batch_norms`): where it learns in several processes of torch.distributed, the batch
+    is that of all of them. torch.nn.SyncBatchNorm does the same, but on GPUs alone, and without masks.
+    """
+
+    synchronised = False
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.normaliser(x, mask)(x)
+
+    def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What normalises x [..., C]. Where it learns: by x's own statistics, which move the running ones once; to call
+        it again computes the same anew. mask, errors: as in `BatchNorm.forward`."""
+        if not self.learns:
+            scale, shift = (part.to(self.weight.dtype) for part in self.scale_and_shift())
+            return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)
+        joint = self.synchronised and processes() > 1
+        if not joint:
+            self.check_count(x)
+        if mask is None and not joint:
+            return self._normaliser_by_torch()
+        return self._normaliser_by_operators(x, mask, joint)
+
+    def _normaliser_by_torch(self):
+        """By torch's own batch norm: one operation forward, one backward."""
+        moving = [(self.running_mean, self.running_var, self.next_momentum())]
+
+        def normalise(x):
+            mean, variance, momentum = moving.pop() if moving else (None, None, 0.0)
+            rows = x.reshape(-1, self.num_features)
+            return F.batch_norm(rows, mean, variance, self.weight, self.bias, True, momentum, self.eps).reshape(x.shape)
+
+        return normalise
+
+    def _normaliser_by_operators(self, x, mask, joint: bool):
+        """By operators that autograd differentiates: with padding to leave out, or a batch in several processes."""
+        mean, variance, count = self.batch_statistics(x, mask)
+        if joint:
+            rows = mean.new_zeros(processes(), 2 * self.num_features + 1)
+            rows[dist.get_rank()] = torch.cat([mean, variance, count])
+            mean, variance, count = _pooled(*_SumOverProcesses.apply(rows).split([len(mean), len(mean), 1], dim=1))
+        self.move_statistics(mean, variance, count)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return lambda x: zero_padding(torch.addcmul(shift, zero_padding(x, mask), scale).to(x.dtype), mask)
+
+    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor | None):
+        """As in the definition; the backward pass keeps x alone."""
+        x = zero_padding(x, mask)
+        wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
+        places = x.numel() // x.shape[-1]
+        count = x.new_full((1,), places, dtype=wide)
+        if mask is not None:
+            count = mask.sum(dtype=wide).view(1) * (places // max(1, mask.numel()))
+        divisor = count.clamp(min=1)  # this process's share of a joint batch may be empty
+        mean = x.sum(dims, dtype=wide) / divisor
+        centre = functools.partial(_centred, x, mean)
+        squares = zero_padding(recomputed(torch.square, centre(), centre), mask)
+        return mean, squares.sum(dims) / divisor, count
+
+
+def _centred(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return x.to(mean.dtype) - mean
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' x, of which the gradient is the sum of all processes' gradients.
+
+    Gradients averaged over processes (as by DistributedDataParallel) are then those of one process with the joined
+    batch and the mean of the losses.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
+    """Mean [C], biased variance [C] and count [1] of parts' [parts, C], [parts, C], [parts, 1] together."""
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count.clamp(min=1)
+    return mean, ((variances + (means - mean).square()) * counts).sum(0) / count.clamp(min=1), count
+
+
+def processes() -> int:
+    """Of torch.distributed; one where it is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def synchronise_batch_norms(model: nn.Module, on: bool = True):
+    """Lets all batch norms of `model` that learn see the batch of all processes of torch.distributed, or no longer.
+
+    All processes must then call the model equally often. With one process nothing changes. Raises ValueError for a
+    model that `mrl_redimnet.speed_up` has not been called on.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    if not all(isinstance(norm, FastBatchNorm) for norm in norms):
+        raise ValueError("synchronise_batch_norms: call mrl_redimnet.speed_up(model) first.")
+    for norm in norms:
+        norm.synchronised = on
