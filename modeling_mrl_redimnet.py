@@ -1071,8 +1071,12 @@ class MRLReDimNetPreTrainedModel(CheckedModel):
                 stacklevel=2,
             )
         options["use_reentrant"] = False
-        options.setdefault("context_fn", lambda: (contextlib.nullcontext(), self._counted_batch()))
+        options.setdefault("context_fn", self._checkpointing_contexts)  # a method, which a copy of the model has anew
         super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
+
+    def _checkpointing_contexts(self):
+        """Around the first and the second forward pass, as torch's checkpointing asks for them."""
+        return contextlib.nullcontext(), self._counted_batch()
 
     @contextlib.contextmanager
     def _counted_batch(self):

@@ -21,12 +21,12 @@ from hypothesis import settings
 from local_hub import ANNA, BERT, READER, LocalHub
 from sounds import write_speaker
 
-import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters.publishing import save_adapter
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.scoring.trials import make_trials, write_trials
+from mrl_redimnet.speed import linear, loss, norms
 
 torch.set_num_threads(1)
 
@@ -227,7 +227,8 @@ def device(monkeypatch) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is false (MRL_TEST_DEVICE=cpu runs these tests on the CPU)")
     if name == "cpu":
-        monkeypatch.setattr(modeling_mrl_redimnet, "_cpu_kernels", lambda x: False)
+        for module in (linear, loss, norms):
+            monkeypatch.setattr(module, "runs_on_cpu", lambda x: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions with all of float32's digits
     return torch.device(name)
 

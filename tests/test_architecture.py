@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room may import rooms of lower floors alone; rooms on one floor do not know each other.
 FLOORS = (
     {"configuration_mrl_redimnet"},
-    {"modeling_mrl_redimnet", "feature_extraction_mrl_redimnet"},
+    {"weights_mrl_redimnet", "feature_extraction_mrl_redimnet"},
+    {"modeling_mrl_redimnet"},
+    {"speed"},
     {"extras", "files", "fingerprints", "settings", "streams", "tables"},
     {"audio", "plotting", "rows"},
     {"hub_cards", "convert", "data", "scoring"},

@@ -34,6 +34,7 @@ from mrl_redimnet.extras import extra
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.fingerprints import fingerprint, same_weights
 from mrl_redimnet.scoring.calibration import Thresholds
+from mrl_redimnet.speed import speed_up
 
 if TYPE_CHECKING:
     import onnx
@@ -161,11 +162,8 @@ def _encoder(model: MRLReDimNetPreTrainedModel) -> MRLReDimNetModel:
             f"export takes a plain model, got {type(model).__name__} or adapters inside it: "
             "AdapterBank.merged gives one with an adapter folded in."
         )
-    encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False).float().cpu()
-    for part in encoder.modules():
-        if isinstance(part, nn.Linear):
-            part.__class__ = nn.Linear  # ours choose a kernel by the input's size, and graphs are for all sizes
-    return encoder
+    # Their norms are folded into the layers before them.
+    return speed_up(copy.deepcopy(model.base_model).eval().requires_grad_(False).float().cpu())
 
 
 class _AdaptableLinear(nn.Module):

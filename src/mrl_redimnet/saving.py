@@ -8,13 +8,14 @@ from transformers import PreTrainedModel
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, WeightsError, refuse_wrapped
+from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.files import refuse_missing, replace_folder
 from mrl_redimnet.hub_cards import base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
 
 if TYPE_CHECKING:  # training alone has what these take a second to import for
     from mrl_redimnet.data.corpus import SpeakerTable
+from weights_mrl_redimnet import WeightsError, refuse_wrapped
 
 
 def save_model(

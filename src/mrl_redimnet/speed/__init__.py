@@ -2,8 +2,7 @@
 
 `modeling_mrl_redimnet.py` is the definition of the network. `speed_up(model)` gives each module that has a faster form
 here that form's class: parameters, buffers, hooks and names stay as they are, so it may be called at any time, before
-or after adapters are put on, and a model is saved as before. `as_defined(model)` takes it back. Exports and
-`torch.compile` use the definition.
+or after adapters are put on, and a model is saved as before. `as_defined(model)` takes it back.
 
     linear       1x1 layers on CPUs by oneDNN's convolutions
     norms        batch norms whose output can be computed again; batch statistics of all processes together

@@ -40,7 +40,9 @@ class _LinearByConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _convolve_rows(x, weight, bias)
+        y = _convolve_rows(x, weight, bias)
+        # Not as a view of the image: what calls this (PEFT's AdaLoRA) may write into it, as it may with nn.Linear's.
+        return y.new_empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride())
 
     @staticmethod
     @torch.autograd.function.once_differentiable

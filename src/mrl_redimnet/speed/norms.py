@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_mrl_redimnet import BatchNorm, zero_padding
+from mrl_redimnet.speed.linear import runs_on_cpu
 from mrl_redimnet.speed.recompute import recomputed
 
 
@@ -34,12 +35,17 @@ class FastBatchNorm(BatchNorm):
         if not joint:
             self.check_count(x)
         if mask is None and not joint:
-            return self._normaliser_by_torch()
-        return self._normaliser_by_operators(x, mask, joint)
+            return self._normaliser_by_torch(x)
+        return self.normaliser_by_operators(x, mask, joint)
 
-    def _normaliser_by_torch(self):
-        """By torch's own batch norm: one operation forward, one backward."""
-        moving = [(self.running_mean, self.running_var, self.next_momentum())]
+    def _normaliser_by_torch(self, x):
+        """By torch's own batch norm: one operation forward, one backward. The running statistics are computed apart on
+        CPUs, where torch adds up hundreds of thousands of rows one by one and loses four digits of the variance."""
+        if runs_on_cpu(x):
+            self.move_statistics(*_statistics_of_columns(x.detach()))
+            moving = []
+        else:
+            moving = [(self.running_mean, self.running_var, self.next_momentum())]
 
         def normalise(x):
             mean, variance, momentum = moving.pop() if moving else (None, None, 0.0)
@@ -48,7 +54,7 @@ class FastBatchNorm(BatchNorm):
 
         return normalise
 
-    def _normaliser_by_operators(self, x, mask, joint: bool):
+    def normaliser_by_operators(self, x, mask, joint: bool):
         """By operators that autograd differentiates: with padding to leave out, or a batch in several processes."""
         mean, variance, count = self.batch_statistics(x, mask)
         if joint:
@@ -99,6 +105,15 @@ class _SumOverProcesses(torch.autograd.Function):
         return grad
 
 
+def _statistics_of_columns(x: torch.Tensor):
+    """Over all but the last axis of x [..., C]: mean [C], biased variance [C], count [1]. Of x [B, frames, bins, C]
+    each column of [B * frames, bins * C] is added up by itself."""
+    channels, x = x.shape[-1], x.to(torch.promote_types(x.dtype, torch.float32))
+    table = x.flatten(0, 1).flatten(1) if x.dim() == 4 else x.reshape(-1, channels)
+    variances, means = (part.view(-1, channels) for part in torch.var_mean(table, 0, correction=0))
+    return _pooled(means, variances, means.new_full((len(means), 1), len(table)))
+
+
 def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
     """Mean [C], biased variance [C] and count [1] of parts' [parts, C], [parts, C], [parts, 1] together."""
     count = counts.sum(0)
@@ -111,7 +126,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def synchronise_batch_norms(model: nn.Module, on: bool = True):
+def synchronise_batch_norms(model: nn.Module, on: bool = True) -> None:
     """Lets all batch norms of `model` that learn see the batch of all processes of torch.distributed, or no longer.
 
     All processes must then call the model equally often. With one process nothing changes. Raises ValueError for a
