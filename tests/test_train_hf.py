@@ -41,7 +41,7 @@ from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.training.curves import Record
-from mrl_redimnet.training.recipe import Recipe
+from mrl_redimnet.training.reading import make_recipe
 from mrl_redimnet_cli import main as cli_main
 
 NOISE = "[{kind: one_of, probability: 0.8, choices: [{kind: noise, snr: [0, 15]}, {kind: babble, snr: [5, 15]}]}]"
@@ -49,16 +49,16 @@ EVERYTHING = dict(
     steps=12,
     checkpoint_every=3,
     evaluate_every=6,
-    accumulation=2,
-    speeds=[1.0, 0.9],
+    gradient_accumulation=2,
+    speed_perturb=[1.0, 0.9],
     rotate_at=[0.25],
     utterances_per_speaker=2,
     crop_seconds=[0.3, 0.5],
-    augmentation_rise=[0.0, 0.5],
-    prefixes_from=[0.5, 0.25, 0.0],
+    augmentation_schedule=[0.0, 0.5],
+    prefix_starts=[0.5, 0.25, 0.0],
     prefixes_per_step=2,
     ema=0.5,
-    average_last=0.9,
+    weight_averaging=0.9,
     report_dims=[4],
 )
 # What two processes do as one with twice the batch: nothing that draws from a process's own generator.
@@ -322,8 +322,8 @@ def test_settings_the_model_cannot_meet_are_refused_before_the_first_step(train,
 
 def test_settings_the_model_cannot_meet_are_refused_before_speech_is_read(train, monkeypatch):
     monkeypatch.setattr(train_hf, "load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
-    with pytest.raises(ValueError, match="prefixes_from: 2 shares for the prefixes"):
-        train(prefixes_from=[0.5, 0])
+    with pytest.raises(ValueError, match="prefix_starts: 2 shares for the prefixes"):
+        train(prefix_starts=[0.5, 0])
     with pytest.raises(FileNotFoundError, match="/nowhere is not a folder"):
         train(model="/nowhere", model_options="{}")
     with pytest.raises(FileNotFoundError, match="noise: /nowhere is not a folder"):
@@ -354,7 +354,7 @@ def rows_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_second_stage_keeps_the_rows_of_the_speakers_it_has_by_name(train, tmp_path):
     """Large-margin fine-tuning without speeds: the other speeds' rows are left behind, new speakers begin anew."""
-    first = train(speeds=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
+    first = train(speed_perturb=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
     still = dict(learning_rate=0.0, final_learning_rate=0.0, weight_decay=0.0)
     second = train(model=first / "last", model_options="{margin: 0.5}", dev_speakers=2, seed=1, **still)
     before, after = rows_of(first / "last"), rows_of(second / "last")
@@ -400,12 +400,12 @@ def test_epochs_are_counted_in_utterances(train):
 
 def test_evaluations_and_checkpoints_may_be_counted_in_passes(train, capsys):
     """Of 16 utterances, four a step, three passes: an evaluation each, the last two averaged."""
-    settings = dict(evaluate_every="1 epoch", checkpoint_every="1.5 epochs", average_last="2 epochs", log_every=100)
-    output = train(epochs=3, **settings, learning_rate_batch=1, max_learning_rate_growth=2)
+    settings = dict(evaluate_every="1 epoch", checkpoint_every="1.5 epochs", weight_averaging="2 epochs", log_every=100)
+    output = train(epochs=3, **settings, reference_batch=1, max_learning_rate_growth=2)
     assert {line["step"] for line in Record(output).lines("evaluation")} == {4, 8, 12}
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
     assert {path.name for path in (output / "last_weights").iterdir()} >= {f"step-{n:08d}.safetensors" for n in (8, 12)}
-    assert results_of(output)["recipe"]["average_last"] == "2 epochs"
+    assert results_of(output)["recipe"]["weight_averaging"] == "2 epochs"
     assert "times 2, not times 4 as the crops of a step are (max_learning_rate_growth)" in capsys.readouterr().out
 
 
@@ -436,7 +436,7 @@ def test_rows_of_other_people_can_be_left(train, tmp_path, capsys):
     first = train().rename(tmp_path / "first")
     capsys.readouterr()
     still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, steps=1)
-    second = train(model=first / "last", model_options="{}", carry_classifier="false", **still)
+    second = train(model=first / "last", model_options="{}", reuse_classifier="false", **still)
     assert "taken over" not in capsys.readouterr().out
     before, after = rows_of(first / "last"), rows_of(second / "last")
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
@@ -448,7 +448,7 @@ def test_a_classifier_that_was_taken_over_has_to_learn_as_well(train, tmp_path):
     weights = load_file(first / "last/model.safetensors")
     weights["classifier.weight"] = torch.ones_like(weights["classifier.weight"])
     save_file(weights, first / "last/model.safetensors", metadata={"format": "pt"})
-    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, warmup=0, steps=3, margin_rise=[1, 1])
+    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, warmup=0, steps=3, margin_schedule=[1, 1])
     with pytest.raises(RuntimeError, match="nothing is being learnt"):
         train(model=first / "last", model_options="{}", chance_until=2, **still)
 
@@ -499,7 +499,7 @@ def test_what_follows_a_step_that_was_left_out(skipped):
 
 
 def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
-    recipe, config = Recipe(output="run"), tiny_config(num_speakers=4)
+    recipe, config = make_recipe(output="run"), tiny_config(num_speakers=4)
     batch = {"input_values": torch.stack(waves(8000, 8000)), "labels": torch.tensor([0, 3])}
     with pretended_gpu(monkeypatch) as waits:
         run = train_hf.Run(
@@ -518,8 +518,8 @@ def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     """The classes' names, and what PiSSA began from; the others would write the same files at the same time."""
     monkeypatch.setattr(train_hf, "PartialState", lambda: SimpleNamespace(is_main_process=False))
-    options = dict(trains="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
-    recipe = Recipe(output=str(tmp_path), **options)
+    options = dict(finetune="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
+    recipe = make_recipe(output=str(tmp_path), **options)
     classes = SpeakerTable(["a"])
     task = SimpleNamespace(
         classes=classes, speakers=classes, development_speakers={"b"}, adapter_task="FEATURE_EXTRACTION"
