@@ -38,6 +38,7 @@ from mrl_redimnet.data.loaders import DrawnCrops
 from mrl_redimnet.embedding import embed_files
 from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
+from mrl_redimnet.training import setup
 from mrl_redimnet.training.optimizer import freeze
 from mrl_redimnet.training.reading import flat, in_groups, read_recipe
 
@@ -111,7 +112,7 @@ def main():
     if arguments.command == "train":
         train(arguments)
     elif arguments.command == "one":
-        train_hf.DrawnCrops = partial(KeptCrops, folder=arguments.runs)
+        setup.DrawnCrops = partial(KeptCrops, folder=arguments.runs)
         train_hf.main([arguments.base, "--resume"])
     else:
         report(arguments)

@@ -36,6 +36,7 @@ from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 from mrl_redimnet.settings import near
 from mrl_redimnet.training.recipe import Recipe, TestSet
+from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 
 Rows = list[VerificationRow] | list[AttributeRow]
 
@@ -123,6 +124,14 @@ class Verification:
                 "people (two corpora with the same numbers, for instance), give reuse_classifier: false."
             )
         return model, carried == 0
+
+    @staticmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """What the model's forward pass gets for its loss at a step of `steps`."""
+        return {
+            "margin": margin_at(step, recipe, steps, config.margin),
+            "prefix_weights": prefix_weights_at(step, recipe, steps, config),
+        }
 
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Error rates of one test at each of `dims`."""
@@ -227,6 +236,11 @@ class Attribute:
         config = MRLReDimNetConfig.from_pretrained(folder)
         same = not self.labels or tuple(config.id2label.values()) == self.labels
         return same and (config.architectures or []) == [MRLReDimNetForSequenceClassification.__name__]
+
+    @staticmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """Nothing: the loss of an attribute has neither margin nor prefixes."""
+        return {}
 
     @torch.no_grad()
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
