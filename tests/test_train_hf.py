@@ -360,7 +360,7 @@ def test_a_second_stage_keeps_the_rows_of_the_speakers_it_has_by_name(train, tmp
     """Large-margin fine-tuning without speeds: the other speeds' rows are left behind, new speakers begin anew."""
     first = train(speed_perturb=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
     still = dict(learning_rate=0.0, final_learning_rate=0.0, weight_decay=0.0)
-    second = train(model=first / "last", model_options="{margin: 0.5}", dev_speakers=2, seed=1, **still)
+    second = train(model=first / "last", model_options="{}", margin=0.5, dev_speakers=2, seed=1, **still)
     before, after = rows_of(first / "last"), rows_of(second / "last")
     assert len(before) == 6 and len(after) == 4
     shared = before.keys() & after.keys()
@@ -391,9 +391,11 @@ def test_the_other_ways_to_train_run_through(train, settings):
     assert len(rates) == 4 and rates[1:] == sorted(rates[1:], reverse=True)
 
 
-@pytest.mark.parametrize("loss", ["{loss: sphereface2}", "{sub_centers: 2, hard_negatives: 1}"])
+@pytest.mark.parametrize("loss", [dict(loss="sphereface2"), dict(sub_centers=2, hard_negatives=1)])
 def test_every_loss_is_trained(train, loss):
-    output = train(model_options=TINY[:-1] + ", " + loss[1:], steps=3)
+    output = train(**loss, steps=3)
+    trained = AutoModelForAudioXVector.from_pretrained(output / "last").config
+    assert all(getattr(trained, name) == value for name, value in loss.items())
     assert all(math.isfinite(line["loss"]) for line in Record(output).lines("train"))
 
 
