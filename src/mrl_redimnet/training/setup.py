@@ -53,12 +53,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     On a GPU torch's own settings stay: TF32 for convolutions but not for products, whose digits the margins need;
     cudnn.benchmark off, because it would time its kernels anew for every length of crops and utterances.
     """
-    if (
-        recipe.run.tracker != "none" and importlib.util.find_spec(recipe.run.tracker) is None
-    ):  # Accelerate would drop it
-        raise ModuleNotFoundError(
-            f"tracker: {recipe.run.tracker} is not installed: pip install 'mrl-redimnet[{recipe.run.tracker}]'."
-        )
+    tracker, output = recipe.run.tracker, Path(recipe.run.output)
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:  # Accelerate would drop it
+        raise ModuleNotFoundError(f"tracker: {tracker} is not installed: pip install 'mrl-redimnet[{tracker}]'.")
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and recipe.run.mixed_precision == "fp16":
         raise ValueError("mixed_precision: fp16 needs a GPU, and there is none here; take bf16 or no.")
@@ -66,10 +63,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         cpu=on_cpu,  # else processes without an accelerator each train on their own
         mixed_precision=recipe.run.mixed_precision,
         gradient_accumulation_steps=recipe.optimizer.gradient_accumulation,
-        log_with=None if recipe.run.tracker == "none" else recipe.run.tracker,
-        project_config=ProjectConfiguration(
-            project_dir=recipe.run.output, logging_dir=str(Path(recipe.run.output) / "logs")
-        ),
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     refuse_lost_processes(accelerator)
@@ -174,38 +169,31 @@ def build_crops(
     recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator, steps: int
 ) -> DrawnCrops | StreamedCrops:
     """Training crops with the recipe's augmentations, then its domain."""
-    talkers = None if recipe.data.streaming else CorpusTalkers(task.corpus)
-    chain = make_augmentations(
-        recipe.augmentation.augmentations, Sources(recipe.augmentation.noise, recipe.augmentation.rooms, talkers)
-    )
-    domain = (
-        None
-        if recipe.augmentation.domain == "clean"
-        else InDomain(training_domain(recipe), recipe.augmentation.clean_ratio)
-    )
-    maker = CropMaker(len(task.speakers), tuple(recipe.augmentation.speed_perturb), partial(augmented, chain, domain))
+    data, kind = recipe.data, recipe.augmentation
+    talkers = None if data.streaming else CorpusTalkers(task.corpus)
+    chain = make_augmentations(kind.augmentations, Sources(kind.noise, kind.rooms, talkers))
+    domain = None if kind.domain == "clean" else InDomain(training_domain(recipe), kind.clean_ratio)
+    maker = CropMaker(len(task.speakers), tuple(kind.speed_perturb), partial(augmented, chain, domain))
     loading = Loading(
-        batch_size=recipe.data.batch_size,
+        batch_size=data.batch_size,
         accumulation=recipe.optimizer.gradient_accumulation,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        workers=recipe.data.workers,
+        workers=data.workers,
         seed=recipe.run.seed,
         pin=accelerator.device.type == "cuda",
     )
-    if recipe.data.streaming:
-        seconds = recipe.data.crop_range[0]
-        return StreamedCrops(
-            recipe.data.train, recipe.data.columns, maker, task.speakers, seconds, recipe.data.min_seconds, loading
-        )
+    if data.streaming:
+        seconds = data.crop_range[0]
+        return StreamedCrops(data.train, data.columns, maker, task.speakers, seconds, data.min_seconds, loading)
     dataset = CropDataset(
         task.corpus,
         task.speakers,
         maker,
-        crop_seconds=recipe.data.crop_range,
-        batch=recipe.data.batch_size * accelerator.num_processes,
-        sampler=recipe.data.sampler,
-        utterances_per_speaker=recipe.data.utterances_per_speaker,
+        crop_seconds=data.crop_range,
+        batch=data.batch_size * accelerator.num_processes,
+        sampler=data.sampler,
+        utterances_per_speaker=data.utterances_per_speaker,
         strength=partial(augmentation_strength, crops=crops_per_step(recipe, accelerator), recipe=recipe, steps=steps),
         seed=recipe.run.seed,
         targets=task.targets,
@@ -222,15 +210,11 @@ def check_fit(recipe: Recipe, config):
         raise ValueError("rotate_at: a rotation folds embedding_norm in, which training still needs; leave out either.")
     if recipe.model.finetune == "adapter" and recipe.model.start in SIZES:
         raise ValueError(f"finetune: an adapter needs a trained base; model: {recipe.model.start} is random weights.")
-    if recipe.schedule.prefix_starts and len(recipe.schedule.prefix_starts) != len(config.matryoshka_dims):
-        raise ValueError(
-            f"prefix_starts: {len(recipe.schedule.prefix_starts)} ratios for the prefixes {config.matryoshka_dims}."
-        )
-    if recipe.adapter.segment_ranks and len(recipe.adapter.segment_ranks) != len(config.matryoshka_dims):
-        raise ValueError(
-            f"segment_ranks: {len(recipe.adapter.segment_ranks)} ranks for the segments of {config.matryoshka_dims} "
-            "dimensions."
-        )
+    starts, ranks, dims = recipe.schedule.prefix_starts, recipe.adapter.segment_ranks, config.matryoshka_dims
+    if starts and len(starts) != len(dims):
+        raise ValueError(f"prefix_starts: {len(starts)} ratios for the prefixes {dims}.")
+    if ranks and len(ranks) != len(dims):
+        raise ValueError(f"segment_ranks: {len(ranks)} ranks for the segments of {dims} dimensions.")
 
 
 def facts_of(recipe: Recipe, task: Verification | Attribute, model) -> AdapterFacts | None:

@@ -334,9 +334,8 @@ def check_files(recipe: Recipe):
         read_labels(recipe.data.label_file, recipe.data.label_column, recipe.data.label_key)
     if recipe.data.train is not None:  # else the noise may be that of the synthetic corpus
         talkers = None if recipe.data.streaming else FileTalkers(["the training speech"])
-        make_augmentations(
-            recipe.augmentation.augmentations, Sources(recipe.augmentation.noise, recipe.augmentation.rooms, talkers)
-        )
+        kind = recipe.augmentation
+        make_augmentations(kind.augmentations, Sources(kind.noise, kind.rooms, talkers))
         training_domain(recipe)
 
 
