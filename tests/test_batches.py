@@ -177,7 +177,7 @@ def voices(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("voices") / "speech", waves)
 
 
-TELEPHONE = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), base_share=0.5)
+TELEPHONE = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), clean_ratio=0.5)
 
 
 def test_in_a_domain_a_resumed_run_sees_the_same_batches(voices):

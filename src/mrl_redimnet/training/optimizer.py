@@ -1,13 +1,9 @@
-"""What trains, in which groups of the optimiser, at which learning rates."""
+"""What is trained, in which groups of the optimiser, at which learning rates."""
 
 import torch
 from torch import nn
 
 from mrl_redimnet.training.recipe import Recipe
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser and guards
-
 
 # The parameters that each choice of `finetune` leaves trainable, by the beginning of their names.
 TRAINED_PARTS = {

@@ -149,13 +149,13 @@ class Data(Group):
         "speaker", description="column of label_file by which an utterance finds its label"
     )
     sampler: choice("speaker", "utterance") = Field(
-        "speaker", description="what is drawn equally often: speakers or utterances"
+        "speaker", description="what is sampled equally often: speakers or utterances"
     )
     utterances_per_speaker: Count = Field(
         1, description="crops of one speaker in a row in a batch, from different utterances"
     )
     crop_seconds: CropSeconds = Field(
-        2.0, description="length of a training crop; with [shortest, longest] one is drawn for each batch"
+        2.0, description="length of a training crop; with [shortest, longest] each batch has a random one"
     )
     batch_size: Count = Field(48, description="crops per process and micro-batch")
     workers: CountOr0 = Field(1, description="processes that read and augment; 0: the training process itself")
@@ -265,13 +265,13 @@ class Loss(Group):
         None, description="weights of the Matryoshka prefixes in the loss, shortest first (default: all alike)"
     )
     prefixes_per_step: CountOr0 = Field(
-        0, description="prefixes drawn for the loss of a step, always with the longest; 0: all of them"
+        0, description="prefixes in the loss of a step: the longest and others at random; 0: all of them"
     )
     classifier_sample: CountOr0 = Field(
         0, description="speakers of the classifier used in a step (partial FC), for 100,000 and more; 0: all"
     )
     teacher: Text | None = Field(
-        None, description="a trained model to distil from: its full embedding teaches prefixes"
+        None, description="a trained model to distil from: every prefix learns the similarities of its full embedding"
     )
     teacher_weight: NotNegative = Field(10.0, description="weight of the distillation loss")
 

@@ -8,9 +8,6 @@ import numpy as np
 from mrl_redimnet.training.fields import Length
 from mrl_redimnet.training.recipe import Recipe
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules: functions of the step alone, so that a resumed run needs no state for them.
-
 
 def learning_rate_at(step: int, recipe: Recipe, steps: int) -> float:
     """A linear rise over the warm-up, then a cosine or an exponential down to the final rate at the last step."""
