@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 import mrl_redimnet  # noqa: F401  registers the models with transformers
@@ -122,7 +123,7 @@ def train(run: Run, progress: Progress, stop: int):
     history.close()
 
 
-def forward(run: Run, batch: dict, step: int):
+def forward(run: Run, batch: dict, step: int) -> tuple[ModelOutput, torch.Tensor]:
     """The model's answer to one batch at one step, and the loss to be minimised: its own and what the parts add."""
     inputs, labels = run.on_device(batch["input_values"]), batch["labels"]
     for part in run.parts:

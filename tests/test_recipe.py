@@ -18,7 +18,7 @@ from mrl_redimnet.training.reading import (
     parse_command_line,
     read_recipe,
 )
-from mrl_redimnet.training.recipe import LOSS_FIELDS, PARTS, Recipe, TestSet
+from mrl_redimnet.training.recipe import LOSS_FIELDS, PARTS, EvaluationSet, Recipe
 from mrl_redimnet.training.recipe_page import page
 from mrl_redimnet.training.tasks import start_config, training_domain
 
@@ -302,8 +302,14 @@ def test_a_group_given_as_one_value_is_its_main_setting(recipe_file):
 
 
 def test_other_groups_have_no_main_setting(capsys, recipe_file):
-    assert "recipe.yaml: no setting named 'adapter'." in refusal(capsys, recipe_file("adapter: 4\n"))
-    assert "no setting named 'adapter'." in refusal(capsys, "--adapter=4")
+    expected = "adapter: is a group, expected its settings, such as adapter.placement."
+    assert f"recipe.yaml: {expected}" in refusal(capsys, recipe_file("adapter: 4\n"))
+    assert f"command line: {expected}" in refusal(capsys, "--adapter=4")
+
+
+def test_a_group_without_settings_has_the_defaults(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model:\nadapter:\n  # rank: 4\n")
+    assert parse(str(tmp_path / "recipe.yaml")) == make_recipe()
 
 
 def test_the_loss_fills_the_configuration_of_the_model():
@@ -832,7 +838,7 @@ def test_entries_of_tests_are_checked_when_they_are_read(capsys, test, message):
 
 def test_a_test_takes_what_evaluate_takes():
     test = {"trials": "a", "folder": "b", "enrolments": "c", "suffix": ".flac", "format": "cnceleb"}
-    assert parse(f"--tests={{cnc-e: {test}}}").evaluation.tests == {"cnc-e": TestSet(**test)}
+    assert parse(f"--tests={{cnc-e: {test}}}").evaluation.tests == {"cnc-e": EvaluationSet(**test)}
 
 
 def test_numbers_that_yaml_takes_for_strings_are_numbers_wherever_they_are():

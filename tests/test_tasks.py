@@ -27,7 +27,7 @@ from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import read_trials
 from mrl_redimnet.training import tasks
 from mrl_redimnet.training.reading import make_recipe
-from mrl_redimnet.training.recipe import Recipe, TestSet
+from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.tasks import Attribute, Verification, classes_of, hold_out, make_task
 
 SIZE = {key: value for key, value in TINY.items() if key != "num_speakers"}
@@ -483,13 +483,13 @@ def test_the_noise_and_the_rooms_of_the_domain_are_the_recipes(root, recipe):
 
 def test_a_test_without_a_domain_stays_as_it_is(root):
     assert (
-        tasks.test_domain(TestSet(folder="a")) is None
-        and tasks.test_domain(TestSet(folder="a", domain="clean")) is None
+        tasks.test_domain(EvaluationSet(folder="a")) is None
+        and tasks.test_domain(EvaluationSet(folder="a", domain="clean")) is None
     )
-    test = TestSet(folder="a", domain="telephony", domain_options={"loss": [0, 0]})
+    test = EvaluationSet(folder="a", domain="telephony", domain_options={"loss": [0, 0]})
     assert tasks.test_domain(test) == Telephony(loss=[0, 0])
     with pytest.raises(ValueError, match="noise"):
-        tasks.test_domain(TestSet(folder="a", domain="noisy"))
+        tasks.test_domain(EvaluationSet(folder="a", domain="noisy"))
 
 
 # ---------------------------------------------------------------- where a model starts

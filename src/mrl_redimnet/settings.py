@@ -12,10 +12,15 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
+def closest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, None where none is alike."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)), None)
+
+
 def near(name: object, known: Iterable[str]) -> str:
     """A question to end an error with: the known name that is most like `name`; nothing where none is alike."""
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]}?" if found else ""
+    found = closest(name, known)
+    return "" if found is None else f" Did you mean {found}?"
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

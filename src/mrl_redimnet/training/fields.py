@@ -177,7 +177,7 @@ def expected_of(hint: Any, metadata: typing.Iterable = ()) -> str:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys("null" if part is type(None) else expected_of(part) for part in parts))
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
+    if _is_group(hint):
         return "a mapping"
     if (origin or hint) is dict:
         keys = choices_of(parts[0]) if parts else []
@@ -203,11 +203,11 @@ def problems_of(error: ValidationError, model: type[BaseModel], given: dict) -> 
     """
     seen = set()
     for each in error.errors():
-        if each["type"] == "value_error" and isinstance(_hint_at(model, each["loc"])[0], type(BaseModel)):
-            yield ".".join(map(str, each["loc"])), str(each["ctx"]["error"])
-            continue
         hint, names, wrong_key = _hint_at(model, each["loc"])
         name = ".".join(names)
+        if each["type"] == "value_error" and _is_group(hint):
+            yield name, str(each["ctx"]["error"])
+            continue
         if name in seen:
             continue
         seen.add(name)
@@ -250,13 +250,17 @@ def _hint_at(model: Any, place: tuple) -> tuple[Any, list[str], object]:
             if place[number + 1 : number + 2] == ("[key]",):
                 return key, names, step
             hint = value
-        elif isinstance(hint, type) and issubclass(hint, BaseModel):
+        elif _is_group(hint):
             field = hint.model_fields.get(step)
             hint = None if field is None else _with_metadata(field)
         else:
             break
         names.append(str(step))
     return hint, names, None
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, BaseModel)
 
 
 def _with_metadata(field: FieldInfo) -> Any:

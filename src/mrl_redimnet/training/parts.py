@@ -3,9 +3,11 @@
 import json
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils import ModelOutput
 
 from mrl_redimnet.adapters import AdapterFacts, adapter_report
 from mrl_redimnet.adapters.publishing import save_adapter
@@ -66,7 +68,7 @@ class TrainedModel(Trained):
         """Freezes what is not trained."""
         freeze(run.model, run.recipe, step, run.steps)
 
-    def save(self, run: Run, folder):
+    def save(self, run: Run, folder: Path):
         """The whole model, with its classes."""
         save_model(run.model, folder, run.task.classes, name=run.output.name)
 
@@ -113,7 +115,7 @@ class TrainedAdapter(Trained):
         if self.strategy.changes_ranks and step == self.strategy.plan.cut_step:
             run.accelerator.print(self.strategy.cut())
 
-    def loss(self, run: Run, inputs: torch.Tensor, answer, options: dict) -> torch.Tensor | float:
+    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor | float:
         """The strategy's penalty."""
         return self.strategy.penalty()
 
@@ -125,7 +127,7 @@ class TrainedAdapter(Trained):
         """Once ranks are what they will be."""
         return self.strategy.settled(step)
 
-    def save(self, run: Run, folder):
+    def save(self, run: Run, folder: Path):
         """The adapter alone."""
         save_adapter(self.strategy, self.facts, folder)
 
@@ -178,7 +180,7 @@ class Distillation(Part):
         """Loads the teacher."""
         self.teacher = Teacher(run.recipe.loss.teacher, run.accelerator.device, run.accelerator.autocast)
 
-    def loss(self, run: Run, inputs: torch.Tensor, answer, options: dict) -> torch.Tensor:
+    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor:
         """The weighted difference to the teacher's cosines."""
         dims, weights = run.model.config.matryoshka_dims, options["prefix_weights"]
         likeness = similarity_loss(answer.embeddings, self.teacher(inputs), dims, weights)
@@ -279,7 +281,7 @@ class Learning(Part):
         """fresh: the classifier has no rows of the model that the run starts from."""
         self.guard: ChanceGuard | None = ChanceGuard(*chance_at(0, run), deadline=run.timing.chance_until, fresh=fresh)
 
-    def after_step(self, run: Run, step: int, answer, history: History):
+    def after_step(self, run: Run, step: int, answer: ModelOutput, history: History):
         """Looks at the first loss, and at the first one after the deadline."""
         if self.guard is None:
             return

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mrl_redimnet.extras import extra
-from mrl_redimnet.settings import near
+from mrl_redimnet.settings import closest
 from mrl_redimnet.training.fields import Group, expected_of, problems_of
 from mrl_redimnet.training.recipe import LOSS_FIELDS, Recipe
 
@@ -146,16 +146,19 @@ def full_name(name: str) -> str:
 
 def _unknown(name: str) -> str:
     last = name.rpartition(".")[2]
+    if name in GROUPS:
+        return f"{name}: is a group, expected its settings, such as {name}.{next(iter(GROUPS[name].model_fields))}."
     if now := RENAMED.get(last) or FULL_NAMES.get(last):
         return f"{name}: now {now}."
-    shown = {full.rpartition(".")[2]: full for full in SETTINGS}
-    if hint := near(last, shown):
-        return f"no setting named {name!r}. Did you mean {shown[hint.split()[-1].rstrip('?')]}?"
+    if (similar := closest(last, FULL_NAMES)) is not None:
+        return f"no setting named {name!r}. Did you mean {FULL_NAMES[similar]}?"
     return f"no setting named {name!r}. Known: {', '.join(SETTINGS)}."
 
 
 def _in_groups(loaded: dict) -> Iterator[tuple[str, Any]]:
     for name, value in loaded.items():
+        if name in GROUPS and value is None:
+            continue  # a group whose settings are all commented out
         if name in GROUPS and isinstance(value, dict):
             yield from ((f"{name}.{inner}", each) for inner, each in value.items())
         else:

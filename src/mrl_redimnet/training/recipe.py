@@ -411,7 +411,7 @@ def _initialisation(hints: dict[str, Any]) -> Any:
     return Annotated[Any, AfterValidator(known), Expected(f"true, false, or one of {', '.join(words)}")]
 
 
-class TestSet(Group):
+class EvaluationSet(Group):
     """A test set to report at the end of a run: a trial list, or labelled speech."""
 
     folder: Text = Field(description="folder that the paths of the trial list are relative to")
@@ -439,7 +439,7 @@ class Evaluation(Group):
     patience: CountOr0 = Field(
         0, description="evaluations without a better model after which the run ends early; 0: it runs to its end"
     )
-    tests: dict[str, TestSet] = Field(
+    tests: dict[str, EvaluationSet] = Field(
         {},
         description="tests to report at the end: {name: {trials: FILE, folder: DIR}}, with enrolments, suffix, format, "
         "groups, group_column, domain and domain_options where wanted",

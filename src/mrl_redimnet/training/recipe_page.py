@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mrl_redimnet.extras import extra
 from mrl_redimnet.training.reading import GROUPS, RENAMED, shown_default, shown_values
-from mrl_redimnet.training.recipe import LOSS_FIELDS, TestSet
+from mrl_redimnet.training.recipe import LOSS_FIELDS, EvaluationSet
 
 with extra("train"):
     from pydantic.fields import FieldInfo
@@ -50,7 +50,7 @@ def page() -> str:
     for name, kind in GROUPS.items():
         parts += [f"\n## {name}\n", inspect.cleandoc(kind.__doc__ or ""), "", *_table(kind.model_fields)]
         if name == "evaluation":
-            parts += ["\nOf each of `tests`:\n", *_table(TestSet.model_fields)]
+            parts += ["\nOf each of `tests`:\n", *_table(EvaluationSet.model_fields)]
     parts += [EARLIER, "| earlier | now |", "|---|---|"]
     parts += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
     parts += [f"| `model_options.{old}` | `loss.{new}` |" for old, new in LOSS_FIELDS.items()]

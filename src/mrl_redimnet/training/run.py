@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import ModelOutput
 
 from mrl_redimnet.data.loaders import DrawnCrops, StreamedCrops
 from mrl_redimnet.training.checkpoints import Progress
@@ -48,7 +50,7 @@ class Part:
         """labels [B] on the CPU -> those that the model is given."""
         return labels
 
-    def loss(self, run: "Run", inputs: torch.Tensor, answer, options: dict) -> torch.Tensor | float:
+    def loss(self, run: "Run", inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor | float:
         """What is added to the model's own loss. inputs [B, T] on the device; options: those of the forward pass."""
         return 0.0
 
@@ -58,7 +60,7 @@ class Part:
         skipped: in float16, the step was left out because gradients overflowed.
         """
 
-    def after_step(self, run: "Run", step: int, answer, history: History):
+    def after_step(self, run: "Run", step: int, answer: ModelOutput, history: History):
         """After the losses of a step were recorded."""
 
     def evaluating(self, run: "Run") -> AbstractContextManager:
@@ -83,6 +85,9 @@ class Trained(Part, ABC):
     @abstractmethod
     def save(self, run: "Run", folder: Path):
         """Writes what is trained as it now is."""
+
+
+P = TypeVar("P", bound=Part)
 
 
 @dataclass
@@ -117,7 +122,7 @@ class Run:
         """The folder of its checkpoints."""
         return self.output / "checkpoints"
 
-    def part(self, kind: type[Part]):
+    def part(self, kind: type[P]) -> P | None:
         """The run's part of a kind, None where it has none."""
         return next((part for part in self.parts if isinstance(part, kind)), None)
 

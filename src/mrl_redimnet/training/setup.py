@@ -33,7 +33,7 @@ from mrl_redimnet.training.curves import Record
 from mrl_redimnet.training.optimizer import learning_rate_growth
 from mrl_redimnet.training.parts import TrainedAdapter, parts_of
 from mrl_redimnet.training.reading import flat
-from mrl_redimnet.training.recipe import Recipe, TestSet
+from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.schedules import Timing, augmentation_strength
 from mrl_redimnet.training.tasks import Attribute, Verification, base_speakers, make_task, training_domain
@@ -107,7 +107,7 @@ def with_embedded_corpus(recipe: Recipe, accelerator: Accelerator) -> Recipe:
         noise = train  # other talkers are the noise that every corpus has
     tests = recipe.evaluation.tests
     if not tests and recipe.data.label_column is None:
-        test = TestSet(trials=str(root / "test" / "trials.txt"), folder=str(root / "test" / "wav"))
+        test = EvaluationSet(trials=str(root / "test" / "trials.txt"), folder=str(root / "test" / "wav"))
         tests = {"synthetic": test}
         if kind.domain != "clean":
             options = {"noise": noise, **options} if kind.domain == "noisy" else options
@@ -201,7 +201,7 @@ def build_crops(
     return DrawnCrops(dataset, loading)
 
 
-def check_fit(recipe: Recipe, config):
+def check_fit(recipe: Recipe, config: MRLReDimNetConfig):
     """Raises ValueError for settings that this model cannot meet."""
     wrong = [dim for dim in recipe.evaluation.report_dims if not 1 <= dim <= config.embedding_size]
     if wrong:
@@ -217,7 +217,7 @@ def check_fit(recipe: Recipe, config):
         raise ValueError(f"segment_ranks: {len(ranks)} ranks for the segments of {dims} dimensions.")
 
 
-def facts_of(recipe: Recipe, task: Verification | Attribute, model) -> AdapterFacts | None:
+def facts_of(recipe: Recipe, task: Verification | Attribute, model: torch.nn.Module) -> AdapterFacts | None:
     """What the adapter's folder is to say; None when no adapter is trained."""
     if recipe.model.finetune != "adapter":
         return None

@@ -35,7 +35,7 @@ from mrl_redimnet.rows import AttributeRow, GroupRow, VerificationRow
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 from mrl_redimnet.settings import near
-from mrl_redimnet.training.recipe import Recipe, TestSet
+from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 
 Rows = list[VerificationRow] | list[AttributeRow]
@@ -518,18 +518,18 @@ def development_domains(recipe: Recipe) -> dict[str, object]:
     return {f"development, {recipe.augmentation.domain}": training_domain(recipe), "development, as it is": None}
 
 
-def test_trials(test: TestSet) -> Trials:
+def test_trials(test: EvaluationSet) -> Trials:
     """The trial list of a test of the recipe, as `mrl-redimnet evaluate` reads it."""
     return read_trials(test.trials, test.format, test.enrolments, test.suffix)
 
 
-def trial_test(trials: Trials, test: TestSet) -> TrialTest:
+def trial_test(trials: Trials, test: EvaluationSet) -> TrialTest:
     """A test of the recipe. Raises ValueError where its groups lack speakers."""
     group_of = test.groups and read_groups_for([trials], test.groups, test.group_column or "gender")
     return TrialTest(trials, Path(test.folder), test_domain(test), group_of)
 
 
-def test_domain(test: TestSet):
+def test_domain(test: EvaluationSet):
     """The domain of a test's audio, None where it stays as it is."""
     return None if test.domain == "clean" else make_domain(test.domain, **test.domain_options)
 
