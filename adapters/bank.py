@@ -42,6 +42,7 @@ from mrl_redimnet.adapters.stored import (
 from mrl_redimnet.adapters.strategies import explicit_config
 from mrl_redimnet.files import replace_folder
 from mrl_redimnet.fingerprints import fingerprint, same_weights
+from mrl_redimnet.speed import speed_up
 
 ACTIVE = "__active__"
 BASE = "__base__"  # PEFT's word for no adapter; here also an adapter without layers, so that a bank may be empty
@@ -62,7 +63,9 @@ class AdapterBank:
             raise ValueError("base: it carries adapters already. Give the plain model, then add them to the bank.")
         self.base = Base(name, revision, fingerprint(model))  # once: adapters do not change it
         self._token = token
-        self.peft = PeftModel(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE).eval()
+        self.peft = PeftModel(
+            speed_up(model), LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE
+        ).eval()
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
         self._lock = threading.RLock()

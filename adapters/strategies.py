@@ -1,6 +1,6 @@
 """How an adapter's ranks come about during training: the four strategies of arXiv 2401.10447, one class each.
 
-A strategy puts a trainable adapter on a model and follows it through the run; `train_hf.py` calls it at fixed points:
+A strategy puts a trainable adapter on a model and follows it through the run; the loop calls it at fixed points:
 
     strategy = STRATEGIES[name](host, plan, probe)      PEFT layers are in, only they train
     loss + strategy.penalty()                           every micro-batch

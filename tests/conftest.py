@@ -341,14 +341,14 @@ def train(corpus, tmp_path, monkeypatch):
 @pytest.fixture
 def seen_types(monkeypatch) -> set[torch.dtype]:
     """The types of what a linear layer gave in training."""
-    import train_hf
+    from mrl_redimnet.training import setup
 
-    types, describe = set(), train_hf.describe
+    types, describe = set(), setup.describe
 
     def describe_and_watch(run):
         describe(run)
         projection = next(part for name, part in run.model.named_modules() if name.endswith("projection.segments.0"))
         projection.register_forward_hook(lambda part, inputs, out: types.add(out.dtype) if part.training else None)
 
-    monkeypatch.setattr(train_hf, "describe", describe_and_watch)
+    monkeypatch.setattr(setup, "describe", describe_and_watch)
     return types

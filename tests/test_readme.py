@@ -17,7 +17,7 @@ import train_hf  # noqa: F401  the commands below name it
 from mrl_redimnet.adapters import lora_config
 from mrl_redimnet.hub_cards import base_card
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.training.recipe import parse_command_line
+from mrl_redimnet.training.reading import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without the generated reference of settings, whose commands are patterns.
@@ -72,7 +72,7 @@ def test_training_lines_parse(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert arguments[:2] == ["launch", "train_hf.py"]
     recipe, resume = parse_command_line(arguments[2:], "")
-    assert recipe.steps > 0 and not resume
+    assert recipe.schedule.steps > 0 and not resume
 
 
 def test_lines_load_a_base_with_its_adapter(tmp_path):

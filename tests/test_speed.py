@@ -21,6 +21,15 @@ def embed(model, *args, **kwargs) -> torch.Tensor:
         return model(*args, **kwargs).embeddings
 
 
+def assert_close_steps(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Gradients of 40 and more through a loss in float32, of which some cancel."""
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def as_on_a_gpu(monkeypatch):
     """The paths of accelerators, on a CPU."""
     for module in (linear, loss, norms):
@@ -99,8 +108,7 @@ def test_a_training_step_is_the_definitions(variant, masked, kind, monkeypatch):
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         steps.append({"loss": loss.detach(), **gradients, **dict(model.named_buffers())})
-    for name, expected in steps[0].items():
-        torch.testing.assert_close(steps[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert_close_steps(*steps)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,19 +142,17 @@ def test_every_faster_form_is_one_of_the_class_that_it_stands_for():
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradient_checkpointing(frozen):
-    """The same gradients and statistics as without, and as the definition's."""
-    plain, saving = (tiny_model(kind=MRLReDimNetForXVector).train() for _ in range(2))
-    enable_checkpointing(speed_up(saving))
-    for model in (plain, saving):
+    """The same gradients and statistics as of the definition without it."""
+    steps = []
+    for saving in (False, True):
+        model = tiny_model(kind=MRLReDimNetForXVector).double().train()
         model.redimnet.trunk.requires_grad_(not frozen)
+        if saving:
+            enable_checkpointing(speed_up(model))
         model(**padded(waves(6_000, 8_000, 8_000)), labels=torch.tensor([0, 3, 1])).loss.backward()
-    for name, buffer in plain.named_buffers():
-        torch.testing.assert_close(saving.get_buffer(name), buffer, msg=name)
-    for name, parameter in plain.named_parameters():
-        ours = saving.get_parameter(name).grad
-        assert (ours is None) == (parameter.grad is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        steps.append({**gradients, **dict(model.named_buffers())})
+    assert_close_steps(*steps)
 
 
 @pytest.mark.parametrize("fast", [False, True])

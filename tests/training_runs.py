@@ -34,7 +34,7 @@ def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[st
     """A run of a second: 4 crops of half a second a step, for a model of 19,000 parameters."""
     tests = json.dumps(as_tests(corpus))
     small = dict(model_options=TINY, train=corpus / "train", noise=corpus / "test/wav", tests=tests)
-    small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, log_every=1)
+    small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, bootstrap_samples=20, log_every=1)
     small |= dict(rotate_at=[])  # of sixteen utterances there is no one principal basis
     settings = {**small, "tracker": "none", "output": output, **settings}
     return [*(f"--{key}={value}" for key, value in settings.items()), *flags]

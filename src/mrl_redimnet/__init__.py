@@ -22,6 +22,7 @@ from modeling_mrl_redimnet import (
 from mrl_redimnet.convert import ConversionError, convert_checkpoint
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import rotate
+from mrl_redimnet.speed import speed_up
 
 AutoConfig.register(MRLReDimNetConfig.model_type, MRLReDimNetConfig, exist_ok=True)
 AutoFeatureExtractor.register(MRLReDimNetConfig, MRLReDimNetFeatureExtractor, exist_ok=True)
@@ -40,4 +41,5 @@ __all__ = [
     "SpeakerEncoder",
     "convert_checkpoint",
     "rotate",
+    "speed_up",
 ]

@@ -266,7 +266,9 @@ def test_the_training_script_takes_two_steps(precision, device, tmp_path):
     )
     tests = {"synthetic": {"trials": str(corpus / "test/trials.txt"), "folder": str(corpus / "test/wav")}}
     settings = dict(model_options=model, train=corpus / "train", tests=json.dumps(tests), dev_speakers=2)
-    settings |= dict(crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, rotate_at=[], tracker="none")
+    settings |= dict(
+        crop_seconds=0.5, batch_size=4, steps=2, workers=0, bootstrap_samples=20, rotate_at=[], tracker="none"
+    )
     settings |= dict(output=tmp_path / "run", mixed_precision=precision)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     subprocess.run(

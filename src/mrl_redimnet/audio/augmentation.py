@@ -247,14 +247,14 @@ class Clipping:
 
 
 class InDomain:
-    """Brings crops into a domain (see `mrl_redimnet.audio.domains`), except for a share that stays as it is."""
+    """Brings crops into a domain (see `mrl_redimnet.audio.domains`), except for a ratio of them that stays as it is."""
 
-    def __init__(self, domain: Augmentation, base_share: float = 0.1) -> None:
-        self.domain, self.base_share = domain, base_share
+    def __init__(self, domain: Augmentation, clean_ratio: float = 0.1) -> None:
+        self.domain, self.clean_ratio = domain, clean_ratio
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """crop [samples] float32 -> the same in the domain, by the generator's draws."""
-        return crop if rng.random() < self.base_share else self.domain(crop, rng)
+        return crop if rng.random() < self.clean_ratio else self.domain(crop, rng)
 
 
 # ---------------------------------------------------------------- chains

@@ -5,12 +5,14 @@ import math
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from mrl_redimnet.training.optimizer import learning_rate_growth
+from mrl_redimnet.training.reading import flat, in_groups, of_older_version
 from mrl_redimnet.training.recipe import Recipe
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,23 +35,27 @@ class Progress:
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
 
-# Settings that may differ between a run and its continuation: they do not touch what is trained.
+# Settings that may differ between a run and its continuation: they do not touch what is trained. The number of steps is
+# compared by itself: a recipe may give it in epochs.
 FREE_SETTINGS = {
-    "output",
-    "workers",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "tracker",
-    "tests",
-    "report_dims",
-    "resamples",
-    "chance_until",
-    "base_repository",
+    "run.output",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.tracker",
+    "run.chance_until",
+    "data.workers",
+    "evaluation.evaluate_every",
+    "evaluation.tests",
+    "evaluation.report_dims",
+    "evaluation.bootstrap_samples",
+    "adapter.base_repository",
+    "schedule.steps",
 }
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, recipe: Recipe, keep: int = 2):
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, progress: Progress, recipe: Recipe, steps: int, keep: int = 2
+):
     """Writes `folder`/step-NNNNNNNN whole or not at all: into a temporary folder first, then renamed."""
     temporary, final = folder / f"writing-{progress.step:08d}", folder / f"step-{progress.step:08d}"
     if accelerator.is_main_process:
@@ -60,7 +66,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         accelerator.save_state(str(temporary))
         (temporary / f"progress-{accelerator.process_index}.json").write_text(json.dumps(asdict(progress)))
         if accelerator.is_main_process:
-            settings = {"recipe": asdict(recipe), "processes": accelerator.num_processes}
+            settings = {"recipe": in_groups(flat(recipe)), "steps": steps, "processes": accelerator.num_processes}
             (temporary / "settings.json").write_text(json.dumps(settings))
     except Exception:  # a full disk, mostly: what was written of it is in the way
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +80,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> Progress | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe, steps: int) -> Progress | None:
     """Restores the newest complete checkpoint below `folder`; None when there is none.
 
     Raises ValueError when it was written under other settings, naming them.
@@ -83,13 +89,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
     if not checkpoints:
         return None
     stored = json.loads((checkpoints[-1] / "settings.json").read_text())
-    now = json.loads(json.dumps(asdict(recipe)))
-    before = {**_of_older_runs(recipe, accelerator.num_processes), **stored["recipe"]}
+    now = flat(recipe)
+    before = _settings_before(stored, recipe, accelerator.num_processes)
     changed = [
-        f"{f.name} (was {before.get(f.name)!r}, is {now[f.name]!r})"
-        for f in fields(Recipe)
-        if f.name not in FREE_SETTINGS and before.get(f.name) != now[f.name]
+        f"{name} (was {before.get(name)!r}, is {value!r})"
+        for name, value in now.items()
+        if name not in FREE_SETTINGS and before.get(name) != value
     ]
+    if before["schedule.steps"] != steps:
+        changed.append(f"schedule.steps (was {before['schedule.steps']}, is {steps})")
     if changed:
         raise ValueError(f"{checkpoints[-1]} belongs to a run with other settings: {', '.join(changed)}.")
     if stored["processes"] != accelerator.num_processes:
@@ -101,15 +109,24 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, recipe: Recipe) -> P
     return Progress(**json.loads((checkpoints[-1] / f"progress-{accelerator.process_index}.json").read_text()))
 
 
-def _of_older_runs(recipe: Recipe, processes: int) -> dict:
-    """Settings that older checkpoints lack, as this run would have to have them to go on as that one did.
+def _settings_before(stored: dict, recipe: Recipe, processes: int) -> dict[str, Any]:
+    """{full name: value} of the settings in a checkpoint, with the number of steps that the run had.
 
-    Which speakers are trained on is compared by their names, and classifier rows are the checkpoint's.
+    Checkpoints of earlier versions have settings without groups, under the names of then, and the steps of the run
+    among them. They lack some, which are as this run would have to have them to go on as that one did: which speakers
+    are trained on is compared by their names, and classifier rows are the checkpoint's.
     """
+    settings = stored["recipe"]
+    if "steps" in stored:
+        values = {f"{group}.{name}": value for group, those in settings.items() for name, value in those.items()}
+        return values | {"schedule.steps": stored["steps"]}
     growth, wanted = learning_rate_growth(recipe, processes)
-    limit = recipe.max_learning_rate_growth if growth == wanted else None
-    same = {name: getattr(recipe, name) for name in ("evaluation_speakers", "carry_classifier")}
-    return {"max_learning_rate_growth": limit, **same}
+    older = {
+        "optimizer.max_learning_rate_growth": recipe.optimizer.max_learning_rate_growth if growth == wanted else None,
+        "data.evaluation_speakers": recipe.data.evaluation_speakers,
+        "model.reuse_classifier": recipe.model.reuse_classifier,
+    }
+    return older | of_older_version(settings)
 
 
 def newest_step(folder: Path) -> int:

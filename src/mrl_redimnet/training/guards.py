@@ -51,7 +51,7 @@ class ChanceGuard:
                 return None
             return (
                 f"the first loss is {loss:.2f}, a classifier that knows nothing has {self.mean:.2f}, although rows "
-                "were taken over: they may be those of other people with the same names. carry_classifier: false "
+                "were taken over: they may be those of other people with the same names. reuse_classifier: false "
                 "begins without them."
             )
         if not abs(loss - self.mean) <= max(0.05 * self.mean, 4 * self.deviation):  # nor is it NaN

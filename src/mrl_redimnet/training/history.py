@@ -19,14 +19,21 @@ class History:
     """Losses on the device until a log line is due, and where the time goes; progress bar, record and trackers."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, task: Verification | Attribute, config, first_step: int
+        self,
+        recipe: Recipe,
+        steps: int,
+        accelerator: Accelerator,
+        task: Verification | Attribute,
+        config,
+        first_step: int,
     ):
-        self.recipe, self.accelerator, self.task, self.config = recipe, accelerator, task, config
-        self.record = Record(recipe.output) if accelerator.is_main_process else None
+        self.recipe, self.steps = recipe, steps
+        self.accelerator, self.task, self.config = accelerator, task, config
+        self.record = Record(recipe.run.output) if accelerator.is_main_process else None
         self.pending: list[torch.Tensor] = []
         self.loss: float | None = None
         bar = not self.accelerator.is_main_process
-        self.bar = tqdm(total=self.recipe.steps, initial=first_step, disable=bar, unit="step")
+        self.bar = tqdm(total=self.steps, initial=first_step, disable=bar, unit="step")
         self._restart_clock()
 
     def _restart_clock(self):
@@ -48,7 +55,7 @@ class History:
         """Crops a second since the last log line, of all processes: altogether, of the loader alone (its workers side
         by side) and of the step alone (without waiting for crops), and the ratio of the two."""
         crops, seconds = self.crops * self.accelerator.num_processes, time.perf_counter() - self.clock
-        loader = crops / max(1e-9, self.made_in / max(1, self.recipe.workers))
+        loader = crops / max(1e-9, self.made_in / max(1, self.recipe.data.workers))
         step = crops / max(1e-9, seconds - self.waited)
         rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
         return {**rates, "loader_to_step": loader / step}
@@ -59,16 +66,16 @@ class History:
         prefixes = answer.get("prefix_losses")
         loss = answer.loss.detach()[None]
         self.pending.append(loss if prefixes is None else torch.cat([loss, prefixes]))
-        if (step + 1) % self.recipe.log_every:
+        if (step + 1) % self.recipe.run.log_every:
             return
         self._fetch()
-        rates, learning_rate = self.rates(), learning_rate_at(step, self.recipe)
+        rates, learning_rate = self.rates(), learning_rate_at(step, self.recipe, self.steps)
         self._restart_clock()
         self.bar.set_postfix_str(
             f"loss {self.loss:.2f}, lr {learning_rate:.1e}, {rates['crops_per_s']:.0f} crops/s, "
             f"loader alone {rates['loader_to_step']:.1f} times the step"
         )
-        margin = margin_at(step, self.recipe, self.config.margin)
+        margin = margin_at(step, self.recipe, self.steps, self.config.margin)
         values = {"loss": self.loss, "learning_rate": learning_rate, "margin": margin, **rates}
         if self.record is not None:
             self.record.add(step + 1, "train", {**values, "prefix_losses": self.prefix_losses})
@@ -99,7 +106,7 @@ class History:
             self.bar.write(f"step {step}\n{format_table(tables)}")
             for title, rows in tables.items():
                 self.record.add(step, "evaluation", {"set": title, **self.task.curve(rows)})
-            draw(self.recipe.output)
+            draw(self.recipe.run.output)
         self._restart_clock()
 
     def close(self):

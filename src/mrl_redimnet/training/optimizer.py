@@ -1,15 +1,11 @@
-"""What trains, in which groups of the optimiser, at which learning rates."""
+"""What is trained, in which groups of the optimiser, at which learning rates."""
 
 import torch
 from torch import nn
 
 from mrl_redimnet.training.recipe import Recipe
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser and guards
-
-
-# The parameters each setting of `trains` leaves trainable, by the beginning of their names.
+# The parameters that each choice of `finetune` leaves trainable, by the beginning of their names.
 TRAINED_PARTS = {
     "all": ("",),
     "head": ("redimnet.pooling.", "redimnet.projection.", "classifier."),
@@ -20,11 +16,11 @@ TRAINED_PARTS = {
 TRUNK = ("redimnet.front_end.", "redimnet.trunk.")
 
 
-def freeze(model: nn.Module, recipe: Recipe, step: int):
-    """Leaves trainable what the recipe trains at `step`; frozen batch norms keep their statistics, too."""
-    trunk_waits = step < int(recipe.trunk_frozen_until * recipe.steps)
+def freeze(model: nn.Module, recipe: Recipe, step: int, steps: int):
+    """Leaves trainable what the recipe trains at `step` of `steps`; frozen batch norms keep their statistics, too."""
+    trunk_waits = step < int(recipe.schedule.trunk_frozen_until * steps)
     for name, parameter in model.named_parameters():
-        trained = name.startswith(TRAINED_PARTS[recipe.trains])
+        trained = name.startswith(TRAINED_PARTS[recipe.model.finetune])
         parameter.requires_grad_(trained and not (trunk_waits and name.startswith(TRUNK)))
 
 
@@ -40,17 +36,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> tor
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = part_of(name)
-            own = recipe.learning_rates.get(part)
-            scale = growth * (1.0 if own is None else own / recipe.learning_rate)
+            own = recipe.optimizer.part_learning_rates.get(part)
+            scale = growth * (1.0 if own is None else own / recipe.optimizer.learning_rate)
             decays = parameter.dim() > 1 and not name.endswith("mix.logits")
-            decay = recipe.weight_decays.get(part, recipe.weight_decay) if decays else 0.0
+            decay = recipe.optimizer.part_weight_decays.get(part, recipe.optimizer.weight_decay) if decays else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
     settings = [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
-    if recipe.optimizer == "sgd":
-        nesterov = recipe.momentum > 0
-        optimizer = torch.optim.SGD(settings, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
+    rate, momentum = recipe.optimizer.learning_rate, recipe.optimizer.momentum
+    if recipe.optimizer.algorithm == "sgd":
+        optimizer = torch.optim.SGD(settings, lr=rate, momentum=momentum, nesterov=momentum > 0)
     else:  # not fused: under float16 that one leaves steps out by itself, and Accelerate could not tell which
-        optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate)
+        optimizer = torch.optim.AdamW(settings, lr=rate)
     check_optimizer(model, optimizer)
     return optimizer
 
@@ -58,13 +54,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> tor
 def learning_rate_growth(recipe: Recipe, processes: int) -> tuple[float, float]:
     """What learning rates are multiplied by for the crops of a step, and what it would be without a limit.
 
-    They grow with the crops (Goyal et al., arXiv 1706.02677) where `learning_rate_batch` says for how many they are
+    They grow with the crops (Goyal et al., arXiv 1706.02677) where `reference_batch` says for how many they are
     meant, up to `max_learning_rate_growth`: the rule was found to fail for very large batches.
     """
-    if recipe.learning_rate_batch is None:
+    reference = recipe.optimizer.reference_batch
+    if reference is None:
         return 1.0, 1.0
-    wanted = recipe.batch_size * recipe.accumulation * processes / recipe.learning_rate_batch
-    return min(wanted, recipe.max_learning_rate_growth), wanted
+    wanted = recipe.data.batch_size * recipe.optimizer.gradient_accumulation * processes / reference
+    return min(wanted, recipe.optimizer.max_learning_rate_growth), wanted
 
 
 def part_of(name: str) -> str:

@@ -3,33 +3,31 @@
 import math
 from dataclasses import dataclass
 
-from mrl_redimnet.settings import Length
 from mrl_redimnet.streams import Stream
+from mrl_redimnet.training.fields import Length
 from mrl_redimnet.training.recipe import Recipe
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules: functions of the step alone, so that a resumed run needs no state for them.
 
-
-def learning_rate_at(step: int, recipe: Recipe) -> float:
+def learning_rate_at(step: int, recipe: Recipe, steps: int) -> float:
     """A linear rise over the warm-up, then a cosine or an exponential down to the final rate at the last step."""
-    warmup, high, low = recipe.warmup * recipe.steps, recipe.learning_rate, recipe.final_learning_rate
+    high, low = recipe.optimizer.learning_rate, recipe.schedule.final_learning_rate
+    warmup = recipe.schedule.warmup * steps
     if step < warmup:
         return high * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1.0, recipe.steps - 1 - warmup))
-    if recipe.schedule == "exponential":
+    progress = min(1.0, (step - warmup) / max(1.0, steps - 1 - warmup))
+    if recipe.schedule.lr_schedule == "exponential":
         return high * (low / high) ** progress
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def margin_at(step: int, recipe: Recipe, full: float) -> float:
+def margin_at(step: int, recipe: Recipe, steps: int, full: float) -> float:
     """0 at first, then rising linearly to `full` (radians): a margin on random embeddings only slows them down."""
-    return full * rise(step / recipe.steps, recipe.margin_rise)
+    return full * rise(step / steps, recipe.schedule.margin_schedule)
 
 
-def augmentation_strength(draw: int, crops: int, recipe: Recipe) -> float:
+def augmentation_strength(draw: int, crops: int, recipe: Recipe, steps: int) -> float:
     """What augmentations' probabilities are multiplied by at a draw, with `crops` draws in a step."""
-    return rise(draw / crops / recipe.steps, recipe.augmentation_rise)
+    return rise(draw / crops / steps, recipe.augmentation.augmentation_schedule)
 
 
 def rise(share: float, between: list[float]) -> float:
@@ -38,32 +36,35 @@ def rise(share: float, between: list[float]) -> float:
     return 1.0 if share >= end else 0.0 if share <= start else (share - start) / (end - start)
 
 
-def prefix_weights_at(step: int, recipe: Recipe, config) -> list[float] | None:
+def prefix_weights_at(step: int, recipe: Recipe, steps: int, config) -> list[float] | None:
     """Weights of the prefixes' losses at a step, 0 for those left out; None: the configured ones, always.
 
-    Progressive: a prefix joins at its share of `prefixes_from`. Sampled: `prefixes_per_step` of those that have joined,
-    drawn anew each step, the longest always among them.
+    Progressive: a prefix joins at its ratio of the run in `prefix_starts`. Sampled: `prefixes_per_step` of those that
+    have joined, drawn anew each step, the longest always among them.
     """
-    if not recipe.prefixes_from and not recipe.prefixes_per_step:
+    if not recipe.schedule.prefix_starts and not recipe.loss.prefixes_per_step:
         return None
     weights = list(config.prefix_weights or [1.0] * len(config.matryoshka_dims))
-    joined = [k for k, share in enumerate(recipe.prefixes_from or [0] * len(weights)) if step >= share * recipe.steps]
-    if recipe.prefixes_per_step:
+    starts = recipe.schedule.prefix_starts or [0] * len(weights)
+    joined = [k for k, start in enumerate(starts) if step >= start * steps]
+    if recipe.loss.prefixes_per_step:
         *shorter, longest = joined
-        rng = Stream.PREFIXES.generator(recipe.seed, step)
-        count = min(recipe.prefixes_per_step - 1, len(shorter))
+        rng = Stream.PREFIXES.generator(recipe.run.seed, step)
+        count = min(recipe.loss.prefixes_per_step - 1, len(shorter))
         joined = [*rng.choice(shorter, count, replace=False).tolist(), longest] if count else [longest]
     return [weight if k in joined else 0.0 for k, weight in enumerate(weights)]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """When things happen in a run, in steps; what the recipe gives in passes or shares of the run is so here.
+    """What a run decides for itself: how many steps it has, and when things happen in them.
 
-    evaluate_every, checkpoint_every: may have a fraction, see `due`. averaged: how many of the last evaluations'
-    weights are averaged, 0 for none. chance_until: the step by which the loss must have left chance level.
+    Lengths that the recipe gives in epochs or as ratios are in steps here. steps: of the whole run. evaluate_every,
+    checkpoint_every: may have a fraction, see `due`. averaged: how many of the last evaluations' weights are averaged,
+    0 for none. chance_until: the step by which the loss must have left chance level.
     """
 
+    steps: int
     evaluate_every: float
     checkpoint_every: float
     averaged: int
@@ -71,24 +72,28 @@ class Timing:
 
     @classmethod
     def of(cls, recipe: Recipe, epoch_steps: float) -> "Timing":
-        """Of a recipe whose `steps` are those of the run; epoch_steps: of one pass over the training utterances.
+        """Of a recipe, where one pass over the training utterances has `epoch_steps` steps.
 
         Raises ValueError where the end of the run that is to be averaged has fewer than two evaluations.
         """
+        epochs, steps = recipe.schedule.epochs, recipe.schedule.steps
+        if epochs is not None:
+            steps = max(1, round(epochs * epoch_steps))
 
-        def steps(name: str) -> float:
-            return Length.parse(name, getattr(recipe, name)).in_steps(recipe.steps, epoch_steps)
+        def in_steps(length: int | float | str) -> float:
+            return Length.parse(length).in_steps(steps, epoch_steps)
 
-        every, averaged = steps("evaluate_every"), 0
-        if recipe.average_last:
-            averaged = round(min(steps("average_last"), recipe.steps) / every)
+        evaluate_every, averaging = recipe.evaluation.evaluate_every, recipe.optimizer.weight_averaging
+        every, averaged = in_steps(evaluate_every), 0
+        if averaging:
+            averaged = round(min(in_steps(averaging), steps) / every)
             if averaged < 2:
                 raise ValueError(
-                    f"average_last: {recipe.average_last} of this run is {steps('average_last'):.0f} steps, in which "
-                    f"evaluate_every: {recipe.evaluate_every} makes {averaged} evaluations; two are needed for a mean."
+                    f"weight_averaging: {averaging} of this run is {in_steps(averaging):.0f} steps, in which "
+                    f"evaluate_every: {evaluate_every} makes {averaged} evaluations; two are needed for a mean."
                 )
-        chance_until = recipe.warmup * recipe.steps + steps("chance_until")
-        return cls(every, steps("checkpoint_every"), averaged, chance_until)
+        chance_until = recipe.schedule.warmup * steps + in_steps(recipe.run.chance_until)
+        return cls(steps, every, in_steps(recipe.run.checkpoint_every), averaged, chance_until)
 
 
 def due(step: int, every: float) -> bool:

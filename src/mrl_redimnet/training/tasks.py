@@ -37,7 +37,8 @@ from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 from mrl_redimnet.settings import near
 from mrl_redimnet.streams import Stream
-from mrl_redimnet.training.recipe import Recipe
+from mrl_redimnet.training.recipe import EvaluationSet, Recipe
+from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 
 Rows = list[VerificationRow] | list[AttributeRow]
 
@@ -83,8 +84,9 @@ class Verification:
     def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents):
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
         base = base_speakers(recipe)
-        if recipe.dev_trials is not None:
-            self.corpus, dev, folder = corpus, read_trials(recipe.dev_trials), Path(recipe.dev_folder)
+        if recipe.evaluation.dev_trials is not None:
+            dev, folder = read_trials(recipe.evaluation.dev_trials), Path(recipe.evaluation.dev_folder)
+            self.corpus = corpus
         else:
             self.corpus, held_out = hold_out(corpus, recipe, base)
             dev, folder = trials_of(held_out, recipe)
@@ -94,13 +96,13 @@ class Verification:
         streamed = isinstance(corpus, StreamContents)
         if not streamed and (known := some_training_speakers(self.corpus, recipe)) is not None:
             self.development["training speakers"] = TrialTest(*trials_of(known, recipe))
-        self.tests = {name: trial_test(test_trials(test), test) for name, test in recipe.tests.items()}
+        self.tests = {name: trial_test(test_trials(test), test) for name, test in recipe.evaluation.tests.items()}
         for test in (*self.tests.values(), *self.development.values()):
             check_present(test.trials, test.folder)  # now, not after the training
         contents = corpus if streamed else contents_of(self.corpus)
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
         self.unreadable = Unreadable(recipe, self.utterances)
-        self.classes = classes_of(self.speakers, recipe.speeds)
+        self.classes = classes_of(self.speakers, recipe.augmentation.speed_perturb)
         self.development_speakers = speakers_in(dev)
         self.notes = notes_on_speakers(
             recipe,
@@ -112,18 +114,26 @@ class Verification:
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector, bool]:
         """The model to train, and whether its classifier knows none of the classes yet."""
-        if recipe.model in SIZES:
+        if recipe.model.start in SIZES:
             return start_model(MRLReDimNetForXVector, recipe, num_speakers=len(self.classes))
         model, headless = start_model(MRLReDimNetForXVector, recipe)
-        old = None if headless or not recipe.carry_classifier else saved_speakers(recipe.model)
+        old = None if headless or not recipe.model.reuse_classifier else saved_speakers(recipe.model.start)
         carried = carry_classifier(model, old, self.classes)
         if carried:
             self.notes["classifier"] = (
-                f"classifier: {carried:,} of its {len(self.classes):,} rows are taken over from {recipe.model}, whose "
-                f"speakers.json has {len(old):,} names, because names are the same. If they are those of other people "
-                "(two corpora with the same numbers, for instance), give carry_classifier: false."
+                f"classifier: {carried:,} of its {len(self.classes):,} rows are taken over from {recipe.model.start}, "
+                f"whose speakers.json has {len(old):,} names, because names are the same. If they are those of other "
+                "people (two corpora with the same numbers, for instance), give reuse_classifier: false."
             )
         return model, carried == 0
+
+    @staticmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """What the model's forward pass gets for its loss at a step of `steps`."""
+        return {
+            "margin": margin_at(step, recipe, steps, config.margin),
+            "prefix_weights": prefix_weights_at(step, recipe, steps, config),
+        }
 
     def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
         """Error rates of one test at each of `dims`."""
@@ -163,8 +173,8 @@ class Attribute:
 
     def __init__(self, recipe: Recipe, corpus: Dataset):
         """corpus: the usable training rows; the label file must know them all."""
-        table = read_labels(recipe.label_file, recipe.label_column, recipe.label_key)
-        found = {label_of(table, key, recipe) for key in corpus[recipe.label_key]}
+        table = read_labels(recipe.data.label_file, recipe.data.label_column, recipe.data.label_key)
+        found = {label_of(table, key, recipe) for key in corpus[recipe.data.label_key]}
         numbers = all(is_number(value) for value in found)
         self.name = "regression" if numbers else "classification"
         self.labels = () if numbers else tuple(sorted(found))
@@ -177,10 +187,10 @@ class Attribute:
             for name, domain in development_domains(recipe).items()
         }
         self.tests = {}
-        for name, test in recipe.tests.items():
-            rows, _ = split_usable(load_corpus(test["folder"], recipe.layout), recipe.min_seconds)
+        for name, test in recipe.evaluation.tests.items():
+            rows, _ = split_usable(load_corpus(test.folder, recipe.data.layout), recipe.data.min_seconds)
             if not len(rows):
-                raise ValueError(f"tests.{name}: no usable file below {test['folder']} (min_seconds, broken files?).")
+                raise ValueError(f"tests.{name}: no usable file below {test.folder} (min_seconds, broken files?).")
             self.tests[name] = LabelledTest(
                 rows, self._targets(table, rows, recipe), development_folder(rows, recipe), test_domain(test)
             )
@@ -197,14 +207,16 @@ class Attribute:
         self.notes = notes_on_speakers(recipe, base, self.speakers, self.development_speakers, tested)
 
     def _targets(self, table: dict[str, str], corpus: Dataset, recipe: Recipe) -> np.ndarray:
-        found = [label_of(table, key, recipe) for key in corpus[recipe.label_key]]
+        found = [label_of(table, key, recipe) for key in corpus[recipe.data.label_key]]
         if not self.labels:
             if words := sorted({value for value in found if not is_number(value)}):
-                raise ValueError(f"{recipe.label_column}: {words} occur in a test, the training speech has numbers.")
+                raise ValueError(
+                    f"{recipe.data.label_column}: {words} occur in a test, the training speech has numbers."
+                )
             return np.array([float(value) for value in found], dtype=np.float32)
         unknown = sorted(set(found) - set(self.labels))
         if unknown:
-            raise ValueError(f"{recipe.label_column}: {unknown} occur in a test, but in no training speech.")
+            raise ValueError(f"{recipe.data.label_column}: {unknown} occur in a test, but in no training speech.")
         return np.array([self.labels.index(value) for value in found])
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForSequenceClassification, bool]:
@@ -213,7 +225,7 @@ class Attribute:
         if self.labels:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, **names)
-        if recipe.model not in SIZES and not self._is_own_head(recipe.model):
+        if recipe.model.start not in SIZES and not self._is_own_head(recipe.model.start):
             model.classifier.reset_parameters()  # it may have been of the same shape, for something else
             fresh = True
         if fresh and not self.labels:
@@ -226,6 +238,11 @@ class Attribute:
         config = MRLReDimNetConfig.from_pretrained(folder)
         same = not self.labels or tuple(config.id2label.values()) == self.labels
         return same and (config.architectures or []) == [MRLReDimNetForSequenceClassification.__name__]
+
+    @staticmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """Nothing: the loss of an attribute has neither margin nor prefixes."""
+        return {}
 
     @torch.no_grad()
     def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
@@ -265,13 +282,13 @@ class Unreadable:
 
     def __init__(self, recipe: Recipe, utterances: int):
         """utterances: of the training speech."""
-        self.most, self.utterances, self.told = recipe.max_problem_share, utterances, set()
+        self.most, self.utterances, self.told = recipe.data.max_unusable_ratio, utterances, set()
 
     def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool):
         """problems: {path: message} of the `files` files of a test.
 
         Raises ValueError where development speech, which is judged early in the run, has more than the recipe's
-        max_problem_share of all utterances; a test at the run's end only tells.
+        max_unusable_ratio of all utterances; a test at the run's end only tells.
         """
         summary = check_problems([*problems.items()], self.utterances + files, self.most if development else 1.0)
         if not problems.keys() <= self.told:
@@ -293,7 +310,7 @@ def told(contents: StreamContents) -> str:
 
 def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification | Attribute:
     """The task a recipe describes."""
-    return Verification(recipe, corpus) if recipe.label_column is None else Attribute(recipe, corpus)
+    return Verification(recipe, corpus) if recipe.data.label_column is None else Attribute(recipe, corpus)
 
 
 def check_files(recipe: Recipe):
@@ -301,29 +318,34 @@ def check_files(recipe: Recipe):
 
     To be called before any speech is read, which may take long.
     """
-    files = {"dev_trials": recipe.dev_trials, "label_file": recipe.label_file}
-    folders = {"dev_folder": recipe.dev_folder, "noise": recipe.noise, "rooms": recipe.rooms}
-    for name, test in recipe.tests.items():
-        files |= {f"tests.{name}.{key}": test.get(key) for key in ("trials", "enrolments", "groups")}
-        folders[f"tests.{name}.folder"] = test["folder"] if recipe.label_column is None else None
+    files = {"dev_trials": recipe.evaluation.dev_trials, "label_file": recipe.data.label_file}
+    folders = {
+        "dev_folder": recipe.evaluation.dev_folder,
+        "noise": recipe.augmentation.noise,
+        "rooms": recipe.augmentation.rooms,
+    }
+    for name, test in recipe.evaluation.tests.items():
+        files |= {f"tests.{name}.{key}": getattr(test, key) for key in ("trials", "enrolments", "groups")}
+        folders[f"tests.{name}.folder"] = test.folder if recipe.data.label_column is None else None
     for what, there, paths in (("file", Path.is_file, files), ("folder", Path.is_dir, folders)):
         for setting, path in paths.items():
             if path is not None and not there(Path(path)):
                 raise FileNotFoundError(f"{setting}: {path} is not a {what}.")
-    if recipe.label_file is not None:
-        read_labels(recipe.label_file, recipe.label_column, recipe.label_key)
-    if recipe.train is not None:  # else the noise may be that of the synthetic corpus
-        talkers = None if recipe.streaming else FileTalkers(["the training speech"])
-        make_augmentations(recipe.augmentations, Sources(recipe.noise, recipe.rooms, talkers))
+    if recipe.data.label_file is not None:
+        read_labels(recipe.data.label_file, recipe.data.label_column, recipe.data.label_key)
+    if recipe.data.train is not None:  # else the noise may be that of the synthetic corpus
+        talkers = None if recipe.data.streaming else FileTalkers(["the training speech"])
+        kind = recipe.augmentation
+        make_augmentations(kind.augmentations, Sources(kind.noise, kind.rooms, talkers))
         training_domain(recipe)
 
 
 def start_config(recipe: Recipe) -> MRLReDimNetConfig:
     """The configuration of the model that is to be trained, without its head. Raises as `start_model`."""
-    if recipe.model in SIZES:
-        return MRLReDimNetConfig.from_size(recipe.model, **recipe.model_options)
-    refuse_missing(recipe.model, SIZES)
-    return MRLReDimNetConfig.from_pretrained(recipe.model, **recipe.model_options)
+    if recipe.model.start in SIZES:
+        return MRLReDimNetConfig.from_size(recipe.model.start, **recipe.config_changes)
+    refuse_missing(recipe.model.start, SIZES)
+    return MRLReDimNetConfig.from_pretrained(recipe.model.start, **recipe.config_changes)
 
 
 def start_model(kind: type, recipe: Recipe, **config):
@@ -331,11 +353,13 @@ def start_model(kind: type, recipe: Recipe, **config):
 
     In float32, whatever it is saved in: in bfloat16 most steps of an optimiser are too small to change a weight.
     """
-    if recipe.model in SIZES:
-        return kind(MRLReDimNetConfig.from_size(recipe.model, **config, **recipe.model_options)), True
-    refuse_missing(recipe.model, SIZES)
-    config = {"dtype": torch.float32, **config, **recipe.model_options}
-    model, info = kind.from_pretrained(recipe.model, ignore_mismatched_sizes=True, output_loading_info=True, **config)
+    if recipe.model.start in SIZES:
+        return kind(MRLReDimNetConfig.from_size(recipe.model.start, **config, **recipe.config_changes)), True
+    refuse_missing(recipe.model.start, SIZES)
+    config = {"dtype": torch.float32, **config, **recipe.config_changes}
+    model, info = kind.from_pretrained(
+        recipe.model.start, ignore_mismatched_sizes=True, output_loading_info=True, **config
+    )
     return model, bool(info["missing_keys"] or info["mismatched_keys"])
 
 
@@ -350,10 +374,10 @@ def base_speakers(recipe: Recipe) -> set[str] | None:
 
     None where it does not say: published checkpoints have no speakers.json.
     """
-    if recipe.model in SIZES:
+    if recipe.model.start in SIZES:
         return set()
-    refuse_missing(recipe.model, SIZES)
-    table = saved_speakers(recipe.model)
+    refuse_missing(recipe.model.start, SIZES)
+    table = saved_speakers(recipe.model.start)
     return None if table is None else {re.sub(r" at speed [\d.]+$", "", name) for name in table.names}
 
 
@@ -377,7 +401,10 @@ def notes_on_speakers(
     Speakers are compared by name, so that it is only said: in another corpus the same name may be somebody else.
     """
     notes, chosen_by = {}, "the best step may be chosen wrongly; dev_trials can name other speakers."
-    known_by = {"that this run trains on": set(training.names), f"that {recipe.model} was trained on": base or set()}
+    known_by = {
+        "that this run trains on": set(training.names),
+        f"that {recipe.model.start} was trained on": base or set(),
+    }
     for title, judged in {"development": development, **{f"tests.{name}": s for name, s in tests.items()}}.items():
         for whom, known in known_by.items():
             if shared := sorted(judged & known):
@@ -388,7 +415,7 @@ def notes_on_speakers(
                 )
     if base is None:
         notes["base"] = (
-            f"development: {recipe.model} does not say whom it was trained on (it has no speakers.json). If the "
+            f"development: {recipe.model.start} does not say whom it was trained on (it has no speakers.json). If the "
             f"{len(development):,} development speakers are among them, error rates are too low, and {chosen_by}"
         )
     return notes
@@ -402,15 +429,15 @@ def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> 
     speakers = SpeakerTable(speakers_of(corpus))
     labels = labels_of(corpus, speakers)
     eligible = np.flatnonzero(np.bincount(labels) > 1)  # a target trial needs two utterances
-    if len(eligible) <= recipe.dev_speakers:
+    if len(eligible) <= recipe.evaluation.dev_speakers:
         raise ValueError(
-            f"dev_speakers: {recipe.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
+            f"dev_speakers: {recipe.evaluation.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.seed), []
+    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed), []
     is_known = np.array([speakers.name(label) in (known or ()) for label in eligible])
     for some in (eligible[~is_known], eligible[is_known]):
-        count = min(recipe.dev_speakers - len(chosen), len(some))
+        count = min(recipe.evaluation.dev_speakers - len(chosen), len(some))
         chosen += rng.choice(some, count, replace=False).tolist() if count else []
     is_dev = np.isin(labels, chosen)
     return corpus.select(np.flatnonzero(~is_dev)), corpus.select(np.flatnonzero(is_dev))
@@ -425,24 +452,24 @@ def some_training_speakers(corpus: Dataset, recipe: Recipe) -> Dataset | None:
     several = np.flatnonzero(np.bincount(labels) > 1)
     if len(several) < 2:
         return None
-    wanted = min(len(several), max(2, recipe.dev_speakers))
-    chosen = Stream.TRAINING_SPEAKERS.generator(recipe.seed).choice(several, wanted, replace=False)
+    wanted = min(len(several), max(2, recipe.evaluation.dev_speakers))
+    chosen = Stream.TRAINING_SPEAKERS.generator(recipe.run.seed).choice(several, wanted, replace=False)
     return corpus.select(np.flatnonzero(np.isin(labels, chosen)))
 
 
 def trials_of(corpus: Dataset, recipe: Recipe) -> tuple[Trials, Path]:
     """Trials among the utterances of a part of the training speech, and the folder of their paths."""
-    trials = make_trials(corpus["path"], corpus["speaker"], corpus["session"], seed=recipe.seed)
+    trials = make_trials(corpus["path"], corpus["speaker"], corpus["session"], seed=recipe.run.seed)
     return trials, development_folder(corpus, recipe)
 
 
 def development_folder(corpus: Dataset, recipe: Recipe) -> Path:
     """The folder that the paths of a corpus are relative to; audio of parquet files is written below `output` first."""
-    first, folder = corpus[0], Path(recipe.output) / "development"
+    first, folder = corpus[0], Path(recipe.run.output) / "development"
     if first["audio"]["bytes"] is None:
         return Path(first["audio"]["path"].removesuffix(first["path"]))
     for row in corpus:
-        file, data = path_below(folder, row["path"], f"path of {recipe.train}"), row["audio"]["bytes"]
+        file, data = path_below(folder, row["path"], f"path of {recipe.data.train}"), row["audio"]["bytes"]
         if not file.is_file() or file.stat().st_size != len(data):
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, partial(Path.write_bytes, data=data))
@@ -479,35 +506,33 @@ def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new
 
 def training_domain(recipe: Recipe):
     """The domain of the training crops; its noise is the recipe's."""
-    options = dict(recipe.domain_options)
-    if recipe.domain == "noisy":
-        options = {"noise": recipe.noise, "rooms": recipe.rooms, **options}
-    return make_domain(recipe.domain, **options)
+    options = dict(recipe.augmentation.domain_options)
+    if recipe.augmentation.domain == "noisy":
+        options = {"noise": recipe.augmentation.noise, "rooms": recipe.augmentation.rooms, **options}
+    return make_domain(recipe.augmentation.domain, **options)
 
 
 def development_domains(recipe: Recipe) -> dict[str, object]:
     """What development speech is judged in: the recipe's domain first, and beside it as it is."""
-    if recipe.domain == "clean":
+    if recipe.augmentation.domain == "clean":
         return {"development": None}
-    return {f"development, {recipe.domain}": training_domain(recipe), "development, as it is": None}
+    return {f"development, {recipe.augmentation.domain}": training_domain(recipe), "development, as it is": None}
 
 
-def test_trials(test: dict) -> Trials:
+def test_trials(test: EvaluationSet) -> Trials:
     """The trial list of a test of the recipe, as `mrl-redimnet evaluate` reads it."""
-    return read_trials(test["trials"], test.get("format", "auto"), test.get("enrolments"), test.get("suffix"))
+    return read_trials(test.trials, test.format, test.enrolments, test.suffix)
 
 
-def trial_test(trials: Trials, test: dict) -> TrialTest:
+def trial_test(trials: Trials, test: EvaluationSet) -> TrialTest:
     """A test of the recipe. Raises ValueError where its groups lack speakers."""
-    groups = test.get("groups")
-    group_of = groups and read_groups_for([trials], groups, test.get("group_column", "gender"))
-    return TrialTest(trials, Path(test["folder"]), test_domain(test), group_of)
+    group_of = test.groups and read_groups_for([trials], test.groups, test.group_column or "gender")
+    return TrialTest(trials, Path(test.folder), test_domain(test), group_of)
 
 
-def test_domain(test: dict):
+def test_domain(test: EvaluationSet):
     """The domain of a test's audio, None where it stays as it is."""
-    name = test.get("domain", "clean")
-    return None if name == "clean" else make_domain(name, **test.get("domain_options", {}))
+    return None if test.domain == "clean" else make_domain(test.domain, **test.domain_options)
 
 
 def read_labels(file: str | Path, column: str, key: str) -> dict[str, str]:
@@ -538,5 +563,7 @@ def is_number(text: str) -> bool:
 def label_of(table: dict[str, str], key: str, recipe: Recipe) -> str:
     """A row's label. Raises ValueError where the label file has none."""
     if not table.get(key):
-        raise ValueError(f"{recipe.label_file}: no {recipe.label_column} for the {recipe.label_key} {key!r}.")
+        raise ValueError(
+            f"{recipe.data.label_file}: no {recipe.data.label_column} for the {recipe.data.label_key} {key!r}."
+        )
     return table[key]
