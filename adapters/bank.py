@@ -63,6 +63,7 @@ class AdapterBank:
             raise ValueError("base: it carries adapters already. Give the plain model, then add them to the bank.")
         self.base = Base(name, revision, fingerprint(model))  # once: adapters do not change it
         self._token = token
+        speed_up(model)
         self.peft = PeftModel(
             speed_up(model), LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE
         ).eval()

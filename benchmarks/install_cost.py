@@ -84,7 +84,7 @@ def timed(python: Path, call: list[str], status: int, repeats: int) -> dict[str,
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        done = subprocess.run([python, *call], capture_output=True, text=True, cwd=python.parent, env=ALONE)
+        done = subprocess.run([python, *call], capture_output=True, text=True, cwd=folder, env=ALONE)
         times.append(time.perf_counter() - start)
         if done.returncode != status:
             raise RuntimeError(f"{call[1]} ended with {done.returncode}: {done.stderr}")

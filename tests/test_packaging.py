@@ -22,7 +22,7 @@ from mrl_redimnet_cli import names
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"configuration_mrl_redimnet", "feature_extraction_mrl_redimnet", "modeling_mrl_redimnet", "mrl_redimnet",
-        "mrl_redimnet_cli", "train_hf"}  # fmt: skip
+        "mrl_redimnet_cli", "train_hf", "weights_mrl_redimnet"}  # fmt: skip
 SOURCES = [
     *ROOT.glob("*.py"),
     *(file for folder in ("src", "adapters", "hub_cards") for file in (ROOT / folder).rglob("*.py")),
@@ -169,6 +169,7 @@ VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
 data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
 rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
+speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch

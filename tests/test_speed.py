@@ -26,7 +26,7 @@ def assert_close_steps(ours: dict[str, torch.Tensor], expected: dict[str, torch.
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            ours[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda why, name=name: f"{name}: {why}"
         )
 
 

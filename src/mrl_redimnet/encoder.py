@@ -139,8 +139,11 @@ class SpeakerEncoder:
             revision: of a model on the Hub, a branch, tag or commit. token: for the Hub, where not logged in.
 
         Raises:
-            FileNotFoundError, OSError: what is not there. WeightsError: weights that are not wholly the model's.
-            WrongBaseError: an adapter of another base. ValueError: an adapter that does not fit.
+            FileNotFoundError: what is not there.
+            OSError: what cannot be read from the Hub.
+            WeightsError: weights that are not wholly the model's.
+            WrongBaseError: an adapter of another base.
+            ValueError: an adapter that does not fit.
         """
         name = Path(model).resolve().name if Path(model).is_dir() else str(model)
         loaded, merged, weights = load_model(model, revision, token), None, None
@@ -445,8 +448,8 @@ class SpeakerEncoder:
             A `Decision` on each utterance of `test`.
 
         Raises:
-            AudioError: an utterance that cannot be read, or in which nobody can be heard. ValueError: nobody is
-            enrolled, or as `decision_rule`.
+            AudioError: an utterance that cannot be read, or in which nobody can be heard.
+            ValueError: nobody is enrolled, or as `decision_rule`.
         """
         enrolled, tested = distinct(as_inputs(enrol, "enrolled utterance")), as_inputs(test, "test utterance")
         if not enrolled:
@@ -486,8 +489,8 @@ class SpeakerEncoder:
             An `Identification` of each utterance of `test`.
 
         Raises:
-            AudioError: utterances that cannot be read, or in which nobody can be heard (lists them all). ValueError:
-            nobody is enrolled, a speaker without an utterance, or as `decision_rule`.
+            AudioError: utterances that cannot be read, or in which nobody can be heard; it lists them all.
+            ValueError: nobody is enrolled, a speaker without an utterance, or as `decision_rule`.
         """
         if top < 1:
             raise ValueError(f"top: got {top}, expected at least 1.")
