@@ -10,15 +10,13 @@ with frames as height; convolutions over time alone as channels-last images of h
 
 An utterance has the same embedding alone and padded in a batch: every layer that looks across frames gets a mask.
 
-This file is the definition of the network. It travels beside the weights to the Hub, with the configuration and the
-checks of weights: torch and transformers are all that they need. Faster forms of the same modules are in the package
-(`mrl_redimnet.speed`).
+This file is the definition of the network. It travels beside the weights to the Hub, with its configuration and what
+the models have from transformers (`pretrained_mrl_redimnet.py`): torch and transformers are all that they need. Faster
+forms of the same modules are in the package (`mrl_redimnet.speed`).
 """
 
-import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
@@ -44,7 +41,7 @@ try:
         MRLReDimNetConfig,
         conv_groups,
     )
-    from .weights_mrl_redimnet import CheckedModel
+    from .pretrained_mrl_redimnet import CheckedModel
 except ImportError:
     if __package__:
         raise
@@ -56,7 +53,7 @@ except ImportError:
         MRLReDimNetConfig,
         conv_groups,
     )
-    from weights_mrl_redimnet import CheckedModel
+    from pretrained_mrl_redimnet import CheckedModel
 
 MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
 PREEMPHASIS = 0.97
@@ -322,6 +319,22 @@ class BatchNorm(nn.BatchNorm1d):
         y = torch.addcmul(self.bias - mean * scale, zero_padding(x, mask), scale)
         return zero_padding(y.to(x.dtype), mask)
 
+    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor):
+        """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
+        least."""
+        wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
+        count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
+        mean = zero_padding(x, mask).sum(dims, dtype=wide) / count.clamp(min=1)
+        squares = zero_padding((x.to(wide) - mean).square(), mask)
+        return mean, squares.sum(dims) / count.clamp(min=1), count
+
+    @torch.no_grad()
+    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
+        """Moves the running statistics towards a batch's, as torch's own norm: by the unbiased variance."""
+        momentum = self.next_momentum()
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), momentum)
+
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What it does while it does not learn: x * scale [C] + shift [C], in float32 at least, because float16 could
         not hold what lies between."""
@@ -333,27 +346,6 @@ class BatchNorm(nn.BatchNorm1d):
         """Raises ValueError where there is a single value per channel, which has no variance."""
         if x.numel() < 2 * self.num_features:
             raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
-
-    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor | None):
-        """Over all valid places of x [B, ..., C]: mean [C], biased variance [C], count [1], in float32 at least."""
-        wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
-        x = zero_padding(x, mask)  # padding may hold NaN
-        places = math.prod(x.shape[:-1])
-        if mask is None:
-            count = x.new_full((1,), places, dtype=wide)
-        else:
-            count = mask.sum(dtype=wide).view(1) * (places // max(1, mask.numel()))
-        divisor = count.clamp(min=1)
-        mean = x.sum(dims, dtype=wide) / divisor
-        squares = zero_padding((x.to(wide) - mean).square(), mask)
-        return mean, squares.sum(dims) / divisor, count
-
-    @torch.no_grad()
-    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
-        """Moves the running statistics towards a batch's, as torch's own norm: by the unbiased variance."""
-        momentum = self.next_momentum()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), momentum)
 
     def next_momentum(self) -> float:
         """By how much the running statistics move towards the next batch, which is counted here. Without a momentum
@@ -1017,7 +1009,7 @@ class MatryoshkaMarginClassifier(nn.Module):
 
 
 class MRLReDimNetPreTrainedModel(CheckedModel):
-    """What the models below share: first weights, and gradient checkpointing."""
+    """What the models below share."""
 
     config_class = MRLReDimNetConfig
     base_model_prefix = "redimnet"
@@ -1057,55 +1049,6 @@ class MRLReDimNetPreTrainedModel(CheckedModel):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """As in transformers; the second forward pass leaves the batch norms' running statistics alone.
-
-        Overridden here because all of transformers' public ways to switch it on and off end here.
-        """
-        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
-        if enable and options.get("use_reentrant"):
-            warnings.warn(
-                "use_reentrant=True: reentrant checkpointing would leave most weights without a gradient and count the "
-                "batch norms' statistics twice, so this model is checkpointed with use_reentrant=False. Gradients are "
-                "the same as without checkpointing.",
-                stacklevel=2,
-            )
-        options["use_reentrant"] = False
-        options.setdefault("context_fn", self._checkpointing_contexts)  # a method, which a copy of the model has anew
-        super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
-
-    def _checkpointing_contexts(self):
-        """Around the first and the second forward pass, as torch's checkpointing asks for them."""
-        return contextlib.nullcontext(), self._counted_batch()
-
-    @contextlib.contextmanager
-    def _counted_batch(self):
-        """Around the second forward pass of gradient checkpointing: batch norms keep their running statistics."""
-        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
-        for norm in norms:
-            norm.keeps_statistics = True
-        try:
-            yield
-        finally:
-            for norm in norms:
-                norm.keeps_statistics = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    @staticmethod
-    def _refuse_extras(kwargs: dict):
-        """Callers such as PEFT pass unused arguments as None or False; one with a value is refused, not ignored."""
-        ignorable = ("return_dict", "output_attentions", "output_hidden_states")
-        given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
-        if given:
-            raise TypeError(
-                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
-                "belongs to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
-            )
-
 
 def _share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
@@ -1143,7 +1086,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         Raises ValueError for a wrong shape, a prefix the model was not built for, too short an utterance, or padding
         in front of audio; TypeError for arguments it has no use for.
         """
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         self._check_input(input_values, truncate_dim)
         lengths = self._lengths(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
@@ -1242,7 +1185,7 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         num_items_in_batch: the loss is then the sum over this batch divided by it, as transformers' Trainer asks for
         when it accumulates gradients over several batches.
         """
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
@@ -1271,7 +1214,7 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
     ) -> SpeakerClassifierOutput:
         """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1;
         num_items_in_batch: as in MRLReDimNetForXVector."""
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)
         loss = None

@@ -1,6 +1,6 @@
 """The structure of two checkouts of this project side by side: sizes, longest functions, docstrings.
 
-    python benchmarks/structure.py OTHER_CHECKOUT --out docs/results/structure.md
+python benchmarks/structure.py OTHER_CHECKOUT --out docs/results/structure.md
 """
 
 import argparse
@@ -46,7 +46,9 @@ def counted(root: Path) -> dict[str, str]:
         f"lines of {HUB_FILE}": f"{lines(root / HUB_FILE):,}",
         "custom autograd functions in it": str(sum("autograd.Function" in bases(n) for n in ast.walk(hub))),
         "saved-tensor hooks, context variables, private aten calls in it": str(
-            sum((root / HUB_FILE).read_text().count(word) for word in ("saved_tensors_hooks", "ContextVar(", "ops.aten"))
+            sum(
+                (root / HUB_FILE).read_text().count(word) for word in ("saved_tensors_hooks", "ContextVar(", "ops.aten")
+            )
         ),
         "modules per folder of src": ", ".join(f"{name} {count}" for name, count in sorted(folders.items())),
         "longest function, in lines without its docstring": f"{longest[0]} (`{longest[1]}`, {longest[2]})",

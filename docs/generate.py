@@ -67,7 +67,7 @@ BOX_HEIGHT, GAP, FLOOR_HEIGHT, MARGIN, LETTER = 34, 18, 92, 16, 7.6
 PURPOSES = {
     "configuration_mrl_redimnet": "fields, checks, sizes",
     "modeling_mrl_redimnet": "network, losses, models",
-    "weights_mrl_redimnet": "checked weights",
+    "pretrained_mrl_redimnet": "loading, saving",
     "feature_extraction_mrl_redimnet": "waveforms to batches",
     "audio": "files, codecs, rooms, domains",
     "data": "corpora, crops, loaders",

@@ -12,12 +12,12 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_mode
 from safetensors.torch import load_file, save_file
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.speed import speed_up
 from mrl_redimnet.adapters import PLACEMENTS, AdapterFacts, Base, WrongBaseError, fingerprint, hub, lora_config
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.combining import METHODS
 from mrl_redimnet.adapters.placement import adapted_layers
 from mrl_redimnet.adapters.strategies import batch_norms
+from mrl_redimnet.speed import speed_up
 
 BATCH = padded(waves(8_000, 5_000, 7_000, 6_500))
 GENDER = ["female", "male", "other"]

@@ -72,7 +72,7 @@ def test_train_push_pull_swap_merge_unload(variant, train, hub, corpus, tmp_path
     torch.manual_seed(0)
     base = tiny_model(tiny_config(variant, num_speakers=4), kind=MRLReDimNetForXVector)
     save_model(base, tmp_path / "base")
-    settings = dict(model=tmp_path / "base", model_options="{}", trains="adapter", rank=4, learning_rate=0.02)
+    settings = dict(model=tmp_path / "base", model_options="{}", finetune="adapter", rank=4, learning_rate=0.02)
     settings |= dict(steps=4, checkpoint_every=4, evaluate_every=4)
     train(domain="telephony", **settings).rename(tmp_path / "telephony")
     labels = dict(label_file=tmp_path / "labels.csv", label_column="gender", tests="{}", noise="null")

@@ -33,7 +33,7 @@ FILES = {
     "feature_extraction_mrl_redimnet.py",
     "model.safetensors",
     "modeling_mrl_redimnet.py",
-    "weights_mrl_redimnet.py",
+    "pretrained_mrl_redimnet.py",
     "preprocessor_config.json",
 }
 

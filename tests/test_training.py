@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 from training_runs import reset_accelerate
 
-import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from modeling_mrl_redimnet import (
+    MatryoshkaMarginClassifier,
+    MRLReDimNetForSequenceClassification,
+    MRLReDimNetForXVector,
+)
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
 from mrl_redimnet.training.checkpoints import Progress, load_checkpoint, newest_step, save_checkpoint
 from mrl_redimnet.training.guards import ChanceGuard, chance_loss
@@ -586,7 +589,8 @@ def test_a_mistaken_loss_does_not(mistake, monkeypatch):
     if mistake == "scale":
         model.classifier.scale = 64.0
     if mistake == "normalisation":
-        monkeypatch.setattr(modeling_mrl_redimnet, "_unit", lambda side: side)
+        dots = lambda classifier, embeddings, rows: classifier.scale * embeddings @ rows.T  # noqa: E731
+        monkeypatch.setattr(MatryoshkaMarginClassifier, "scaled_cosines", dots)
     with pytest.raises(RuntimeError, match="labels, scale or normalisation"):
         guard.check_start(first_loss(model, 32, margin, 0))
 

@@ -15,7 +15,7 @@ from mrl_redimnet.hub_cards.results import Evaluation
 
 if TYPE_CHECKING:  # training alone has what these take a second to import for
     from mrl_redimnet.data.corpus import SpeakerTable
-from weights_mrl_redimnet import WeightsError, refuse_wrapped
+from pretrained_mrl_redimnet import WeightsError, refuse_wrapped
 
 
 def save_model(

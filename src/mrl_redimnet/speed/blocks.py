@@ -76,6 +76,8 @@ def rectified(y: torch.Tensor) -> torch.Tensor:
 
 
 class FastConvNeXtBlock2d(ConvNeXtBlock2d):
+    """The norm is folded into the convolution, or computed again in the backward pass."""
+
     def forward(self, x, mask):
         convs = [self.conv, *self.other_convs]
         y, normalise = convolve_then_normalise(conv_image, convs, self.norm, x, mask)
@@ -83,6 +85,8 @@ class FastConvNeXtBlock2d(ConvNeXtBlock2d):
 
 
 class FastResNetBlock2d(ResNetBlock2d):
+    """What the convolutions see is computed again in the backward pass; the second norm is folded."""
+
     def forward(self, x, mask):
         y = conv_image(self.conv1, x, mask)
         y = rectified(recomputed(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
@@ -97,29 +101,39 @@ class FastResNetBlock2d(ResNetBlock2d):
 
 
 class FastSqueeze2d(Squeeze2d):
+    """As `FastConvNeXtBlock2d`."""
+
     def forward(self, x, mask):
         y, normalise = convolve_then_normalise(conv_image, [self.conv], self.norm, x, mask)
         return activated_linear(self.pointwise, F.gelu, y, normalise)
 
 
 class FastLinearSqueeze2d(LinearSqueeze2d):
+    """The norm is folded into the layer."""
+
     def forward(self, x, mask):
         y, normalise = convolve_then_normalise(along_channels, [self.pointwise], self.norm, x, mask)
         return normalise(y)
 
 
 class FastConvNeXtBlock1d(ConvNeXtBlock1d):
+    """As `FastConvNeXtBlock2d`."""
+
     def forward(self, x, mask):
         y, normalise = convolve_then_normalise(conv_time, list(self.convs), self.norm, x, mask)
         return residual(x, activated_linear(self.pointwise, F.gelu, y, normalise))
 
 
 class FastConvPosition(ConvPosition):
+    """The sum is in place."""
+
     def forward(self, x, mask):
         return residual(x, self.norm(conv_time(self.conv, x, mask)))
 
 
 class FastTransformerLayer(TransformerLayer):
+    """Heads have sizes that fused kernels take."""
+
     def attend(self, q, k, v, keys):
         return attention(q, k, v, keys)
 
@@ -140,6 +154,8 @@ def attention(q, k, v, keys: torch.Tensor | None, multiple: int | None = None) -
 
 
 class FastTimeContext(TimeContext):
+    """The sum is in place."""
+
     def forward(self, x, mask):
         y = self.norm(self.reduce(x))
         for layer in self.layers:
@@ -148,6 +164,8 @@ class FastTimeContext(TimeContext):
 
 
 class FastStage(Stage):
+    """Nothing is computed again where gradient checkpointing does so already."""
+
     def forward(self, maps, mask):
         with recomputing(not (self.gradient_checkpointing and self.training)):
             return super().forward(maps, mask)

@@ -67,7 +67,8 @@ class FastBatchNorm(BatchNorm):
         return lambda x: zero_padding(torch.addcmul(shift, zero_padding(x, mask), scale).to(x.dtype), mask)
 
     def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor | None):
-        """As in the definition; the backward pass keeps x alone."""
+        """Over all valid places of x [B, ..., C]: mean [C], biased variance [C], count [1], in float32 at least; the
+        backward pass keeps x alone."""
         x = zero_padding(x, mask)
         wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
         places = x.numel() // x.shape[-1]

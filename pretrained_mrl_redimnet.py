@@ -1,13 +1,18 @@
-"""Weights that are wholly those of the model: checked when they are read, and before they are written.
+"""What the models have from transformers, and what is different: weights that are wholly those of the model, checked
+when they are read and before they are written; gradient checkpointing that batch norms can take.
 
 This file travels beside the weights to the Hub, as `modeling_mrl_redimnet.py` does, which is the network itself.
 """
 
+import contextlib
 import copy
+import functools
+import warnings
 from collections.abc import Collection, Iterable
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import has_file
 
@@ -109,7 +114,10 @@ WRAPPERS = {
 
 
 class CheckedModel(PreTrainedModel):
-    """A `PreTrainedModel` that is loaded and saved whole, or not at all."""
+    """A `PreTrainedModel` that is loaded and saved whole, or not at all.
+
+    Modules whose forward pass moves statistics have an attribute `keeps_statistics`, which gradient checkpointing sets.
+    """
 
     auto_classes: dict[str, str] = {}  # of transformers, and which class of which Hub file each one loads
 
@@ -192,6 +200,55 @@ class CheckedModel(PreTrainedModel):
             return bool(self.active_adapters())
         except ValueError:  # there are none
             return False
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As in transformers; the second forward pass leaves the batch norms' running statistics alone.
+
+        Overridden here because all of transformers' public ways to switch it on and off end here.
+        """
+        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        if enable and options.get("use_reentrant"):
+            warnings.warn(
+                "use_reentrant=True: reentrant checkpointing would leave most weights without a gradient and count the "
+                "batch norms' statistics twice, so this model is checkpointed with use_reentrant=False. Gradients are "
+                "the same as without checkpointing.",
+                stacklevel=2,
+            )
+        options["use_reentrant"] = False
+        options.setdefault("context_fn", self._checkpointing_contexts)  # a method, which a copy of the model has anew
+        super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
+
+    def _checkpointing_contexts(self):
+        """Around the first and the second forward pass, as torch's checkpointing asks for them."""
+        return contextlib.nullcontext(), self._counted_batch()
+
+    @contextlib.contextmanager
+    def _counted_batch(self):
+        """Around the second forward pass of gradient checkpointing: batch norms keep their running statistics."""
+        norms = [module for module in self.modules() if hasattr(module, "keeps_statistics")]
+        for norm in norms:
+            norm.keeps_statistics = True
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.keeps_statistics = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    @staticmethod
+    def refuse_extras(kwargs: dict):
+        """Callers such as PEFT pass unused arguments as None or False; one with a value is refused, not ignored."""
+        ignorable = ("return_dict", "output_attentions", "output_hidden_states")
+        given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
+        if given:
+            raise TypeError(
+                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
+                "belongs to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
+            )
 
 
 def _has_pickle(source, options: dict) -> bool:
