@@ -323,8 +323,9 @@ class BatchNorm(nn.BatchNorm1d):
         """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
         least."""
         wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
+        x = zero_padding(x, mask)  # padding may be NaN
         count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
-        mean = zero_padding(x, mask).sum(dims, dtype=wide) / count.clamp(min=1)
+        mean = x.sum(dims, dtype=wide) / count.clamp(min=1)
         squares = zero_padding((x.to(wide) - mean).square(), mask)
         return mean, squares.sum(dims) / count.clamp(min=1), count
 

@@ -86,7 +86,8 @@ def mix_adapters(
     """
     from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
 
-    bank, chosen = AdapterBank.load(base), {}
+    bank = AdapterBank.load(base)
+    chosen: dict[str, float] = {}
     for source, weight in weights.items():
         facts = adapter_info(source).facts
         name = (facts.domain if facts else "adapter").replace(".", "-")

@@ -109,7 +109,8 @@ def check(there: dict, folder: Path, base, wave: torch.Tensor):
         telephony = model(input_values=wave).embeddings
     assert not torch.allclose(telephony, plain, atol=1e-2)
     answers = {name: torch.tensor(value) for name, value in there.items() if name != "labels"}
-    assert torch.equal(answers["off"], plain) and torch.equal(answers["unloaded"], plain)
+    assert torch.equal(answers["off"], answers["unloaded"])
+    torch.testing.assert_close(answers["off"], plain)  # a bank runs the faster forms
     torch.testing.assert_close(answers["telephony"], telephony)
     torch.testing.assert_close(answers["rows"], torch.stack([telephony[0], plain[1]]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answers["merged"], telephony, rtol=1e-5, atol=1e-5)

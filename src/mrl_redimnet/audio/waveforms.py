@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ READ_AHEAD = 16  # batches whose waveforms are held at a time, to be sorted by l
 Prepare = Callable[[Source, np.ndarray], np.ndarray]
 
 
-def is_source(value: object) -> bool:
+def is_source(value: object) -> TypeGuard[Source]:
     """Whether a value is a path or `Encoded`, which `read_audio` takes."""
     return isinstance(value, str | PathLike | Encoded)
 
@@ -44,10 +45,8 @@ def read_waveform(
         AudioError: it cannot be read, is too short for the model, has several channels (as an array), NaN or infinite
             samples. The message begins with the name.
     """
-    if is_source(value):
-        source, audio = value, read_audio(value)
-    else:
-        source, audio = name, _from_array(value, name)
+    source: Source = value if is_source(value) else name
+    audio = read_audio(value) if is_source(value) else _from_array(value, name)
     if prepare is not None:
         audio = prepare(source, audio)
     if longest is not None:
@@ -125,6 +124,6 @@ def into_domain(folder: str | Path, domain: Callable | None = None) -> Prepare:
             return audio
         from mrl_redimnet.audio.domains import simulate  # a domain was made, so this is imported already
 
-        return simulate(domain, audio, Path(source).relative_to(folder).as_posix())
+        return simulate(domain, audio, Path(name_of(source)).relative_to(folder).as_posix())
 
     return prepare

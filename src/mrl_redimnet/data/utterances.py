@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from mrl_redimnet.audio.io import Encoded, name_of
 from mrl_redimnet.audio.waveforms import is_source
@@ -32,9 +34,9 @@ def as_inputs(inputs: Sequence, what: str = "row") -> list[Input]:
 
 
 def _as_input(value: object, name: str) -> Input:
-    if not is_source(value):
-        return Input(name, None, lambda: value)
-    return Input(name_of(value), None if isinstance(value, Encoded) else str(value), lambda: value)
+    if is_source(value):
+        return Input(name_of(value), None if isinstance(value, Encoded) else str(value), lambda: value)
+    return Input(name, None, lambda: value)
 
 
 def distinct(items: list[Input]) -> list[Input]:
@@ -42,7 +44,7 @@ def distinct(items: list[Input]) -> list[Input]:
     return list({item.key or row: item for row, item in enumerate(items)}.values())
 
 
-def _rows_of(data: object, what: str) -> list[Input]:
+def _rows_of(data: Any, what: str) -> list[Input]:
     """The rows of a data set of `datasets`, or of a column of one, as encoded audio, which is decoded here alone."""
     import datasets  # who gives a data set has imported it already
 
@@ -73,4 +75,4 @@ def _rows_of(data: object, what: str) -> list[Input]:
             return Encoded(f"{what} {row}, {source.name}", source.data, source.problem)
         return source
 
-    return [Input(f"{what} {row}", None, lambda row=row: load(row)) for row in range(len(data))]
+    return [Input(f"{what} {row}", None, partial(load, row)) for row in range(len(data))]

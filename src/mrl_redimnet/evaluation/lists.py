@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -106,7 +107,9 @@ def saved_thresholds(
     as the list has; and notes that say where there are none."""
     found: dict[str, dict[int, Threshold]] = {name: {} for name in lists}
     notes, weights = [], encoder.fingerprint if thresholds else ""
-    for name, trials in lists.items() if thresholds else ():
+    for name, trials in lists.items():
+        if not thresholds:
+            break
         counts = list(by_enrolments(trials))
         if len(counts) > 1:
             notes.append(
@@ -193,7 +196,8 @@ def write_scores(file: Path, lists: Mapping[str, ScoredList]) -> None:
     def write(target: Path):
         if file.suffix == ".npz":
             with target.open("wb") as opened:
-                np.savez_compressed(opened, **columns, dims=dims, scores=scores)
+                arrays: dict[str, Any] = {**columns, "dims": dims, "scores": scores}
+                np.savez_compressed(opened, **arrays)
             return
         with target.open("w", encoding="utf-8") as opened:
             print(*columns, *dims, sep="\t", file=opened)

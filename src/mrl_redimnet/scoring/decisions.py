@@ -95,8 +95,9 @@ class DecisionRule:
         """
         saved: dict[int, Threshold] = {}
         try:
-            for count in sorted(set(enrolments)) if thresholds else ():
-                saved[count] = thresholds.find_nearest(dim, adapter, scorer, weights, count)
+            if thresholds:
+                for count in sorted(set(enrolments)):
+                    saved[count] = thresholds.find_nearest(dim, adapter, scorer, weights, count)
         except ValueError:
             if given is None:
                 raise
