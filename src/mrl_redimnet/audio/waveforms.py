@@ -10,7 +10,7 @@ import torch
 from torchaudio.functional import resample
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, Source, read_audio
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, Source, name_of, read_audio
 from mrl_redimnet.audio.levels import warn_of_silence
 
 READ_AHEAD = 16  # batches whose waveforms are held at a time, to be sorted by length
