@@ -5,7 +5,7 @@ here that form's class: parameters, buffers, hooks and names stay as they are, s
 or after adapters are put on, and a model is saved as before. `as_defined(model)` takes it back.
 
     linear       1x1 layers on CPUs by oneDNN's convolutions
-    norms        batch norms whose output can be computed again; batch statistics of all processes together
+    norms        batch norms: kernels for CPUs, output that can be computed again, statistics of all processes together
     recompute    activations that are cheap to compute again are not kept for the backward pass
     blocks       the blocks of the trunk, made of these three; a norm that does not learn is folded into the layer
                  before it
