@@ -59,7 +59,6 @@ MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
 PREEMPHASIS = 0.97
 LOG_FLOOR = 1e-6
 NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded stage
-HEAD_SIZES = 8  # fused attention kernels of accelerators take heads of multiples of so many channels
 
 
 @dataclass
@@ -980,7 +979,7 @@ class MatryoshkaMarginClassifier(nn.Module):
         """embeddings [B, d], rows of the classifier [rows, d] -> [B, speakers], the nearest sub-centre's."""
         cosines = F.linear(F.normalize(embeddings, eps=NORM_FLOOR), F.normalize(weight, eps=NORM_FLOOR))
         centers = self.config.sub_centers
-        return self.scale * (cosines if centers == 1 else cosines.unflatten(1, (-1, centers)).amax(2))
+        return self.scale * (cosines if centers == 1 else cosines.unflatten(1, (-1, centers)).max(2).values)
 
     def gain(self, margin: float) -> float:
         """The margin of hard negatives at a step's margin."""

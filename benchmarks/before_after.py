@@ -14,7 +14,10 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+
+from timing import machine
 
 HERE = Path(__file__).resolve().parents[1]
 SPEAKERS = 5_994
@@ -42,13 +45,19 @@ def main():
     if arguments.worker:
         work(arguments.worker, arguments.plain)
         return
-    record = {"command": " ".join(["python", *sys.argv]), "cases": {}}
+    command = " ".join(["python", *sys.argv]).replace(str(arguments.other), "OTHER_CHECKOUT")
+    record = {"command": command, "machine": machine(), "torch": version("torch"), "cases": {}}
     for case in arguments.cases:
         record["cases"][case] = compare(case, arguments)
         print(table({case: record["cases"][case]}).splitlines()[-1], flush=True)
     if arguments.out:
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(record["cases"]) + "\n")
+        head = (
+            f"# Speed and memory before and after\n\n```bash\n{record['command']}\n```\n\n{record['machine']}, torch "
+            f"{record['torch']}. Both take turns, {arguments.rounds} calls each: medians [quartiles], of the ratio "
+            "too. Random weights and noise. Memory: the peak above that with the model built.\n\n"
+        )
+        arguments.out.with_suffix(".md").write_text(head + table(record["cases"]) + "\n")
 
 
 def compare(case: str, arguments) -> dict:
@@ -69,7 +78,7 @@ def compare(case: str, arguments) -> dict:
 
 def start(folder: Path, case: str, plain: bool) -> subprocess.Popen:
     """A process that works in a checkout, ready for calls."""
-    paths = os.pathsep.join(map(str, (folder, folder / "src")))
+    paths = os.pathsep.join(map(str, (folder, folder / "src", HERE / "benchmarks")))
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     command = [sys.executable, __file__, ".", "--worker", case, *(["--plain"] if plain else [])]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

@@ -178,14 +178,14 @@ def scaled_cosines(embeddings: torch.Tensor, weight: torch.Tensor, dims: list[in
     A prefix's dot products and squared norms are those of the one before plus one segment's.
     """
     e_norms = torch.stack([_squares(embeddings[:, part]) for _, part in _segments(dims)], 1)
-    e_norms = e_norms.cumsum(1).add_(NORM_FLOOR).rsqrt_().mul_(scale)
+    e_norms = e_norms.cumsum(1).add_(NORM_FLOOR**2).rsqrt_().mul_(scale)
     x, w_norms = weight.new_empty(*e_norms.shape, len(weight)), weight.new_empty(len(dims), len(weight))
     for block in _blocks(*weight.shape):
         dots, squares = weight.new_zeros(len(embeddings), len(weight[block])), 0.0
         for k, part in _segments(dims):
             dots.addmm_(embeddings[:, part], weight[block, part].T)
             squares = squares + _squares(weight[block, part])
-            torch.rsqrt(squares + NORM_FLOOR, out=w_norms[k, block])
+            torch.rsqrt(squares + NORM_FLOOR**2, out=w_norms[k, block])
             torch.mul(dots, e_norms[:, k, None], out=x[:, k, block]).mul_(w_norms[k, block])
     return x, e_norms, w_norms
 

@@ -79,8 +79,8 @@ class FastBatchNorm(BatchNorm):
         return mean, squares.sum(dims) / divisor, count
 
     def _normaliser_on_cpu(self, x, mask, joint: bool):
-        """By kernels that are faster there and lose fewer digits: torch's own add up hundreds of thousands of rows one by
-        one, which costs four digits of the variance, and with them a training step of b0 takes a third longer."""
+        """By kernels that are faster there and lose fewer digits: torch's own add up hundreds of thousands of rows one
+        by one, which costs four digits of the variance, and with them a training step of b0 takes a third longer."""
 
         def valid(x):
             return x if mask is None else x[mask[..., 0]][:, None]
