@@ -447,7 +447,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         for name in ("grouped_strides", "dual_maps", "map_norm_groups", "aggregation_per_bin"):
             if self.network == "redimnet" and getattr(self, name):
                 raise ValueError(f"{name}: network 'redimnet' has none, got {getattr(self, name)!r}.")
-        if self.loss != "aam" and self.label_smoothing != 0:
+        if self.loss == "sphereface2" and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing: loss {self.loss!r} has none, got {self.label_smoothing!r}, expected 0.")
 
     def _check_numbers(self):

@@ -390,12 +390,14 @@ class ConvNeXtBlock2d(nn.Module):
     kernels over (bins, frames): others than 3x3, or convolutions of several of them side by side.
     """
 
-    def __init__(self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),)):
+    def __init__(
+        self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),), activation=nn.GELU
+    ):
         super().__init__()
         self.conv, *others = (image_conv(channels, channels, config.group_divisor, kernel=k) for k in kernels)
         self.other_convs = nn.ModuleList(others)
         self.norm = BatchNorm(channels * len(kernels))
-        self.act = nn.ReLU() if config.block_2d == "convnext_like_relu" else nn.GELU()
+        self.act = activation()
         self.pointwise = nn.Linear(channels * len(kernels), channels)
 
     def forward(self, x, mask):
@@ -423,7 +425,7 @@ class ResNetBlock2d(nn.Module):
     The published networks put ReLU before the first norm. Ungrouped blocks have no pointwise layers.
     """
 
-    def __init__(self, config, channels: int, bins: int):
+    def __init__(self, config, channels: int, bins: int, bin_gate: bool = False):
         super().__init__()
         grouped = config.group_divisor is not None
         self.conv1 = image_conv(channels, channels, config.group_divisor, bias=False)
@@ -432,8 +434,7 @@ class ResNetBlock2d(nn.Module):
         self.conv2 = image_conv(channels, channels, config.group_divisor, bias=False)
         self.pointwise2 = nn.Linear(channels, channels) if grouped else nn.Identity()
         self.norm2 = BatchNorm(channels)
-        squeeze = config.block_2d == "basic_resnet_fwse"
-        self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if squeeze else None
+        self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if bin_gate else None
 
     def forward(self, x, mask):
         y = F.relu(self.pointwise1(conv_image(self.conv1, x, mask)))
@@ -446,9 +447,9 @@ class ResNetBlock2d(nn.Module):
 
 BLOCKS_2D = {
     "convnext_like": ConvNeXtBlock2d,
-    "convnext_like_relu": ConvNeXtBlock2d,
+    "convnext_like_relu": functools.partial(ConvNeXtBlock2d, activation=nn.ReLU),
     "basic_resnet": ResNetBlock2d,
-    "basic_resnet_fwse": ResNetBlock2d,
+    "basic_resnet_fwse": functools.partial(ResNetBlock2d, bin_gate=True),
 }
 
 

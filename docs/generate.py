@@ -153,7 +153,14 @@ def picture() -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-GENERATED = {"cli.md": command_line_page, "architecture.svg": picture}
+def recipe_page() -> str:
+    """docs/recipe.md."""
+    from mrl_redimnet.training.recipe_page import page
+
+    return page()
+
+
+GENERATED = {"cli.md": command_line_page, "recipe.md": recipe_page, "architecture.svg": picture}
 
 
 def main() -> None:

@@ -320,8 +320,6 @@ def test_the_loss_fills_the_configuration_of_the_model():
 
 
 def test_every_field_of_the_configuration_for_training_is_one_of_the_loss():
-    training = MRLReDimNetConfig.__doc__.partition("Training (")[2].split("num_speakers", 1)[1]
-    assert [name for name in LOSS_FIELDS if name not in training] == []
     names = list(MRLReDimNetConfig.__annotations__)
     assert list(LOSS_FIELDS) == names[names.index("loss") :]
 
