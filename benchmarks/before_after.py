@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def main():
     if arguments.worker:
         work(arguments.worker, arguments.plain)
         return
-    command = " ".join(["python", *sys.argv]).replace(str(arguments.other), "OTHER_CHECKOUT")
+    command = shlex.join(["python", *sys.argv]).replace(str(arguments.other), "OTHER_CHECKOUT")
     record = {"command": command, "machine": machine(), "torch": version("torch"), "cases": {}}
     for case in arguments.cases:
         record["cases"][case] = compare(case, arguments)
