@@ -1,13 +1,15 @@
 # make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
 #            a page of results in runs/demo-report.
-# make test: lint, and the tests that are not slow: five minutes on two cores.
-# make test-all: lint and all tests, with more examples of each property: what has to pass before a change lands.
+# make test: lint, types, and the tests that are not slow: five minutes on two cores.
+# make test-all: lint, types and all tests, with more examples of each property: what has to pass before a change lands.
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
 # make test-gpu: the tests that need a GPU; without one each says that it was skipped.
+# make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
-# The first three set up .venv, when it is missing or older than requirements.lock or pyproject.toml. PYTHON=python3.13
-# chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one that is put into .tools.
+# demo, test, test-all, test-gpu and docs set up .venv when it is missing or older than requirements.lock or
+# pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one
+# that is put into .tools.
 PYTHON ?= python3
 UV ?= .tools/bin/uv
 UV_VERSION := 0.13.9
@@ -16,7 +18,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --steps 60 --evaluate_every 30 --tests '{}'
 
-.PHONY: demo test test-all test-gpu test-newest test-oldest lock
+.PHONY: demo test test-all test-gpu test-newest test-oldest docs lock
 
 demo: .venv/ready
 	rm -rf runs/demo runs/demo-telephony runs/demo-noisy
@@ -39,7 +41,12 @@ test-gpu: .venv/ready
 test test-all: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/$(PYTEST) $(CHOICE)
+
+docs: .venv/ready
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 .venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))
 	@echo "Setting up .venv: about 3 GB to download, 6.5 GB on disk, most of it torch with its CUDA libraries."

@@ -12,6 +12,11 @@ from dataclasses import field, fields
 
 from transformers import PretrainedConfig
 
+
+class MRLReDimNetError(Exception):
+    """The base class of this project's own errors. Each has a built-in one, too, such as ValueError or OSError."""
+
+
 NETWORKS = ("redimnet", "redimnet2")
 FRONT_ENDS = ("mel", "tf_mel")
 FEATURE_NORMS = ("mean", "mean_variance", "batch", "none")
@@ -28,15 +33,12 @@ SAMPLING_RATE = 16_000
 STAGE_FIELDS = ("frequency_stride", "blocks", "expansion", "reduction")
 
 
-def _stages(*rows: tuple) -> list[dict]:
-    """Rows (frequency stride or (frequency stride, time stride), blocks, expansion, reduction) as readable records."""
-    records = []
-    for stride, *row in rows:
-        record = dict(zip(STAGE_FIELDS, (stride, *row), strict=True))
-        if isinstance(stride, tuple):
-            record["frequency_stride"], record["time_stride"] = stride
-        records.append(record)
-    return records
+def stage(
+    frequency_stride: int, *, blocks: int, expansion: float, reduction: int | None, time_stride: int | None = None
+) -> dict:
+    """A record of `stages`; what each part of it means is said in `MRLReDimNetConfig`."""
+    record = {"frequency_stride": frequency_stride, "blocks": blocks, "expansion": expansion, "reduction": reduction}
+    return record if time_stride is None else {**record, "time_stride": time_stride}
 
 
 # What the published ReDimNet2 files have in common, next to their TensorFlow-style front end.
@@ -61,7 +63,11 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="convnext_like",
         group_divisor=8,
-        stages=_stages((2, 2, 1, None), (2, 2, 1, 8), (2, 2, 1, 8)),
+        stages=[
+            stage(2, blocks=2, expansion=1, reduction=None),
+            stage(2, blocks=2, expansion=1, reduction=8),
+            stage(2, blocks=2, expansion=1, reduction=8),
+        ],
     ),
     "b0": dict(
         num_mel_bins=60,
@@ -69,7 +75,13 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="basic_resnet",
         group_divisor=1,
-        stages=_stages((1, 2, 1, 30), (2, 3, 2, 30), (1, 3, 3, 30), (2, 4, 2, 10), (1, 3, 1, 10)),
+        stages=[
+            stage(1, blocks=2, expansion=1, reduction=30),
+            stage(2, blocks=3, expansion=2, reduction=30),
+            stage(1, blocks=3, expansion=3, reduction=30),
+            stage(2, blocks=4, expansion=2, reduction=10),
+            stage(1, blocks=3, expansion=1, reduction=10),
+        ],
     ),
     "b1": dict(
         num_mel_bins=72,
@@ -77,7 +89,13 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="convnext_like",
         group_divisor=8,
-        stages=_stages((1, 2, 1, None), (2, 3, 1, None), (3, 4, 1, 12), (2, 5, 1, 12), (2, 3, 1, 8)),
+        stages=[
+            stage(1, blocks=2, expansion=1, reduction=None),
+            stage(2, blocks=3, expansion=1, reduction=None),
+            stage(3, blocks=4, expansion=1, reduction=12),
+            stage(2, blocks=5, expansion=1, reduction=12),
+            stage(2, blocks=3, expansion=1, reduction=8),
+        ],
     ),
     "b2": dict(
         num_mel_bins=72,
@@ -85,7 +103,14 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="convnext_like",
         group_divisor=4,
-        stages=_stages((1, 2, 1, 12), (2, 2, 1, 12), (1, 3, 1, 12), (2, 4, 1, 8), (1, 4, 1, 8), (2, 4, 1, 4)),
+        stages=[
+            stage(1, blocks=2, expansion=1, reduction=12),
+            stage(2, blocks=2, expansion=1, reduction=12),
+            stage(1, blocks=3, expansion=1, reduction=12),
+            stage(2, blocks=4, expansion=1, reduction=8),
+            stage(1, blocks=4, expansion=1, reduction=8),
+            stage(2, blocks=4, expansion=1, reduction=4),
+        ],
     ),
     "b3": dict(
         num_mel_bins=72,
@@ -93,7 +118,14 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="basic_resnet_fwse",
         group_divisor=1,
-        stages=_stages((1, 6, 4, 32), (2, 6, 2, 32), (1, 8, 2, 32), (2, 10, 2, 16), (1, 10, 1, 16), (2, 8, 1, 16)),
+        stages=[
+            stage(1, blocks=6, expansion=4, reduction=32),
+            stage(2, blocks=6, expansion=2, reduction=32),
+            stage(1, blocks=8, expansion=2, reduction=32),
+            stage(2, blocks=10, expansion=2, reduction=16),
+            stage(1, blocks=10, expansion=1, reduction=16),
+            stage(2, blocks=8, expansion=1, reduction=16),
+        ],
     ),
     "b4": dict(
         num_mel_bins=72,
@@ -101,7 +133,14 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="basic_resnet_fwse",
         group_divisor=1,
-        stages=_stages((1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)),
+        stages=[
+            stage(1, blocks=4, expansion=2, reduction=48),
+            stage(2, blocks=4, expansion=2, reduction=48),
+            stage(1, blocks=6, expansion=2, reduction=48),
+            stage(2, blocks=6, expansion=1, reduction=32),
+            stage(1, blocks=8, expansion=1, reduction=24),
+            stage(2, blocks=4, expansion=1, reduction=16),
+        ],
     ),
     "b5": dict(
         num_mel_bins=72,
@@ -109,7 +148,14 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="basic_resnet_fwse",
         group_divisor=16,
-        stages=_stages((1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)),
+        stages=[
+            stage(1, blocks=4, expansion=2, reduction=48),
+            stage(2, blocks=4, expansion=2, reduction=48),
+            stage(1, blocks=6, expansion=2, reduction=48),
+            stage(2, blocks=6, expansion=1, reduction=32),
+            stage(1, blocks=8, expansion=1, reduction=24),
+            stage(2, blocks=4, expansion=1, reduction=16),
+        ],
     ),
     "b6": dict(
         num_mel_bins=72,
@@ -117,7 +163,14 @@ SIZES: dict[str, dict] = {
         block_1d="conv+att",
         block_2d="basic_resnet",
         group_divisor=32,
-        stages=_stages((1, 4, 4, 32), (2, 6, 2, 32), (1, 6, 2, 24), (3, 8, 1, 24), (1, 8, 1, 16), (2, 8, 1, 16)),
+        stages=[
+            stage(1, blocks=4, expansion=4, reduction=32),
+            stage(2, blocks=6, expansion=2, reduction=32),
+            stage(1, blocks=6, expansion=2, reduction=24),
+            stage(3, blocks=8, expansion=1, reduction=24),
+            stage(1, blocks=8, expansion=1, reduction=16),
+            stage(2, blocks=8, expansion=1, reduction=16),
+        ],
     ),
     "redimnet2-nano": dict(  # of nano's multiply-adds, and behind its front end
         _REDIMNET2,
@@ -126,34 +179,39 @@ SIZES: dict[str, dict] = {
         num_mel_bins=64,
         base_channels=8,
         map_norm_groups=8,
-        stages=_stages(((2, 1), 2, 2, 8), ((1, 2), 2, 2, 8), ((2, 1), 3, 1, 8), ((1, 2), 2, 1, 8)),
+        stages=[
+            stage(2, time_stride=1, blocks=2, expansion=2, reduction=8),
+            stage(1, time_stride=2, blocks=2, expansion=2, reduction=8),
+            stage(2, time_stride=1, blocks=3, expansion=1, reduction=8),
+            stage(1, time_stride=2, blocks=2, expansion=1, reduction=8),
+        ],
     ),
     "redimnet2-b3": dict(
         _REDIMNET2,
         base_channels=24,
         map_norm_groups=24,
-        stages=_stages(
-            ((1, 1), 2, 4, 24),
-            ((2, 1), 3, 3, 24),
-            ((1, 2), 4, 2, 24),
-            ((2, 1), 5, 1, 24),
-            ((1, 2), 4, 1, 24),
-            ((2, 1), 3, 1, 24),
-        ),
+        stages=[
+            stage(1, time_stride=1, blocks=2, expansion=4, reduction=24),
+            stage(2, time_stride=1, blocks=3, expansion=3, reduction=24),
+            stage(1, time_stride=2, blocks=4, expansion=2, reduction=24),
+            stage(2, time_stride=1, blocks=5, expansion=1, reduction=24),
+            stage(1, time_stride=2, blocks=4, expansion=1, reduction=24),
+            stage(2, time_stride=1, blocks=3, expansion=1, reduction=24),
+        ],
     ),
     "redimnet2-b6": dict(
         _REDIMNET2,
         base_channels=64,
         aggregation_channels=224,
         aggregation_per_bin=True,
-        stages=_stages(
-            ((1, 1), 3, 3, 64),
-            ((2, 1), 4, 2, 64),
-            ((1, 2), 5, 2, 48),
-            ((2, 1), 5, 1, 48),
-            ((1, 2), 4, 0.75, 32),
-            ((2, 1), 3, 0.5, 24),
-        ),
+        stages=[
+            stage(1, time_stride=1, blocks=3, expansion=3, reduction=64),
+            stage(2, time_stride=1, blocks=4, expansion=2, reduction=64),
+            stage(1, time_stride=2, blocks=5, expansion=2, reduction=48),
+            stage(2, time_stride=1, blocks=5, expansion=1, reduction=48),
+            stage(1, time_stride=2, blocks=4, expansion=0.75, reduction=32),
+            stage(2, time_stride=1, blocks=3, expansion=0.5, reduction=24),
+        ],
     ),
 }
 
@@ -164,55 +222,78 @@ def conv_groups(channels: int, group_divisor: int | None) -> int:
 
 
 class MRLReDimNetConfig(PretrainedConfig):
-    """Architecture of a ReDimNet-MRL model; every value is checked, and an error names the field.
+    """Architecture and training settings of a ReDimNet-MRL model; every value is checked, and an error names the field.
 
-    Front end:
-        front_end: "mel" (torchaudio-style mel spectrogram) or "tf_mel" (TensorFlow-style; some published files).
-        num_mel_bins: mel filters from 20 to 7600 Hz.
-        hop_length: samples between frames at 16 kHz (160 = 10 ms; published v1 checkpoints use 240 = 15 ms).
-        normalize_signal: subtract the mean and divide by the standard deviation of the waveform.
-        preemphasis: y[t] = x[t] - 0.97 x[t-1].
-        feature_norm: over time per bin: "mean", "mean_variance", "batch" (learned) or "none".
-        front_end_eps: floor of "tf_mel".
-        spec_augment, spec_augment_repeats, freq_mask_width, time_mask_width, freq_mask_start: masks in training;
-            widths are drawn from [low, high).
-    Trunk:
-        network: "redimnet", or "redimnet2", which strides over time, too.
-        base_channels: 2-D channels after the stem; base_channels * num_mel_bins is the 1-D width at every depth.
-        stages: records {frequency_stride, blocks, expansion, reduction}; reduction None leaves out the 1-D block.
-            "redimnet2" may add time_stride (from this stage on, each frame of a map stands for so many times more) and,
-            for "convnext_like" blocks, kernels: sizes over (bins, frames) of their convolutions side by side, [[3, 3]].
-        block_1d, block_2d: kinds of blocks; group_divisor: channels per group of 3x3 convolutions, None = one group.
-        aggregation_channels: width after the last mixing (a 1x1 layer, in "redimnet" and a norm), None = no such layer.
-        Of "redimnet2" alone:
-        grouped_strides: striding convolutions have as many groups as their channels allow (greatest common divisor).
-        dual_maps: a stage with a 1-D block adds two maps, from before and from after that block.
-        map_norm_groups: group norm of every map over time and so many groups of channels, None = no such norm.
-        aggregation_per_bin: the 1x1 layer of aggregation_channels is over each bin's channels, not over all.
-        map_dropout: dropout on each stage's feature map in training; aggregation_dropout: on what the pooling sees.
-    Pooling and head:
-        pooling: "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (deviation) or "TSTP" (both).
-        pooling_context: attention sees the utterance's mean and deviation; pooling_bottleneck: its hidden width.
-        projection_dropout: dropout on the pooled vector, between its batch norm and the projection, in training.
-        embedding_size, embedding_norm (a batch norm after the projection).
-        matryoshka_dims: increasing prefixes that stand alone; the last one is embedding_size.
-        window_seconds: a longer utterance is cut into equal windows of at most this length, embeddings averaged.
-    Training (MRLReDimNetForXVector):
-        num_speakers: speakers of the margin classifier.
-        loss: "aam", additive angular margin softmax (arXiv 1801.07698), or "sphereface2", a yes-or-no question per
-            speaker (arXiv 2108.01513, its type C: the margin moves similarities, not angles).
-        margin (radians for "aam", a part of a similarity from -1 to 1 for "sphereface2"), scale.
-        label_smoothing: of "aam" alone.
-        sphereface2_balance: share of the positive pair in the loss (lambda in the paper).
-        sphereface2_exponent: t of the similarity 2 ((cosine + 1) / 2)^t - 1, which spreads out high cosines.
-        sub_centers: rows per speaker in the classifier; the nearest one counts (sub-center ArcFace, Deng et al. 2020).
-        hard_negatives, hard_negative_margin: the angles to so many nearest wrong speakers are reduced by so many
-            radians (inter-top-k, arXiv 2110.05042).
-        prefix_weights: weight of each Matryoshka prefix in the loss, None = all alike; only ratios matter.
+    A field is documented as `name (type, default): meaning`. What only training needs comes last; an embedding does not
+    depend on it.
+
+    Args:
+        front_end (str, "mel"): "mel", torchaudio's kind of mel spectrogram, or "tf_mel", TensorFlow's, which some
+            published files have.
+        num_mel_bins (int, 72): mel filters from 20 to 7600 Hz.
+        hop_length (int, 160): samples between frames at 16 kHz: 160 is 10 ms, published ReDimNet checkpoints have 240.
+        normalize_signal (bool, False): subtract the mean of the waveform and divide by its standard deviation.
+        preemphasis (bool, True): y[t] = x[t] - 0.97 x[t-1].
+        feature_norm (str, "mean"): over time, for each bin: "mean", "mean_variance", "batch" (learned) or "none".
+        front_end_eps (float, 1e-8): the smallest power of "tf_mel".
+        network (str, "redimnet"): "redimnet", or "redimnet2", which strides over time, too.
+        base_channels (int, 16): 2-D channels after the stem; times num_mel_bins it is the 1-D width at every depth.
+        stages (list, those of b2): a record for each stage: frequency_stride; blocks, the number of 2-D blocks;
+            expansion of the channels within the stage; reduction of the 1-D block's width, None for no 1-D block.
+            "redimnet2" may add time_stride (from this stage on a frame of a map stands for so many times more frames)
+            and, for "convnext_like" blocks, kernels: sizes over (bins, frames) of convolutions side by side, usually
+            [[3, 3]].
+        block_1d (str, "conv+att"): the kind of 1-D block: "att", "conv+att", "conv" or "fc".
+        block_2d (str, "convnext_like"): the kind of 2-D block: "convnext_like", "convnext_like_relu", "basic_resnet" or
+            "basic_resnet_fwse".
+        group_divisor (int | None, 4): channels in each group of the 3x3 convolutions, None for one group.
+        grouped_strides (bool, False): "redimnet2": striding convolutions have as many groups as their channels allow,
+            the greatest common divisor.
+        dual_maps (bool, False): "redimnet2": a stage with a 1-D block adds two maps, from before and from after that
+            block.
+        map_norm_groups (int | None, None): "redimnet2": group norm of every map over time and so many groups of
+            channels, None for no norm.
+        aggregation_channels (int | None, None): width of the 1x1 layer after the last mixing (in "redimnet" with a
+            norm), None for no such layer.
+        aggregation_per_bin (bool, False): "redimnet2": that 1x1 layer sees the channels of one bin at a time.
+        pooling (str, "ASTP"): "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (standard deviation) or "TSTP"
+            (both).
+        pooling_context (bool, True): the attention sees the mean and the standard deviation of the utterance.
+        pooling_bottleneck (int, 128): hidden width of the attention.
+        embedding_size (int, 256): numbers of an embedding.
+        embedding_norm (bool, False): a batch norm after the projection.
+        matryoshka_dims (list, [64, 128, 192, 256]): increasing lengths of the prefixes that stand alone; the last one
+            is embedding_size.
+        window_seconds (float, 60.0): a longer utterance is cut into equal windows of at most this length, whose
+            embeddings are averaged.
+        spec_augment (bool, False): SpecAugment (arXiv 1904.08779): stretches of frames and of bins are set to zero.
+        spec_augment_repeats (int, 1): how many stretches of each.
+        freq_mask_width (list, [0, 6]): bins of a stretch, drawn from [low, high).
+        time_mask_width (list, [0, 8]): frames of a stretch, drawn from [low, high).
+        freq_mask_start (int, 0): the lowest bin that may be masked.
+        map_dropout (float, 0.0): dropout on each stage's feature map.
+        aggregation_dropout (float, 0.0): dropout on what the pooling sees.
+        projection_dropout (float, 0.0): dropout on the pooled vector, between its batch norm and the projection.
+        num_speakers (int, 2): speakers of the classifier.
+        loss (str, "aam"): "aam", additive angular margin softmax (arXiv 1801.07698), or "sphereface2", a yes-or-no
+            question for each speaker (arXiv 2108.01513, its type C: the margin moves similarities, not angles).
+        margin (float, 0.2): radians for "aam", a part of a similarity from -1 to 1 for "sphereface2".
+        scale (float, 32.0): what cosines are multiplied by.
+        label_smoothing (float, 0.0): "aam": the part of the target that is spread over all speakers.
+        sphereface2_balance (float, 0.7): "sphereface2": weight of the positive pair (lambda in the paper).
+        sphereface2_exponent (float, 3.0): "sphereface2": t of the similarity 2 ((cosine + 1) / 2)^t - 1, which spreads
+            out high cosines.
+        sub_centers (int, 1): rows of each speaker in the classifier, of which the nearest counts (sub-center ArcFace,
+            Deng et al. 2020).
+        hard_negatives (int, 0): how many of the nearest wrong speakers are made harder (inter-top-k, arXiv 2110.05042).
+        hard_negative_margin (float, 0.06): radians by which the angles to them are reduced.
+        prefix_weights (list | None, None): weight of each Matryoshka prefix in the loss, None for equal ones; only
+            their ratios matter.
     """
 
     model_type = "mrl_redimnet"
 
+    # The architecture. Front end
     front_end: str = "mel"
     num_mel_bins: int = 72
     hop_length: int = 160
@@ -220,15 +301,10 @@ class MRLReDimNetConfig(PretrainedConfig):
     preemphasis: bool = True
     feature_norm: str = "mean"
     front_end_eps: float = 1e-8
-    spec_augment: bool = False
-    spec_augment_repeats: int = 1
-    freq_mask_width: list[int] = field(default_factory=lambda: [0, 6])
-    time_mask_width: list[int] = field(default_factory=lambda: [0, 8])
-    freq_mask_start: int = 0
 
     network: str = "redimnet"
     base_channels: int = 16
-    stages: list[dict] = field(default_factory=lambda: [dict(stage) for stage in SIZES["b2"]["stages"]])
+    stages: list[dict] = field(default_factory=lambda: [dict(record) for record in SIZES["b2"]["stages"]])
     block_1d: str = "conv+att"
     block_2d: str = "convnext_like"
     group_divisor: int | None = 4
@@ -237,17 +313,24 @@ class MRLReDimNetConfig(PretrainedConfig):
     map_norm_groups: int | None = None
     aggregation_channels: int | None = None
     aggregation_per_bin: bool = False
-    map_dropout: float = 0.0
-    aggregation_dropout: float = 0.0
 
     pooling: str = "ASTP"
     pooling_context: bool = True
     pooling_bottleneck: int = 128
-    projection_dropout: float = 0.0
     embedding_size: int = 256
     embedding_norm: bool = False
     matryoshka_dims: list[int] = field(default_factory=lambda: [64, 128, 192, 256])
     window_seconds: float = 60.0
+
+    # What only training needs. Masks and dropout
+    spec_augment: bool = False
+    spec_augment_repeats: int = 1
+    freq_mask_width: list[int] = field(default_factory=lambda: [0, 6])
+    time_mask_width: list[int] = field(default_factory=lambda: [0, 8])
+    freq_mask_start: int = 0
+    map_dropout: float = 0.0
+    aggregation_dropout: float = 0.0
+    projection_dropout: float = 0.0
 
     num_speakers: int = 2
     loss: str = "aam"
@@ -295,6 +378,11 @@ class MRLReDimNetConfig(PretrainedConfig):
     def pooled_size(self) -> int:
         """Length of the pooled vector: one statistic per channel, or two."""
         return self.pooling_input * (1 if self.pooling in ("TAP", "TSDP") else 2)
+
+    @property
+    def hop_ms(self) -> float:
+        """Milliseconds between two frames of the front end."""
+        return 1000 * self.hop_length / SAMPLING_RATE
 
     @property
     def min_samples(self) -> int:
@@ -359,7 +447,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         for name in ("grouped_strides", "dual_maps", "map_norm_groups", "aggregation_per_bin"):
             if self.network == "redimnet" and getattr(self, name):
                 raise ValueError(f"{name}: network 'redimnet' has none, got {getattr(self, name)!r}.")
-        if self.loss != "aam" and self.label_smoothing != 0:
+        if self.loss == "sphereface2" and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing: loss {self.loss!r} has none, got {self.label_smoothing!r}, expected 0.")
 
     def _check_numbers(self):

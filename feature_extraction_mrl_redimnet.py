@@ -18,7 +18,9 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
 
     model_input_names = ["input_values", "attention_mask"]
 
-    def __init__(self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs):
+    def __init__(
+        self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs
+    ) -> None:
         kwargs.pop("feature_size", None)  # saved by the parent class; a waveform has one value per step
         super().__init__(feature_size=1, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.return_attention_mask = True
@@ -50,14 +52,13 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
         waveforms = [raw_speech] if single else list(raw_speech)
         if not waveforms:
             raise ValueError("raw_speech: an empty list, expected at least one waveform.")
-        checked = [self._checked(waveform, i) for i, waveform in enumerate(waveforms)]
+        checked = [self.checked(waveform, f"raw_speech[{i}]") for i, waveform in enumerate(waveforms)]
         return self.pad(
             BatchFeature({"input_values": checked}), padding=padding, return_tensors=return_tensors, **kwargs
         )
 
-    def _checked(self, waveform, index: int) -> np.ndarray:
-        """One waveform as float32 [samples]."""
-        where = f"raw_speech[{index}]"
+    def checked(self, waveform, where: str) -> np.ndarray:
+        """One waveform, as for a call, as float32 [samples]; raises ValueError that begins with `where`, its name."""
         if isinstance(waveform, torch.Tensor):
             waveform = waveform.detach().cpu()
             if waveform.is_floating_point():  # numpy has no bfloat16

@@ -3,38 +3,30 @@
     waveform [B, T] -> MelFrontEnd [B, frames, bins] -> ReDimNetTrunk [B, frames, channels]
                     -> statistics pooling [B, P] -> MatryoshkaProjection [B, D]
 
-One memory layout serves the whole trunk: [batch, frames, bins, channels], contiguous. The 1-D view [batch, frames,
+The whole trunk has one memory layout: [batch, frames, bins, channels], contiguous. The 1-D view [batch, frames,
 bins * channels] of a feature map is then the same memory as its 2-D view, a frequency stride is a reshape before a
 linear layer, and every norm and 1x1 layer works on the last axis. 3x3 convolutions see it as channels-last images
 with frames as height; convolutions over time alone as channels-last images of height one with frames as width.
-ReDimNet2's deeper feature maps have fewer frames, and stay so: what mixes maps repeats their frames in passing.
 
-An utterance answers the same alone and padded in a batch: whatever looks across frames is told where each one ends.
+An utterance has the same embedding alone and padded in a batch: every layer that looks across frames gets a mask.
 
-This file travels beside the weights to the Hub: torch and transformers are all it needs.
+This file is the definition of the network. It travels beside the weights to the Hub, with its configuration and what
+the models have from transformers (`pretrained_mrl_redimnet.py`): torch and transformers are all that they need. Faster
+forms of the same modules are in the package (`mrl_redimnet.speed`).
 """
 
-import contextlib
-import contextvars
-import copy
 import functools
-import itertools
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, can_return_tuple, has_file
+from transformers.utils import ModelOutput, can_return_tuple
 
 # As a Hub file this module finds its configuration beside itself; installed, under its own name. The relative import
 # comes first, so that Hub code never mixes with an installed version; the checks keep real import errors visible.
@@ -49,6 +41,7 @@ try:
         MRLReDimNetConfig,
         conv_groups,
     )
+    from .pretrained_mrl_redimnet import CheckedModel
 except ImportError:
     if __package__:
         raise
@@ -60,12 +53,12 @@ except ImportError:
         MRLReDimNetConfig,
         conv_groups,
     )
+    from pretrained_mrl_redimnet import CheckedModel
 
 MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
 PREEMPHASIS = 0.97
 LOG_FLOOR = 1e-6
 NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded stage
-HEAD_SIZES = 8  # fused attention kernels of accelerators take heads of multiples of so many channels
 
 
 @dataclass
@@ -182,7 +175,7 @@ class MelFrontEnd(nn.Module):
         # after loading, because from_pretrained leaves buffers that are not in the file uninitialised.
         for name, value in self.constants().items():
             self.register_buffer(name, value, persistent=False)
-        self.norm = ChannelBatchNorm(config.num_mel_bins) if config.feature_norm == "batch" else None
+        self.norm = BatchNorm(config.num_mel_bins) if config.feature_norm == "batch" else None
 
     def constants(self) -> dict[str, torch.Tensor]:
         """The window [512] and the mel filters [257, bins], computed anew."""
@@ -291,371 +284,78 @@ def frame_mask(lengths: torch.Tensor | None, num_frames: int, front_end: MelFron
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm of [B, C] that can be frozen: without weights to train it uses and keeps its running statistics.
+    """Batch norm over the last axis of x [B, C], [B, frames, C] or [B, frames, bins, C]; padded frames do not count.
 
-    Freezing weights alone would let the statistics of a frozen network move with the data, and an adapter trained on
-    it would not be the same when loaded again.
-
-    `synchronised` (see `synchronise_batch_norms`): where it learns in several processes of torch.distributed, the batch
-    is that of all of them. torch.nn.SyncBatchNorm does the same, but on GPUs alone.
+    It learns only where its weights do: a frozen norm uses its running statistics and leaves them as they are. Freezing
+    weights alone would let the statistics of a frozen network move with the data, and an adapter trained on it would
+    not be the same when loaded again.
     """
 
-    synchronised = False
+    keeps_statistics = False  # true while gradient checkpointing repeats a forward pass, whose batch has been counted
 
     @property
     def learns(self) -> bool:
-        """Whether this forward normalises by the batch, and moves the running statistics towards it."""
+        """Whether this forward pass normalises by the batch, and moves the running statistics towards it."""
         return self.training and self.weight.requires_grad
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.normaliser(x)(x)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., C], normalised; with a mask and x [B, frames, ..., C], padded frames come out as zeros while it
+        learns.
 
-    def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What normalises x [..., C]. Where it learns: by x's own statistics, which move the running ones once; to call
-        it again computes the same anew.
-
-        mask: as for x [B, frames, ..., C]; where the norm learns, padded frames count for nothing and come out as
-        zeros. Raises ValueError for a single value per channel (on accelerators the mask is not looked at for that).
+        Raises ValueError for a batch with a single value per channel.
         """
         if not self.learns:
-            scale, shift = (part.to(self.weight.dtype) for part in self.scale_and_shift())
-            return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)
-        joint = self.synchronised and _processes() > 1
-        if not joint:
-            self._check_count(x)
-        if _cpu_kernels(x):
-            return self._normaliser_on_cpu(x, mask, joint)
-        if mask is None and not joint:
-            return self._fused_normaliser()
-        return self._composed_normaliser(x, mask, joint)
+            scale, shift = self.scale_and_shift()
+            return torch.addcmul(shift.to(self.weight.dtype), x, scale.to(self.weight.dtype)).to(x.dtype)
+        self.check_count(x)
+        if mask is None:
+            rows, momentum = x.reshape(-1, self.num_features), self.next_momentum()
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(rows, *statistics, self.weight, self.bias, True, momentum, self.eps).reshape(x.shape)
+        mean, variance, count = self.batch_statistics(x, mask)
+        self.move_statistics(mean, variance, count)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        y = torch.addcmul(self.bias - mean * scale, zero_padding(x, mask), scale)
+        return zero_padding(y.to(x.dtype), mask)
+
+    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor):
+        """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
+        least."""
+        wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
+        x = zero_padding(x, mask)  # padding may be NaN
+        count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
+        mean = x.sum(dims, dtype=wide) / count.clamp(min=1)
+        squares = zero_padding((x.to(wide) - mean).square(), mask)
+        return mean, squares.sum(dims) / count.clamp(min=1), count
+
+    @torch.no_grad()
+    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
+        """Moves the running statistics towards a batch's, as torch's own norm: by the unbiased variance."""
+        momentum = self.next_momentum()
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), momentum)
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it does while it does not learn: x * scale [C] + shift [C], both in float32 at least, because float16
-        could not hold what lies between."""
+        """What it does while it does not learn: x * scale [C] + shift [C], in float32 at least, because float16 could
+        not hold what lies between."""
         wide = torch.promote_types(self.running_var.dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         return scale, self.bias.to(wide) - self.running_mean.to(wide) * scale
 
-    def _fused_normaliser(self):
-        """By torch's own batch norm: one operation forward, one backward."""
-        moving = [(self.running_mean, self.running_var, self._share_of_batch())]
-
-        def normalise(x):
-            mean, variance, share = moving.pop() if moving else (None, None, 0.0)
-            rows = x.reshape(-1, self.num_features)
-            return F.batch_norm(rows, mean, variance, self.weight, self.bias, True, share, self.eps).reshape(x.shape)
-
-        return normalise
-
-    def _composed_normaliser(self, x, mask, joint: bool):
-        """By operators that autograd differentiates: with padding to leave out, or a batch in several processes."""
-        mean, variance, count = _statistics(zero_padding(x, mask), mask)  # zeros first: padding may be NaN
-        if joint:
-            rows = mean.new_zeros(_processes(), 2 * self.num_features + 1)
-            rows[dist.get_rank()] = torch.cat([mean, variance, count])
-            mean, variance, count = _pooled(*_SumOverProcesses.apply(rows).split([len(mean), len(mean), 1], dim=1))
-        with torch.no_grad():
-            self._move_statistics(mean, variance, count)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return lambda x: zero_padding(torch.addcmul(shift, zero_padding(x, mask), scale).to(x.dtype), mask)
-
-    def _normaliser_on_cpu(self, x, mask, joint: bool):
-        """By kernels that are faster and lose fewer digits there."""
-
-        def valid(x):
-            return x if mask is None else x[mask[..., 0]][:, None]
-
-        with torch.no_grad():
-            rows = valid(x)
-            if not joint:
-                self._check_count(rows)
-            mean, variance, count = _statistics_on_cpu(rows, self.num_features, joint)
-            self._move_statistics(mean, variance, count)
-            slope = (variance + self.eps).rsqrt()
-
-        def normalise(x):
-            y = _NormaliseByBatch.apply(valid(x), self.weight, self.bias, mean, slope, count, joint)
-            if mask is None:
-                return y
-            return torch.zeros_like(x).masked_scatter(mask.view(*mask.shape[:2], *[1] * (x.dim() - 2)), y)
-
-        return normalise
-
-    def _check_count(self, x: torch.Tensor):
+    def check_count(self, x: torch.Tensor):
+        """Raises ValueError where there is a single value per channel, which has no variance."""
         if x.numel() < 2 * self.num_features:
             raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
 
-    def _share_of_batch(self) -> float:
-        """By how much the running statistics move towards this batch's, which is counted; as torch's own."""
-        if not torch.compiler.is_compiling() and not _tracking.get():
-            return 0.0  # not by other arguments to torch: checkpointing counts the tensors that each layer saves
+    def next_momentum(self) -> float:
+        """By how much the running statistics move towards the next batch, which is counted here. Without a momentum
+        they are the mean over all batches."""
+        if self.keeps_statistics:
+            return 0.0
         if self.num_batches_tracked is None:
             return self.momentum
         self.num_batches_tracked.add_(1)
         return 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-
-    def _move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
-        """As torch's own: by the unbiased variance; a plain mean over all batches without momentum."""
-        share = self._share_of_batch()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), share)
-
-
-def _cpu_kernels(x: torch.Tensor) -> bool:
-    """Whether x takes the paths that were written for CPUs, with gradients by hand. All else (accelerators, compiled
-    graphs) has torch's public operators and autograd."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _statistics(x: torch.Tensor, mask: torch.Tensor | None):
-    """Over all valid places of x [B, ..., C], zero elsewhere: mean [C], biased variance [C], count [1], in float32 at
-    least."""
-    wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
-    places = math.prod(x.shape[:-1])
-    if mask is None:
-        count = x.new_full((1,), places, dtype=wide)
-    else:
-        count = mask.sum(dtype=wide).view(1) * (places // max(1, mask.numel()))
-    divisor = count.clamp(min=1)  # this process's share of a joint batch may be empty
-    mean = x.sum(dims, dtype=wide) / divisor
-    centre = functools.partial(_centred, x, mean)
-    return mean, zero_padding(lean(torch.square, centre(), centre), mask).sum(dims) / divisor, count
-
-
-def _centred(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    return x.to(mean.dtype) - mean
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' x, of which the gradient is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-def _columns(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """x [rows, ..., C] as a table of many columns [rows, ... * C], float32 or wider: torch's kernels add up each column
-    row by row, which over the rows of [rows * ..., C] costs digits, and time where C is no multiple of 16."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.flatten(0, 1).flatten(1) if x.dim() == 4 else x.reshape(-1, channels)
-
-
-def _statistics_on_cpu(x: torch.Tensor, channels: int, joint: bool):
-    """Over all but the last axis of x: mean [C], biased variance [C], count []; `joint`: of all processes."""
-    table = _columns(x, channels)
-    if len(table) == 0:  # this process's share of a joint batch
-        means = variances = table.new_zeros(channels)
-    else:
-        means, variances = torch.batch_norm_update_stats(table, None, None, 0.0)
-    counts = means.new_full((means.numel() // channels, 1), len(table))
-    means, variances = means.view(-1, channels), variances.view(-1, channels)
-    if joint:
-        # Each process's mean and squares around it rather than sums of squares, whose differences lose digits.
-        mean, variance, count = _pooled(means, variances, counts)
-        rows = means.new_zeros(_processes(), 2 * channels + 1)
-        rows[dist.get_rank()] = torch.cat([mean, variance, count])
-        dist.all_reduce(rows)  # a collective that every backend has on every device
-        means, variances, counts = rows.split([channels, channels, 1], dim=1)
-    mean, variance, count = _pooled(means, variances, counts)
-    return mean, variance, count[0]
-
-
-def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
-    """Mean [C], biased variance [C] and count [1] of parts' [parts, C], [parts, C], [parts, 1] together."""
-    count = counts.sum(0)
-    mean = (means * counts).sum(0) / count.clamp(min=1)
-    return mean, ((variances + (means - mean).square()) * counts).sum(0) / count.clamp(min=1), count
-
-
-class _NormaliseByBatch(torch.autograd.Function):
-    """On CPUs, (x - mean) * slope * weight + bias for the mean and slope of x itself, or of all processes' x where
-    `joint`.
-
-    The backward pass is that of the sum of all processes' losses, so that gradients averaged over processes (as by
-    DistributedDataParallel) are those of one process with the joined batch and the mean of the losses.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, slope, count, joint):
-        ctx.save_for_backward(x, weight, mean, slope, count)
-        ctx.joint = joint
-        scale = slope * weight
-        return torch.addcmul(bias - mean * scale, x, scale).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        x, weight, mean, slope, count = ctx.saved_tensors
-        channels = len(weight)
-        table, rows = _columns(x, channels), _columns(grad, channels)
-        repeats = table.shape[1] // channels
-        # Only on CPUs does this give the last two without a weight; CUDA's gives empty ones.
-        _, own_weight, own_bias = torch.ops.aten.native_batch_norm_backward(
-            rows, table, None, None, None, mean.repeat(repeats), slope.repeat(repeats), True, 0.0, [False, True, True]
-        )
-        own = torch.stack([own_bias, own_weight]).view(2, -1, channels).sum(1)
-        sums = own.clone()
-        if ctx.joint:
-            dist.all_reduce(sums)
-        # scale * (grad - (sums[0] + normal * sums[1]) / count), normal = (x - mean) * slope, in two passes
-        scale = slope * weight
-        along_x = -scale * slope * sums[1] / count
-        grad_x = torch.addcmul(-scale * sums[0] / count - along_x * mean, x, along_x).addcmul_(grad, scale)
-        return grad_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None, None, None
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def synchronise_batch_norms(model: nn.Module, on: bool = True):
-    """Lets all batch norms of `model` that learn see the batch of all processes of torch.distributed, or no longer.
-
-    All processes must then call the model equally often. With one process nothing changes.
-    """
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.synchronised = on
-
-
-class ChannelBatchNorm(BatchNorm):
-    """`BatchNorm` over the last axis of [B, frames, C] or [B, frames, bins, C]; padded frames count for nothing."""
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.normaliser(x, mask)(x)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory of the backward pass
-
-
-_recomputing = contextvars.ContextVar("recomputing", default=True)  # whether `lean` does
-_tracking = contextvars.ContextVar("tracking", default=True)  # whether batch norms move their running statistics
-
-
-@contextlib.contextmanager
-def _keeping_all():
-    """`lean` keeps everything: gradient checkpointing frees it, which it could not do with what a recipe holds."""
-    token = _recomputing.set(False)
-    try:
-        yield
-    finally:
-        _recomputing.reset(token)
-
-
-@contextlib.contextmanager
-def _again():
-    """The second forward pass of gradient checkpointing: batch norms compute as always, but keep their statistics."""
-    token = _tracking.set(False)
-    try:
-        with _keeping_all():
-            yield
-    finally:
-        _tracking.reset(token)
-
-
-def _checkpointing_contexts():
-    """Of the first and of the second forward pass, as torch's checkpointing asks for them."""
-    return _keeping_all(), _again()
-
-
-def lean(function: Callable, x: torch.Tensor, recipe: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """function(x), for whose backward pass `recipe` computes x anew instead of x being kept.
-
-    For an x that is cheap to compute from what is kept anyway. The recipe must give x again, memory layout included.
-    """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and _recomputing.get()):
-        return function(x)
-    storage = x.untyped_storage().data_ptr()
-    device = x.device.type
-    autocast = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-
-    def pack(kept):
-        if kept.untyped_storage().data_ptr() != storage:
-            return kept
-        return kept.size(), kept.stride(), kept.storage_offset()
-
-    def unpack(kept):
-        if isinstance(kept, torch.Tensor):
-            return kept
-        with torch.no_grad(), torch.autocast(device, **autocast):  # the backward pass may come when autocast is over
-            return recipe().as_strided(*kept)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return function(x)
-
-
-ONEDNN_FLOOR = 20480  # numbers in an input; torch keeps smaller convolutions from oneDNN (2.11, use_mkldnn)
-
-
-class Pointwise(nn.Linear):
-    """A linear layer over the last axis of x [B, frames, ..., C], which on CPUs runs as a 1x1 convolution.
-
-    The arithmetic is the same, the library is not: torch gives float32 products to BLAS and convolutions to oneDNN,
-    which was up to twice as fast where it was tried (AVX-512).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return pointwise(x, self.weight, self.bias)
-
-
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What `Pointwise` does."""
-    if not _cpu_kernels(x) or x.numel() <= ONEDNN_FLOOR:
-        return F.linear(x, weight, bias)
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _convolve_rows(x, weight, bias)
-    return _PointwiseByConvolution.apply(x, weight, bias)
-
-
-class _PointwiseByConvolution(torch.autograd.Function):
-    """A linear layer of x [B, ..., C] by convolutions; backwards, too, where the gradient of x is one by the transpose,
-    which oneDNN computes up to four times as fast as the backward pass of the convolution it is."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        y = _convolve_rows(x, weight, bias)
-        # Not as a view of the image: what calls this (PEFT's AdaLoRA) may write into it, as it may with nn.Linear's.
-        return y.new_empty(0).set_(y.untyped_storage(), 0, y.shape, y.stride())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad
-        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            _as_image(grad), _as_image(x), weight[..., None, None], [len(weight)], [1, 1], [0, 0], NO_DILATION, False,
-            [0, 0], 1, [False, *needs],
-        )  # fmt: skip
-        grad_weight = grad_weight if grad_weight is None else grad_weight[..., 0, 0]
-        return _convolve_rows(grad, weight.T, None) if needs_x else None, grad_weight, grad_bias
-
-
-# A 1x1 kernel cannot be dilated, but then torch (2.11, use_mkldnn) hands oneDNN small batches on one thread, too.
-NO_DILATION = [2, 2]
-
-
-def _convolve_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y = F.conv2d(_as_image(x), weight[..., None, None], bias, dilation=NO_DILATION)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-def _as_image(x: torch.Tensor) -> torch.Tensor:
-    """x [B, ..., C] as an image of height one, [B, C, 1, rows], channels last."""
-    return x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -666,75 +366,9 @@ def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> t
 def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
     image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
-    # So few, channels last in bfloat16: on AVX-512 oneDNN (torch 2.11) never returns.
     if x.shape[-1] < 20 and x.device.type == "cpu":
-        image = image.contiguous()
+        image = image.contiguous()  # channels last, so few of them in bfloat16 never return on some CPUs
     return conv(image)[:, :, 0].transpose(1, 2)
-
-
-def convolve_each_then_normalise(convolve: Callable, convs: list[nn.Module], norm: ChannelBatchNorm, x, mask):
-    """`convolve_then_normalise` of several convolutions of x, their channels side by side."""
-    if len(convs) == 1:
-        return convolve_then_normalise(convolve, convs[0], norm, x, mask)
-    y = torch.cat([convolve(conv, x, mask) for conv in convs], dim=-1)
-    return y, norm.normaliser(y, mask)
-
-
-def along_channels(layer: Callable, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """layer(x) of a layer that looks at no other frame."""
-    return layer(x)
-
-
-def convolve_then_normalise(convolve: Callable, conv: nn.Module, norm: ChannelBatchNorm, x, mask):
-    """convolve(conv, x, mask) -> y, and what makes y the normalised one: `norm`'s normaliser of y; or nothing more,
-    where `norm` does not learn and is folded into the kernel, which saves a pass over memory.
-
-    Anything but a plain convolution or 1x1 layer (an adapter's) has more to it than a kernel, and is called as it is.
-    """
-    if norm.learns or not isinstance(conv, (nn.Conv2d, Pointwise)):
-        y = convolve(conv, x, mask)
-        return y, norm.normaliser(y, mask)
-    scale, shift = norm.scale_and_shift()
-    kernel = (conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))).to(conv.weight.dtype)
-    bias = (shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)).to(conv.weight.dtype)
-
-    def folded(x):
-        if isinstance(conv, Pointwise):
-            return pointwise(x, kernel, bias)
-        return F.conv2d(x, kernel, bias, padding=conv.padding, groups=conv.groups)
-
-    return convolve(folded, x, mask), lambda y: y
-
-
-def activated_pointwise(pointwise: Callable, act: Callable, y: torch.Tensor, normalise: Callable) -> torch.Tensor:
-    """pointwise(act(normalise(y))), of which the backward pass keeps y alone."""
-    normal = normalise(y)
-    activated = act(normal) if normal is y else lean(act, normal, lambda: normalise(y))
-    return lean(pointwise, activated, lambda: act(normalise(y)))
-
-
-def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x + y for a y that nothing else needs: in its memory, unless a backward pass will come or the sum is of a wider
-    type than y (autocast on CUDA gives norms in float32)."""
-    return x + y if y.requires_grad or torch.promote_types(x.dtype, y.dtype) != y.dtype else y.add_(x)
-
-
-class GroupedConv(nn.Conv2d):
-    """A convolution in groups; with 1x1 kernels it runs as a full one with zeros, as grouped ones are slow in torch."""
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """image [B, channels, height, width], channels last in memory."""
-        if self.kernel_size != (1, 1):
-            return super().forward(image)
-        blocks = self.weight.view(self.groups, -1, self.in_channels // self.groups)
-        places = torch.eye(self.groups, dtype=blocks.dtype, device=blocks.device)
-        full = torch.einsum("goi,gh->gohi", blocks, places).reshape(self.out_channels, self.in_channels)
-        return pointwise(image.permute(0, 2, 3, 1), full, self.bias).permute(0, 3, 1, 2)
-
-
-def rectified(y: torch.Tensor) -> torch.Tensor:
-    """relu(y) for a y that nothing else needs: in its memory, unless a backward pass will come."""
-    return F.relu(y) if y.requires_grad else y.relu_()
 
 
 def image_conv(
@@ -756,27 +390,28 @@ class ConvNeXtBlock2d(nn.Module):
     kernels over (bins, frames): others than 3x3, or convolutions of several of them side by side.
     """
 
-    def __init__(self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),)):
+    def __init__(
+        self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),), activation=nn.GELU
+    ):
         super().__init__()
         self.conv, *others = (image_conv(channels, channels, config.group_divisor, kernel=k) for k in kernels)
         self.other_convs = nn.ModuleList(others)
-        self.norm = ChannelBatchNorm(channels * len(kernels))
-        self.act = nn.ReLU() if config.block_2d == "convnext_like_relu" else nn.GELU()
-        self.pointwise = Pointwise(channels * len(kernels), channels)
+        self.norm = BatchNorm(channels * len(kernels))
+        self.act = activation()
+        self.pointwise = nn.Linear(channels * len(kernels), channels)
 
     def forward(self, x, mask):
-        convs = [self.conv, *self.other_convs]
-        y, normalise = convolve_each_then_normalise(conv_image, convs, self.norm, x, mask)
-        return residual(x, activated_pointwise(self.pointwise, self.act, y, normalise))
+        y = torch.cat([conv_image(conv, x, mask) for conv in (self.conv, *self.other_convs)], dim=-1)
+        return x + self.pointwise(self.act(self.norm(y, mask)))
 
 
 class BinSqueezeExcitation(nn.Module):
-    """Scales each frequency bin of x [B, frames, bins, C] by a gate seen from all bins' means ("_fwse")."""
+    """Scales each frequency bin of x [B, frames, bins, C] by a gate computed from the means of all bins ("_fwse")."""
 
     def __init__(self, bins: int, hidden: int):
         super().__init__()
-        self.squeeze = Pointwise(bins, hidden)
-        self.excite = Pointwise(hidden, bins)
+        self.squeeze = nn.Linear(bins, hidden)
+        self.excite = nn.Linear(hidden, bins)
 
     def forward(self, x, mask):
         mean = masked_mean(x.mean(-1), mask)  # [B, 1, bins]
@@ -790,36 +425,31 @@ class ResNetBlock2d(nn.Module):
     The published networks put ReLU before the first norm. Ungrouped blocks have no pointwise layers.
     """
 
-    def __init__(self, config, channels: int, bins: int):
+    def __init__(self, config, channels: int, bins: int, bin_gate: bool = False):
         super().__init__()
         grouped = config.group_divisor is not None
         self.conv1 = image_conv(channels, channels, config.group_divisor, bias=False)
-        self.pointwise1 = Pointwise(channels, channels) if grouped else nn.Identity()
-        self.norm1 = ChannelBatchNorm(channels)
+        self.pointwise1 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.norm1 = BatchNorm(channels)
         self.conv2 = image_conv(channels, channels, config.group_divisor, bias=False)
-        self.pointwise2 = Pointwise(channels, channels) if grouped else nn.Identity()
-        self.norm2 = ChannelBatchNorm(channels)
-        squeeze = config.block_2d == "basic_resnet_fwse"
-        self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if squeeze else None
+        self.pointwise2 = nn.Linear(channels, channels) if grouped else nn.Identity()
+        self.norm2 = BatchNorm(channels)
+        self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if bin_gate else None
 
     def forward(self, x, mask):
-        y = conv_image(self.conv1, x, mask)
-        y = rectified(lean(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
-        normalise = self.norm1.normaliser(y, mask)
-        recipe = functools.partial(normalise, y)
-        y = lean(lambda normal: conv_image(self.conv2, normal, mask), recipe(), recipe)
-        y, normalise = convolve_then_normalise(along_channels, self.pointwise2, self.norm2, y, mask)
-        y = normalise(y)
+        y = F.relu(self.pointwise1(conv_image(self.conv1, x, mask)))
+        y = self.pointwise2(conv_image(self.conv2, self.norm1(y, mask), mask))
+        y = self.norm2(y, mask)
         if self.bin_gate is not None:
             y = self.bin_gate(y, mask)
-        return rectified(residual(x, y))
+        return F.relu(x + y)
 
 
 BLOCKS_2D = {
     "convnext_like": ConvNeXtBlock2d,
-    "convnext_like_relu": ConvNeXtBlock2d,
+    "convnext_like_relu": functools.partial(ConvNeXtBlock2d, activation=nn.ReLU),
     "basic_resnet": ResNetBlock2d,
-    "basic_resnet_fwse": ResNetBlock2d,
+    "basic_resnet_fwse": functools.partial(ResNetBlock2d, bin_gate=True),
 }
 
 
@@ -829,25 +459,23 @@ class Squeeze2d(nn.Module):
     def __init__(self, config, channels_in: int, channels_out: int):
         super().__init__()
         self.conv = image_conv(channels_in, channels_out, config.group_divisor)
-        self.norm = ChannelBatchNorm(channels_out, eps=NORM_EPS)
-        self.pointwise = Pointwise(channels_out, channels_out)
+        self.norm = BatchNorm(channels_out, eps=NORM_EPS)
+        self.pointwise = nn.Linear(channels_out, channels_out)
 
     def forward(self, x, mask):
-        y, normalise = convolve_then_normalise(conv_image, self.conv, self.norm, x, mask)
-        return activated_pointwise(self.pointwise, F.gelu, y, normalise)
+        return self.pointwise(F.gelu(self.norm(conv_image(self.conv, x, mask), mask)))
 
 
 class LinearSqueeze2d(nn.Module):
-    """The same without context or curve ("redimnet2")."""
+    """The same by a 1x1 layer and a norm, without a 3x3 convolution or an activation ("redimnet2")."""
 
     def __init__(self, config, channels_in: int, channels_out: int):
         super().__init__()
-        self.pointwise = Pointwise(channels_in, channels_out)
-        self.norm = ChannelBatchNorm(channels_out, eps=NORM_EPS)
+        self.pointwise = nn.Linear(channels_in, channels_out)
+        self.norm = BatchNorm(channels_out, eps=NORM_EPS)
 
     def forward(self, x, mask):
-        y, normalise = convolve_then_normalise(along_channels, self.pointwise, self.norm, x, mask)
-        return normalise(y)
+        return self.norm(self.pointwise(x), mask)
 
 
 SQUEEZES = {"redimnet": Squeeze2d, "redimnet2": LinearSqueeze2d}
@@ -859,12 +487,12 @@ class ConvNeXtBlock1d(nn.Module):
     def __init__(self, channels: int, kernels: tuple[int, ...]):
         super().__init__()
         self.convs = nn.ModuleList(depthwise_time_conv(channels, kernel) for kernel in kernels)
-        self.norm = ChannelBatchNorm(channels * len(kernels))
-        self.pointwise = Pointwise(channels * len(kernels), channels)
+        self.norm = BatchNorm(channels * len(kernels))
+        self.pointwise = nn.Linear(channels * len(kernels), channels)
 
     def forward(self, x, mask):
-        y, normalise = convolve_each_then_normalise(conv_time, self.convs, self.norm, x, mask)
-        return residual(x, activated_pointwise(self.pointwise, F.gelu, y, normalise))
+        y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
+        return x + self.pointwise(F.gelu(self.norm(y, mask)))
 
 
 class ConvPosition(nn.Module):
@@ -876,22 +504,7 @@ class ConvPosition(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x, mask):
-        return residual(x, self.norm(conv_time(self.conv, x, mask)))
-
-
-def attention(q, k, v, keys: torch.Tensor | None, multiple: int | None = None) -> torch.Tensor:
-    """Softmax attention of q, k, v [B, heads, frames, size]; keys [B, 1, 1, frames] true where a key counts, or None.
-
-    Heads are widened by zeros to a multiple of so many channels, which changes no product. By default they are on
-    accelerators: fused kernels refuse other sizes there (ours go from 5 to 27), and without them a layer holds a number
-    for every pair of frames.
-    """
-    size = q.shape[-1]
-    missing = -size % ((1 if q.device.type == "cpu" else HEAD_SIZES) if multiple is None else multiple)
-    if not missing:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
-    q, k, v = (F.pad(part, (0, missing)) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=size**-0.5)[..., :size]
+        return x + self.norm(conv_time(self.conv, x, mask))
 
 
 class TransformerLayer(nn.Module):
@@ -899,13 +512,13 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.q_proj = Pointwise(channels, channels)
-        self.k_proj = Pointwise(channels, channels)
-        self.v_proj = Pointwise(channels, channels)
-        self.out_proj = Pointwise(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
         self.attention_norm = nn.LayerNorm(channels, eps=NORM_EPS)
-        self.ffn_in = Pointwise(channels, hidden)
-        self.ffn_out = Pointwise(hidden, channels)
+        self.ffn_in = nn.Linear(channels, hidden)
+        self.ffn_out = nn.Linear(hidden, channels)
         self.ffn_norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x, mask):
@@ -914,10 +527,14 @@ class TransformerLayer(nn.Module):
             proj(x).unflatten(-1, (ATTENTION_HEADS, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys = None if mask is None else mask[:, None, None, :, 0]
-        attended = attention(q, k, v, keys).transpose(1, 2).flatten(2)
-        x = self.attention_norm(residual(x, self.out_proj(attended)))
-        return self.ffn_norm(residual(x, self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh"))))
+        attended = self.attend(q, k, v, None if mask is None else mask[:, None, None, :, 0])
+        x = self.attention_norm(x + self.out_proj(attended.transpose(1, 2).flatten(2)))
+        return self.ffn_norm(x + self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh")))
+
+    def attend(self, q, k, v, keys: torch.Tensor | None) -> torch.Tensor:
+        """q, k, v [B, heads, frames, size] -> the same shape; keys [B, 1, 1, frames] true where a key counts, or
+        None."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
 
 
 class FeedForward1d(nn.Module):
@@ -925,9 +542,9 @@ class FeedForward1d(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.widen = Pointwise(channels, 2 * channels)
+        self.widen = nn.Linear(channels, 2 * channels)
         self.norm = nn.LayerNorm(2 * channels, eps=NORM_EPS)
-        self.narrow = Pointwise(2 * channels, channels)
+        self.narrow = nn.Linear(2 * channels, channels)
 
     def forward(self, x, mask):
         return self.narrow(F.gelu(self.norm(self.widen(x))))
@@ -948,104 +565,69 @@ class TimeContext(nn.Module):
     def __init__(self, config, reduction: int):
         super().__init__()
         hidden = config.trunk_width // reduction
-        self.reduce = Pointwise(config.trunk_width, hidden)
+        self.reduce = nn.Linear(config.trunk_width, hidden)
         self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)
         self.layers = nn.ModuleList(BLOCKS_1D[config.block_1d](hidden))
-        self.expand = Pointwise(hidden, config.trunk_width)
+        self.expand = nn.Linear(hidden, config.trunk_width)
 
     def forward(self, x, mask):
         y = self.norm(self.reduce(x))
         for layer in self.layers:
             y = layer(y, mask)
-        return residual(x, self.expand(y))
-
-
-class FeatureMap(NamedTuple):
-    """One of the trunk's maps: values * scale + shift, each of its frames as often as its stride says.
-
-    values [B, frames / stride, width]; scale, shift [B, 1, width] of its norm, None of a map without one.
-    """
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-
-    def whole(self) -> torch.Tensor:
-        """The normalised values."""
-        if self.scale is None:
-            return self.values
-        return torch.addcmul(self.shift, self.values, self.scale).to(self.values.dtype)
+        return x + self.expand(y)
 
 
 class MapNorm(nn.GroupNorm):
-    """Group norm of a feature map, over frames and within groups of neighbouring channels.
+    """Group norm of a feature map x [B, frames, width] over valid frames and within groups of neighbouring channels."""
 
-    Repeated frames have the statistics of single ones, and what mixes maps multiplies them by weights anyway: the norm
-    is one reading pass over the shortest form of a map.
-    """
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> FeatureMap:
-        """x [B, frames, width] -> the map that it is, normalised."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = masked_mean(values, mask)
-        centre = functools.partial(torch.sub, values, mean)
-        variance = masked_mean(lean(torch.square, centre(), centre), mask)
+        variance = masked_mean((values - mean).square(), mask)
+        # Of each group: the mean over its channels, and the variance within and between them.
         mean, variance = (part.unflatten(-1, (self.num_groups, -1)) for part in (mean, variance))
         middle = mean.mean(-1, keepdim=True)
         slope = ((variance + (mean - middle).square()).mean(-1, keepdim=True) + self.eps).rsqrt()
         scale = self.weight * slope.expand_as(mean).flatten(2)
-        return FeatureMap(x, scale, self.bias - middle.expand_as(mean).flatten(2) * scale)
+        return torch.addcmul(self.bias - middle.expand_as(mean).flatten(2) * scale, values, scale).to(x.dtype)
 
 
-class PlainMap(nn.Module):
-    """In the place of `MapNorm` where maps have none."""
+class NoMapNorm(nn.Module):
+    """Takes the place of `MapNorm` in networks whose maps have no norm."""
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> FeatureMap:
-        return FeatureMap(x)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return x
 
 
 def map_norm(config) -> nn.Module:
-    """What makes x [B, frames, width] a map: its own norm, if maps have norms."""
+    """The norm of a feature map, if the network's maps have one."""
     groups = config.map_norm_groups
-    return PlainMap() if groups is None else MapNorm(groups, config.trunk_width)
+    return NoMapNorm() if groups is None else MapNorm(groups, config.trunk_width)
 
 
 class MapMix(nn.Module):
     """Softmax-weighted sum of earlier feature maps, a weight per map and channel: [B, frames, width].
 
-    strides: frames that a frame of each map stands for, each a multiple of the one before.
+    strides: how many of the sum's frames a frame of each map stands for; such a frame is repeated.
     """
 
     def __init__(self, strides: list[int], width: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(len(strides), width))
-        # How many frames of each map one of the next covers.
-        self.repeats = [later // earlier for earlier, later in itertools.pairwise(strides)] + [1]
+        self.strides = strides
 
-    def forward(self, maps: list[FeatureMap]) -> torch.Tensor:
-        weights = self.logits.softmax(0)
-        shifts = [weight * part.shift for part, weight in zip(maps, weights, strict=True) if part.shift is not None]
-        mixed, split = None, ()
-        # From the fewest frames to the most, so that coarse sums are repeated, not coarse maps one by one.
-        for part, weight, repeat in reversed(list(zip(maps, weights, self.repeats, strict=True))):
-            split = (*split, repeat) if repeat > 1 else split
-            x = part.values.unflatten(1, (-1, *split)) if split else part.values
-            if part.scale is not None:
-                weight = (weight * part.scale).unflatten(1, [1] * (1 + len(split)))
-            weight = weight.to(x.dtype)
-            if mixed is None:
-                mixed = x * weight if not shifts else torch.addcmul(sum(shifts).to(x.dtype), x, weight)
-            elif repeat > 1:
-                mixed = torch.addcmul(mixed.unsqueeze(-2), x, weight)
-            else:
-                mixed.addcmul_(x, weight)  # in place: nothing needs the partial sums again
-        return mixed.flatten(1, -2)
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        weights, mixed = self.logits.softmax(0), 0.0
+        for x, weight, stride in zip(maps, weights, self.strides, strict=True):
+            weighted = x * weight.to(x.dtype)
+            mixed = mixed + (weighted.repeat_interleave(stride, dim=1) if stride > 1 else weighted)
+        return mixed
 
 
 class Stage(GradientCheckpointingLayer):
     """Mixes all earlier maps, strides over frequency and time, 2-D blocks, then the 1-D block: the next map, or two.
 
-    The answer is not added to the input: later mixing does that.
+    There is no residual connection here: later stages mix the maps of all earlier ones.
     """
 
     def __init__(self, config, index: int):
@@ -1060,9 +642,9 @@ class Stage(GradientCheckpointingLayer):
         groups = config.stride_groups(index)
         self.grouped = groups > 1
         if self.grouped:
-            self.stride = GroupedConv(self.channels_in, width, kernel, stride=kernel, groups=groups)
+            self.stride = nn.Conv2d(self.channels_in, width, kernel, stride=kernel, groups=groups)
         else:  # a convolution that strides by its kernel is a linear layer on neighbouring places side by side
-            self.stride = Pointwise(math.prod(kernel) * self.channels_in, width)
+            self.stride = nn.Linear(math.prod(kernel) * self.channels_in, width)
         block = functools.partial(BLOCKS_2D[config.block_2d], config, width, self.bins)
         if "kernels" in stage:
             block = functools.partial(block, kernels=stage["kernels"])
@@ -1074,10 +656,10 @@ class Stage(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.map_dropout)
         self.norms = nn.ModuleList(map_norm(config) for _ in range(1 + self.keeps_both))
 
-    def forward(self, maps: list[FeatureMap], mask: torch.Tensor | None) -> list[FeatureMap]:
+    def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
         """mask: of the stem's map, cut as by `whole_frames`."""
         mask = None if mask is None else mask[:, :: self.time_stride]
-        x = self._strided(maps[0].whole() if self.mix is None else self.mix(maps))
+        x = self._strided(maps[0] if self.mix is None else self.mix(maps))
         for block in self.blocks:
             x = block(x, mask)
         if self.squeeze is not None:
@@ -1107,7 +689,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(config.base_channels, eps=NORM_EPS)
         self.map_norm = map_norm(config)
 
-    def forward(self, features, mask) -> FeatureMap:
+    def forward(self, features, mask) -> torch.Tensor:
         x = features.to(self.conv.weight.dtype)[..., None]
         return self.map_norm(self.norm(conv_image(self.conv, x, mask)).flatten(2), mask)
 
@@ -1126,8 +708,8 @@ class ReDimNetTrunk(nn.Module):
         self.bins = config.stage_shapes()[-1][-1] if config.aggregation_per_bin else 1
         wide = config.aggregation_channels
         normed = wide is not None and config.network == "redimnet"
-        self.aggregate = None if wide is None else Pointwise(config.trunk_width // self.bins, wide)
-        self.aggregate_norm = ChannelBatchNorm(wide) if normed else None
+        self.aggregate = None if wide is None else nn.Linear(config.trunk_width // self.bins, wide)
+        self.aggregate_norm = BatchNorm(wide) if normed else None
         self.dropout = nn.Dropout(config.aggregation_dropout)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -1168,12 +750,12 @@ class AttentiveStatisticsPooling(nn.Module):
     def __init__(self, config):
         super().__init__()
         channels = config.pooling_input
-        self.attention_in = Pointwise(channels, config.pooling_bottleneck)
+        self.attention_in = nn.Linear(channels, config.pooling_bottleneck)
         # The utterance's mean and deviation are the same for all frames: their share is computed once, not per frame.
         self.context_in = (
-            Pointwise(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
+            nn.Linear(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
         )
-        self.attention_out = Pointwise(config.pooling_bottleneck, channels)
+        self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
 
     def forward(self, x, mask):
         hidden = self.attention_in(x)
@@ -1225,8 +807,7 @@ class MatryoshkaProjection(nn.Module):
 # Speaker losses
 
 
-NORM_FLOOR = 1e-12  # of a squared norm
-CACHED_NUMBERS = 2**20  # of float32, a block of a matrix; half or twice as many take about as long
+NORM_FLOOR = 1e-6  # of the norm of an embedding or a row
 
 
 def angular_margin(cosine: torch.Tensor, margin: float) -> torch.Tensor:
@@ -1252,69 +833,26 @@ def _sine(cosine: torch.Tensor) -> torch.Tensor:
     return (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
 
 
-def _with_slope(curve: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """curve(*inputs), and the gradient of its sum by each input; nothing of it in any graph around."""
-    with torch.enable_grad():
-        inputs = [value.detach().requires_grad_() for value in inputs]
-        output = curve(*inputs)
-        return output.detach(), *torch.autograd.grad(output.sum(), inputs)
-
-
 def harder_negatives(logits, labels, count: int, margin: float, scale: float) -> torch.Tensor:
-    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): logits with `angular_gain` on the `count` largest of each row's
-    wrong speakers (all of them, where there are fewer)."""
-    nearest = _nearest_wrong(logits.detach(), labels, count)
+    """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): logits [R, N] with `angular_gain` on the `count` largest of
+    each row's wrong speakers (all of them, where there are fewer)."""
+    nearest = nearest_wrong(logits.detach(), labels, count)
     if nearest is None or margin == 0:
         return logits
-    moved = scale * angular_gain(logits.gather(2, nearest) / scale, margin)
-    return logits.scatter(2, nearest, moved)
+    return logits.scatter(-1, nearest, scale * angular_gain(logits.gather(-1, nearest) / scale, margin))
 
 
-def harder_negatives_with_slopes(loss: Callable, logits, labels, count: int, margin: float, scale: float):
-    """What loss(logits) gives, of the logits as `harder_negatives` changes them; the slopes are by those given."""
-    nearest = _nearest_wrong(logits, labels, count)
-    if nearest is None or margin == 0:
-        return loss(logits)
-    moved, rise = _with_slope(lambda x: scale * angular_gain(x / scale, margin), logits.gather(2, nearest))
-    losses, slopes, bias_slopes = loss(logits.scatter(2, nearest, moved))
-    return losses, slopes.scatter_(2, nearest, slopes.gather(2, nearest) * rise), bias_slopes
-
-
-def _nearest_wrong(logits, labels, count: int) -> torch.Tensor | None:
-    """Which wrong speakers have each row's `count` largest logits, [R, K, count]; None for no speaker."""
-    count = min(count, logits.shape[2] - 1)
-    return None if count == 0 else logits.scatter(2, _own(labels, logits), -torch.inf).topk(count, dim=2).indices
-
-
-def _own(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """labels [R] as indices [R, K, 1] into logits [R, K, N]."""
-    return labels[:, None, None].expand(-1, logits.shape[1], -1)
+def nearest_wrong(logits, labels, count: int) -> torch.Tensor | None:
+    """Which wrong speakers have the `count` largest of logits [..., N], labels [...] -> [..., count]; None for none."""
+    count = min(count, logits.shape[-1] - 1)
+    return None if count == 0 else logits.scatter(-1, labels[..., None], -torch.inf).topk(count, dim=-1).indices
 
 
 def aam_loss(logits, labels, margin: float, scale: float, bias: None, config) -> torch.Tensor:
     """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), with label smoothing."""
-    own = _own(labels, logits)
-    target = scale * angular_margin(logits.gather(2, own) / scale, margin)
-    logits = logits.scatter(2, own, target).flatten(0, 1)
-    losses = F.cross_entropy(logits, own.flatten(), reduction="none", label_smoothing=config.label_smoothing)
-    return losses.view(own.shape[:2])
-
-
-def aam_slopes(logits, labels, margin: float, scale: float, bias: None, config):
-    """`aam_loss` with its slopes, by one exponential per logit; none is kept."""
-    own, smoothing = _own(labels, logits), config.label_smoothing
-    plain = logits.gather(2, own)
-    target, rise = _with_slope(lambda x: scale * angular_margin(x / scale, margin), plain)
-    logits.scatter_(2, own, target)  # for a while: a copy would cost as much as the exponentials
-    slopes = logits.softmax(2)
-    # The largest probability is exp(largest logit - log sum); unlike the target's it never vanishes.
-    log_sum = logits.amax(2) - slopes.amax(2).log_()
-    losses = log_sum - (1.0 - smoothing) * target[:, :, 0]
-    if smoothing:
-        losses -= smoothing * logits.mean(2)
-        slopes -= smoothing / logits.shape[2]
-    logits.scatter_(2, own, plain)
-    return losses, slopes.scatter_(2, own, (slopes.gather(2, own) - (1.0 - smoothing)) * rise), None
+    own = labels[:, None]
+    logits = logits.scatter(1, own, scale * angular_margin(logits.gather(1, own) / scale, margin))
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=config.label_smoothing)
 
 
 def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -1327,12 +865,12 @@ def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Te
 
     lambda log(1 + exp(-s (g(cos_y) - m) - b)) + (1 - lambda) sum_{i != y} log(1 + exp(s (g(cos_i) + m) + b)): the
     paper's without its 1 / s, as for speakers in Han et al. 2023 (Exploring binary classification loss for speaker
-    verification). bias: b of each prefix [K].
+    verification). bias: b, of all rows [] or of each [R, 1].
     """
-    own = _own(labels, logits)
+    own = labels[:, None]
     similarity = sphereface2_similarity(logits / scale, config.sphereface2_exponent)
-    positive = F.softplus(-(scale * (similarity.gather(2, own) - margin) + bias[:, None]))[:, :, 0]
-    negative = F.softplus(scale * (similarity + margin) + bias[:, None]).scatter(2, own, 0.0).sum(2)
+    positive = F.softplus(-(scale * (similarity.gather(1, own) - margin) + bias))[:, 0]
+    negative = F.softplus(scale * (similarity + margin) + bias).scatter(1, own, 0.0).sum(1)
     return config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative
 
 
@@ -1350,152 +888,22 @@ def sphereface2_start_bias(config) -> float:
     return log_n - config.scale * (2.0 * 0.5**config.sphereface2_exponent - 1.0 + config.margin)
 
 
-@dataclass(frozen=True)
-class SpeakerLoss:
-    """compute: (logits [R, K, N] of K prefixes: scale * cosines, float32; labels [R]; margin; scale; bias [K] or None;
-    config) -> losses [R, K], for autograd.
+class SpeakerLoss(NamedTuple):
+    """A loss of scaled cosines, and where its learnt bias starts.
 
-    start_bias: config -> where each prefix's own learnt bias starts, None for a loss without one.
-
-    fast_slopes: of the same as `compute`, for training on a CPU, what `with_slopes` gives; None: as autograd finds it.
-    It leaves the logits as they were.
+    compute: (logits [R, N] = scale * cosines, float32; labels [R]; margin; scale; bias or None; config) -> losses [R].
+    start_bias: config -> where each prefix's own learnt bias starts; None for a loss without one.
     """
 
     compute: Callable[..., torch.Tensor]
     start_bias: Callable[[MRLReDimNetConfig], float] | None = None
-    fast_slopes: Callable[..., tuple] | None = None
-
-    def with_slopes(self, logits, labels, margin: float, scale: float, bias: torch.Tensor | None, config):
-        """Losses [R, K]; their slopes by the logits [R, K, N], a new tensor; the sums of their slopes by each bias [K],
-        or None."""
-        if self.fast_slopes is not None:
-            return self.fast_slopes(logits, labels, margin, scale, bias, config)
-        if bias is None:
-            return *_with_slope(lambda x: self.compute(x, labels, margin, scale, None, config), logits), None
-        return _with_slope(lambda x, bias: self.compute(x, labels, margin, scale, bias, config), logits, bias)
 
 
 # By config.loss; the configuration knows the names.
 LOSSES = {
-    "aam": SpeakerLoss(aam_loss, fast_slopes=aam_slopes),
+    "aam": SpeakerLoss(aam_loss),
     "sphereface2": SpeakerLoss(sphereface2_loss, sphereface2_start_bias),
 }
-
-
-class PrefixLosses(torch.autograd.Function):
-    """A loss of every prefix's scaled cosines, averaged over the batch, with all its gradients; for CPUs.
-
-    For prefix k of embedding e and row w, x_k = a_k <e[:d_k], w[:d_k]> with a_k = s / |e[:d_k]| |w[:d_k]|. Let g_k be
-    the loss's slope by x_k. Then segment j of the gradients (numbers d_(j-1) to d_j) is
-
-        d e_j = sum over w of h_j w_j  -  e_j sum over w, k >= j of g_k x_k / |e[:d_k]|^2
-        h_j = sum over k >= j of a_k g_k
-
-    and d w_j alike, so all prefixes together cost the three matrix products of one full-width loss. Between the passes
-    one tensor [B, K, rows] is kept: x in the forward pass, then, in its place, a g but for the rows' norms. Whatever
-    else is of that kind exists for a block at a time that a processor's cache holds.
-    """
-
-    @staticmethod
-    def forward(ctx, embeddings, weight, bias, loss: Callable, dims, shares, scale: float, centers: int):
-        """embeddings [B, D], weight [rows, D], both float32, bias [K] or None; dims [K]; shares [K] of the prefixes;
-
-        loss: (logits [R, K, N], which rows of the batch as a slice, bias) -> what `SpeakerLoss.with_slopes` gives.
-        Gives loss [], prefix losses [K], and the longest prefix's logits [B, N]; only the first has gradients.
-        """
-        x, e_norms, w_norms = scaled_cosines(embeddings, weight, dims, scale)
-        batch, count, rows = x.shape
-        logits = x.new_empty(batch, rows // centers)
-        losses, e_pull = x.new_empty(batch, count), x.new_empty(batch, count)
-        w_pull, bias_slopes = x.new_zeros(count, rows), x.new_zeros(count)
-        for block in _blocks(batch, count * rows):
-            part = x[block]
-            nearest, center = (part, None) if centers == 1 else part.unflatten(2, (-1, centers)).max(3)
-            logits[block] = nearest[:, -1]
-            losses[block], slopes, bias_slope = loss(nearest, block, bias)
-            if centers > 1:
-                spread = slopes.new_zeros(*slopes.shape, centers)
-                slopes = spread.scatter_(3, center[..., None], slopes[..., None]).flatten(2)
-            if bias is not None:
-                bias_slopes += bias_slope
-            part.mul_(slopes)
-            e_pull[block] = part.sum(2)
-            w_pull += part.sum(0)
-            torch.mul(slopes, e_norms[block, :, None], out=part)
-        shares = x.new_tensor(shares) / batch
-        e_pull = _sums_from_here(e_pull * shares * (e_norms / scale).square(), 1)
-        w_pull = _sums_from_here(w_pull * shares[:, None] * w_norms.square(), 0)
-        ctx.dims = dims
-        ctx.set_materialize_grads(False)  # the logits' would be as large as they are
-        ctx.save_for_backward(embeddings, weight, x, w_norms * shares[:, None], e_pull, w_pull, bias_slopes * shares)
-        prefix_losses = losses.mean(0)
-        ctx.mark_non_differentiable(prefix_losses, logits)
-        return (losses @ shares).sum(), prefix_losses, logits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, *_):
-        embeddings, weight, slopes, w_norms, e_pull, w_pull, bias_slopes = ctx.saved_tensors
-        needs_e, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        d_e, d_w = torch.zeros_like(embeddings), torch.empty_like(weight) if needs_w else None
-        if needs_w:
-            d_w[:, ctx.dims[-1] :] = 0.0
-        scaled, w_pull = embeddings * gradient, w_pull * -gradient
-        for block in _blocks(*weight.shape):
-            h = weight.new_zeros(len(embeddings), len(weight[block]))
-            for k, part in reversed(_segments(ctx.dims)):
-                h.addcmul_(slopes[:, k, block], w_norms[k, block])
-                if needs_w:
-                    start = torch.mul(weight[block, part], w_pull[k, block, None], out=d_w[block, part])
-                    start.addmm_(h.T, scaled[:, part])
-                if needs_e:
-                    d_e[:, part].addmm_(h, weight[block, part])
-        for k, part in _segments(ctx.dims):
-            d_e[:, part].addcmul_(embeddings[:, part], e_pull[:, k, None], value=-1.0)
-        return d_e * gradient if needs_e else None, d_w, bias_slopes * gradient if needs_bias else None, *[None] * 5
-
-
-def scaled_cosines(embeddings: torch.Tensor, weight: torch.Tensor, dims: list[int], scale: float):
-    """embeddings [B, D], weight [rows, D] -> scale * cosines of every prefix [B, K, rows], and what makes these of dot
-    products: scale / the embeddings' norms [B, K], 1 / the rows' norms [K, rows].
-
-    A prefix's dot products and squared norms are those of the one before plus one segment's.
-    """
-    e_norms = torch.stack([_squares(embeddings[:, part]) for _, part in _segments(dims)], 1)
-    e_norms = e_norms.cumsum(1).add_(NORM_FLOOR).rsqrt_().mul_(scale)
-    x, w_norms = weight.new_empty(*e_norms.shape, len(weight)), weight.new_empty(len(dims), len(weight))
-    for block in _blocks(*weight.shape):
-        dots, squares = weight.new_zeros(len(embeddings), len(weight[block])), 0.0
-        for k, part in _segments(dims):
-            dots.addmm_(embeddings[:, part], weight[block, part].T)
-            squares = squares + _squares(weight[block, part])
-            torch.rsqrt(squares + NORM_FLOOR, out=w_norms[k, block])
-            torch.mul(dots, e_norms[:, k, None], out=x[:, k, block]).mul_(w_norms[k, block])
-    return x, e_norms, w_norms
-
-
-def _segments(dims: list[int]) -> list[tuple[int, slice]]:
-    """Which numbers of an embedding each prefix adds to the one before."""
-    return list(enumerate(map(slice, [0, *dims[:-1]], dims)))
-
-
-def _unit(side: torch.Tensor) -> torch.Tensor:
-    """Rows of length one, or of zeros."""
-    return side * (side.square().sum(1, keepdim=True) + NORM_FLOOR).rsqrt()
-
-
-def _squares(side: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(side, dim=1).square()  # no tensor of the side's size in between
-
-
-def _sums_from_here(terms: torch.Tensor, dim: int) -> torch.Tensor:
-    return terms.flip(dim).cumsum(dim).flip(dim)
-
-
-def _blocks(count: int, width: int) -> list[slice]:
-    """`count` rows of `width` numbers in slices that fit a CPU's cache."""
-    size = max(1, CACHED_NUMBERS // width)
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class MatryoshkaMarginClassifier(nn.Module):
@@ -1511,11 +919,17 @@ class MatryoshkaMarginClassifier(nn.Module):
         self.config = config
         self.dims = config.matryoshka_dims
         self.scale, self.margin = config.scale, config.margin
-        self.prefix_weights = self._shares(config.prefix_weights or [1.0] * len(self.dims))
+        self.prefix_weights = list(config.prefix_weights or [1.0] * len(self.dims))
+        self.shares()  # raises for weights that do not fit
         self.weight = nn.Parameter(torch.empty(config.num_speakers * config.sub_centers, config.embedding_size))
         nn.init.normal_(self.weight, std=config.embedding_size**-0.5)
         start = self.start_bias()
         self.bias = None if start is None else nn.Parameter(torch.full((len(self.dims),), start))
+
+    @property
+    def loss(self) -> SpeakerLoss:
+        """The configured entry of `LOSSES`."""
+        return LOSSES[self.config.loss]
 
     @property
     def num_speakers(self) -> int:
@@ -1524,8 +938,7 @@ class MatryoshkaMarginClassifier(nn.Module):
 
     def start_bias(self) -> float | None:
         """Where `bias` [len(dims)] starts; None when the loss has none."""
-        start = LOSSES[self.config.loss].start_bias
-        return None if start is None else start(self.config)
+        return None if self.loss.start_bias is None else self.loss.start_bias(self.config)
 
     def forward(
         self,
@@ -1543,56 +956,39 @@ class MatryoshkaMarginClassifier(nn.Module):
         Raises ValueError for weights that do not fit.
         """
         margin = self.margin if margin is None else margin
-        shares = self.prefix_weights if prefix_weights is None else self._shares(prefix_weights)
-        used = [k for k, share in enumerate(shares) if share > 0]
-        # One by one: a list as an index would travel to the device and wait for it.
-        bias = None if self.bias is None else torch.stack([self.bias[k] for k in used]).float()
-        slopes_wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (embeddings, *self.parameters()))
-        compute = self._with_all_slopes if slopes_wanted and _cpu_kernels(embeddings) else self._by_autograd
+        shares = self.shares(prefix_weights)
         with torch.autocast(embeddings.device.type, enabled=False):
-            loss, losses, logits = compute(
-                embeddings.float(), labels, margin, bias, [self.dims[k] for k in used], [shares[k] for k in used]
-            )
-        if shares[-1] == 0:
+            losses = self.prefix_losses(embeddings.float(), labels, margin, shares)
             logits = self.logits(embeddings).detach()
-        if len(used) < len(shares):
-            left_out = losses.new_full((), torch.nan)
-            losses = torch.stack([losses[used.index(k)] if k in used else left_out for k in range(len(shares))])
-        return loss, losses, logits
+        loss = sum(loss * share for loss, share in zip(losses, shares, strict=True) if share > 0)
+        return loss, torch.stack([loss.detach() for loss in losses]), logits
 
-    def _by_autograd(self, embeddings, labels, margin: float, bias, dims: list[int], shares: list[float]):
-        """Of prefixes `dims`: loss [], prefix losses [K], the longest one's logits [B, speakers]."""
-        config, sides = self.config, (embeddings, self.weight.float())
-        cosines = [torch.matmul(e, w.T) for e, w in zip(*([_unit(x[:, :d]) for d in dims] for x in sides), strict=True)]
-        logits = self.scale * torch.stack(cosines, 1)
-        if config.sub_centers > 1:
-            logits = logits.unflatten(2, (-1, config.sub_centers)).max(3).values
-        longest = logits[:, -1].detach()
-        logits = harder_negatives(logits, labels, config.hard_negatives, self._gain(margin), self.scale)
-        losses = LOSSES[config.loss].compute(logits, labels, margin, self.scale, bias, config).mean(0)
-        return sum(loss * share for loss, share in zip(losses, shares, strict=True)), losses.detach(), longest
+    def prefix_losses(self, embeddings, labels, margin: float, shares: list[float]) -> list[torch.Tensor]:
+        """The mean loss of each prefix, embeddings [B, D] float32, labels [B]; NaN for a share of 0."""
+        losses, weight = [], self.weight.float()
+        for k, (dim, share) in enumerate(zip(self.dims, shares, strict=True)):
+            if share == 0:
+                losses.append(embeddings.new_full((), torch.nan))
+                continue
+            logits = self.scaled_cosines(embeddings[:, :dim], weight[:, :dim])
+            logits = harder_negatives(logits, labels, self.config.hard_negatives, self.gain(margin), self.scale)
+            bias = None if self.bias is None else self.bias[k].float()
+            losses.append(self.loss.compute(logits, labels, margin, self.scale, bias, self.config).mean())
+        return losses
 
-    def _with_all_slopes(self, embeddings, labels, margin: float, bias, dims: list[int], shares: list[float]):
-        """The same by `PrefixLosses`."""
+    def scaled_cosines(self, embeddings: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """embeddings [B, d], rows of the classifier [rows, d] -> [B, speakers], the nearest sub-centre's."""
+        cosines = F.linear(F.normalize(embeddings, eps=NORM_FLOOR), F.normalize(weight, eps=NORM_FLOOR))
+        centers = self.config.sub_centers
+        return self.scale * (cosines if centers == 1 else cosines.unflatten(1, (-1, centers)).max(2).values)
 
-        def loss(logits, block: slice, bias):
-            config, own = self.config, labels[block]
-
-            def of_harder(logits):
-                return LOSSES[config.loss].with_slopes(logits, own, margin, self.scale, bias, config)
-
-            gain = self._gain(margin)
-            return harder_negatives_with_slopes(of_harder, logits, own, config.hard_negatives, gain, self.scale)
-
-        return PrefixLosses.apply(
-            embeddings, self.weight.float(), bias, loss, dims, shares, self.scale, self.config.sub_centers
-        )
-
-    def _gain(self, margin: float) -> float:
+    def gain(self, margin: float) -> float:
         """The margin of hard negatives at a step's margin."""
         return self.config.hard_negative_margin * (margin / self.margin if self.margin else 1.0)
 
-    def _shares(self, weights: list[float]) -> list[float]:
+    def shares(self, weights: list[float] | None = None) -> list[float]:
+        """Prefix weights, by default the configured ones, as parts of one. Raises ValueError for what does not fit."""
+        weights = self.prefix_weights if weights is None else weights
         if len(weights) != len(self.dims) or not min(weights) >= 0 or not sum(weights) > 0:
             raise ValueError(f"prefix_weights: got {weights}, expected {len(self.dims)} numbers >= 0, not all 0.")
         return [weight / sum(weights) for weight in weights]
@@ -1600,11 +996,7 @@ class MatryoshkaMarginClassifier(nn.Module):
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """embeddings [B, D] -> scaled cosines at full width [B, speakers], without margin."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            e, w = embeddings.float(), self.weight.float()
-            e_norms, w_norms = ((_squares(side) + NORM_FLOOR).rsqrt() for side in (e, w))
-            logits = e @ w.T * (self.scale * e_norms[:, None]) * w_norms
-        centers = self.config.sub_centers
-        return logits if centers == 1 else logits.unflatten(1, (-1, centers)).max(-1).values
+            return self.scaled_cosines(embeddings.float(), self.weight.float())
 
     def extra_repr(self) -> str:
         return (
@@ -1617,94 +1009,8 @@ class MatryoshkaMarginClassifier(nn.Module):
 # Models
 
 
-class WeightsError(ValueError, RuntimeError):
-    """Weights that are not those of the model they are loaded into, or saved from; the message names the tensors.
-
-    A RuntimeError, too, because that is what transformers raises for a wrong shape.
-    """
-
-
-def refuse_wrapped(model: PreTrainedModel, names: Iterable[str] | None = None):
-    """Raises WeightsError where the tensors' names are not those of a plain model: no class could load such a file.
-
-    names: of the tensors to be saved, by default the model's own. Adapters (PEFT) and torch.compile wrap layers, and
-    DistributedDataParallel the whole model.
-    """
-    names, plain = set(model.state_dict() if names is None else names), _plain_names(model)
-    if names != plain:
-        problems, cause = _name_problems(plain - names, names - plain)
-        raise WeightsError(
-            f"This {type(model).__name__} cannot be saved, because nothing could load it again: {problems}. {cause}"
-        )
-
-
-def _plain_names(model: PreTrainedModel) -> set[str]:
-    """The names of the tensors of a model of this configuration, with nothing around its layers."""
-    with torch.device("meta"):
-        return set(type(model)(copy.deepcopy(model.config)).state_dict())
-
-
-def _name_problems(missing: set[str], unknown: set[str]) -> tuple[str, str]:
-    """What is wrong with the names of some tensors, and a sentence on where that comes from and what to do."""
-    problems = []
-    if missing:
-        problems.append(f"{_counted(missing)} missing ({_some(missing)})")
-    if unknown:
-        problems.append(f"{_counted(unknown)} unknown to it ({_some(unknown)})")
-    parts = {part for name in unknown for part in name.split(".")}
-    wrapper = next((part for part in WRAPPERS if part in parts), None)
-    if ADAPTER_NAMES & parts:
-        cause = (
-            "Layers of adapters (PEFT) are in it. Save the plain model before adapters are put on it, or a copy with "
-            "the adapter folded in (AdapterBank.merged, PEFT's merge_and_unload); adapters are saved by themselves "
-            "(AdapterBank.save, PEFT's save_pretrained)."
-        )
-    elif wrapper is not None:
-        cause = (
-            f"{WRAPPERS[wrapper]} puts {wrapper + '.'!r} into names: save the model that it wraps. A file is repaired "
-            f"by from_pretrained(..., key_mapping={{'{wrapper}[.]': ''}}), then save_pretrained(...)."
-        )
-    elif prefix := _common_prefix(missing, unknown):
-        cause = f"All names begin with {prefix!r}: take that away."
-    else:
-        cause = "The weights are not whole, or were renamed, or are another network's: save them, or get them, again."
-    return " and ".join(problems), cause
-
-
-def _common_prefix(missing: set[str], unknown: set[str]) -> str:
-    """What stands before every missing name in an unknown one, "" where that is not one and the same."""
-    if not missing:
-        return ""
-    some = min(missing)
-    found = {name.removesuffix(some) for name in unknown if name.endswith(f".{some}")}
-    return next((prefix for prefix in sorted(found) if {prefix + name for name in missing} <= unknown), "")
-
-
-def _misshapen(info: dict) -> dict[str, tuple]:
-    """Of transformers' loading info, {name: (shape in the file, shape in the model)}."""
-    return {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
-
-
-def _counted(names: Collection[str]) -> str:
-    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *more = sorted(names)
-    return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
-
-
-# The parts that PEFT, and what wraps a model or a part of it, put into the names of tensors.
-ADAPTER_NAMES = frozenset({"base_model", "base_layer", "modules_to_save", "original_module", "lora_A", "lora_B"})
-WRAPPERS = {
-    "module": "DistributedDataParallel",
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-}
-
-
-class MRLReDimNetPreTrainedModel(PreTrainedModel):
-    """Weights, initialisation and loading shared by the models below."""
+class MRLReDimNetPreTrainedModel(CheckedModel):
+    """What the models below share."""
 
     config_class = MRLReDimNetConfig
     base_model_prefix = "redimnet"
@@ -1712,6 +1018,12 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    auto_classes = {
+        "AutoConfig": "configuration_mrl_redimnet.MRLReDimNetConfig",
+        "AutoModel": "modeling_mrl_redimnet.MRLReDimNetModel",
+        "AutoModelForAudioXVector": "modeling_mrl_redimnet.MRLReDimNetForXVector",
+        "AutoModelForAudioClassification": "modeling_mrl_redimnet.MRLReDimNetForSequenceClassification",
+    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -1737,133 +1049,6 @@ class MRLReDimNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MelFrontEnd):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """As in transformers; the second forward pass leaves the batch norms' running statistics alone.
-
-        Overridden here because all of transformers' public ways to switch it on and off end here.
-        """
-        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
-        if enable and options.get("use_reentrant"):
-            warnings.warn(
-                "use_reentrant=True: reentrant checkpointing would leave most weights without a gradient and count the "
-                "batch norms' statistics twice, so this model is checkpointed with use_reentrant=False. Gradients are "
-                "the same as without checkpointing.",
-                stacklevel=2,
-            )
-        options["use_reentrant"] = False
-        options.setdefault("context_fn", _checkpointing_contexts)
-        super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, but every tensor must be what was saved: nothing is drawn at random without being asked.
-
-        A new head is allowed on a model that was saved without one, and with ignore_mismatched_sizes=True in the place
-        of any other; it replaces the head alone. Weights are read from safetensors unless use_safetensors=False.
-
-        Raises WeightsError, which names the tensors, for weights that lack some, have others or other shapes, and for
-        a damaged file; OSError as transformers does, and for weights that exist as pickle only.
-        """
-        source, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        new_head = kwargs.get("ignore_mismatched_sizes", False)
-        options = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        try:
-            model, info = super().from_pretrained(source, *model_args, **options)
-            base, of_base, adapter = source or "state_dict", info, hasattr(model, "peft_config")
-            if adapter:  # then info tells of that alone
-                base, plain = model.name_or_path, {"config": model.config, "adapter_kwargs": {}}
-                _, of_base = super().from_pretrained(base, *model_args, **options | plain)
-        except SafetensorError as error:
-            raise WeightsError(
-                f"{source}: the weights cannot be read ({error}): the file is damaged, not whole, or only a pointer of "
-                "Git LFS. Get or save it again."
-            ) from error
-        except OSError as error:
-            if options["use_safetensors"] and _has_pickle(source, kwargs):
-                raise OSError(
-                    f"{source} has its weights as pickle only (pytorch_model.bin), which may run code when it is read. "
-                    "Ask its owner for safetensors, or, if you trust it, convert it: "
-                    "from_pretrained(..., use_safetensors=False), then save_pretrained(...)."
-                ) from error
-            raise
-        cls._check_loaded(base, model, of_base, new_head, "loss" in kwargs)
-        if adapter and (lost := {*info["missing_keys"], *info["unexpected_keys"], *_misshapen(info)}):
-            raise WeightsError(
-                f"The adapter {'' if source == base else f'in {source} '}does not fit its base {base}: "
-                f"{_counted(lost)} in one of the two alone, or of another shape ({_some(lost)})."
-            )
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _check_loaded(cls, source, model: "MRLReDimNetPreTrainedModel", info: dict, new_head: bool, new_loss: bool):
-        """Raises WeightsError unless all of the model came from the file; info: transformers' loading info."""
-        shapes = _misshapen(info)
-        missing, unknown = set(info["missing_keys"]) - shapes.keys(), set(info["unexpected_keys"])
-        names = set() if model.base_model is model else _plain_names(model)
-        head = {name for name in names if not name.startswith(f"{cls.base_model_prefix}.")}
-        if new_head or (head <= missing and cls.__name__ not in (model.config.architectures or ())):
-            missing, shapes = missing - head, {name: both for name, both in shapes.items() if name not in head}
-            unknown = {name for name in unknown if not name.startswith("classifier.")}
-        if new_loss:  # asked for: what it learns beside the rows starts at its own value, not at random
-            missing -= {"classifier.bias"}
-        if not (missing or unknown or shapes):
-            return
-        problems, cause = _name_problems(missing, unknown)
-        if shapes:
-            told = [f"{name} {found}, expected {wanted}" for name, (found, wanted) in shapes.items()]
-            problems = " and ".join(filter(None, [problems, f"{_counted(shapes)} of another shape ({_some(told)})"]))
-        if head and head >= missing | shapes.keys():
-            cause = "It is the head alone: ignore_mismatched_sizes=True puts a new one in its place."
-        raise WeightsError(f"{source} does not hold the weights of {cls.__name__}: {problems}. {cause}")
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; the saved configuration names all the auto classes that can load it.
-
-        Raises WeightsError, before anything is written, for a model whose layers are wrapped, as by PEFT. (Adapters of
-        transformers' own add_adapter and load_adapter are saved as adapters, as transformers does.)
-        """
-        if kwargs.get("is_main_process", True) and not self._has_own_adapters():
-            refuse_wrapped(self, kwargs.get("state_dict"))
-        self.config.auto_map = {
-            "AutoConfig": "configuration_mrl_redimnet.MRLReDimNetConfig",
-            "AutoModel": "modeling_mrl_redimnet.MRLReDimNetModel",
-            "AutoModelForAudioXVector": "modeling_mrl_redimnet.MRLReDimNetForXVector",
-            "AutoModelForAudioClassification": "modeling_mrl_redimnet.MRLReDimNetForSequenceClassification",
-        }
-        super().save_pretrained(save_directory, **kwargs)
-
-    def _has_own_adapters(self) -> bool:
-        """Whether adapters were put on by transformers' own methods."""
-        try:
-            return bool(self.active_adapters())
-        except ValueError:  # there are none
-            return False
-
-    @staticmethod
-    def _refuse_extras(kwargs: dict):
-        """Callers such as PEFT pass unused arguments as None or False; one with a value is refused, not ignored."""
-        ignorable = ("return_dict", "output_attentions", "output_hidden_states")
-        given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
-        if given:
-            raise TypeError(
-                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
-                "belongs to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
-            )
-
-
-def _has_pickle(source, options: dict) -> bool:
-    """Whether a folder or Hub repository has weights in PyTorch's own format."""
-    where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
-    try:
-        return any(has_file(source, name, **where) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-    except OSError:  # no such repository, or no connection: what was raised before says so
-        return False
 
 
 def _share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -1902,7 +1087,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         Raises ValueError for a wrong shape, a prefix the model was not built for, too short an utterance, or padding
         in front of audio; TypeError for arguments it has no use for.
         """
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         self._check_input(input_values, truncate_dim)
         lengths = self._lengths(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
@@ -2001,7 +1186,7 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         num_items_in_batch: the loss is then the sum over this batch divided by it, as transformers' Trainer asks for
         when it accumulates gradients over several batches.
         """
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
@@ -2030,7 +1215,7 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
     ) -> SpeakerClassifierOutput:
         """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1;
         num_items_in_batch: as in MRLReDimNetForXVector."""
-        self._refuse_extras(kwargs)
+        self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)
         loss = None

@@ -7,10 +7,12 @@ The recipes beside this file train one each; `AdapterBank` serves several on one
 import importlib
 from typing import TYPE_CHECKING
 
+from mrl_redimnet.fingerprints import fingerprint
+
 if TYPE_CHECKING:
     from mrl_redimnet.adapters.bank import AdapterBank
     from mrl_redimnet.adapters.detector import DomainDetector
-    from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError, fingerprint
+    from mrl_redimnet.adapters.facts import AdapterFacts, Base, WrongBaseError
     from mrl_redimnet.adapters.placement import PLACEMENTS, adapter_report, lora_config
 
 __all__ = [
@@ -30,7 +32,7 @@ __all__ = [
 _MODULES = {
     "bank": ("AdapterBank",),
     "detector": ("DomainDetector",),
-    "facts": ("AdapterFacts", "Base", "WrongBaseError", "fingerprint"),
+    "facts": ("AdapterFacts", "Base", "WrongBaseError"),
     "placement": ("PLACEMENTS", "adapter_report", "lora_config"),
 }
 

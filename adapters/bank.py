@@ -12,9 +12,10 @@ a bank: a lock holds from choosing to the end of a forward pass, so each gets th
 import contextlib
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -27,7 +28,7 @@ from torch import nn
 from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
-from mrl_redimnet.adapters.facts import AdapterFacts, Base, fingerprint, same_weights
+from mrl_redimnet.adapters.facts import AdapterFacts, Base
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
@@ -39,7 +40,9 @@ from mrl_redimnet.adapters.stored import (
     read_adapter,
 )
 from mrl_redimnet.adapters.strategies import explicit_config
-from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.files import replace_folder
+from mrl_redimnet.fingerprints import fingerprint, same_weights
+from mrl_redimnet.speed import speed_up
 
 ACTIVE = "__active__"
 BASE = "__base__"  # PEFT's word for no adapter; here also an adapter without layers, so that a bank may be empty
@@ -52,13 +55,18 @@ class AdapterBank:
     compiles in place what the bank runs; what is active is chosen through the bank alone.
     """
 
-    def __init__(self, model: MRLReDimNetModel, name: str, revision: str | None = None, token: str | None = None):
+    def __init__(
+        self, model: MRLReDimNetModel, name: str, revision: str | None = None, token: str | None = None
+    ) -> None:
         """Takes over `model`: its weights are frozen, layers of it wrapped. name: for messages and saved adapters."""
         if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
             raise ValueError("base: it carries adapters already. Give the plain model, then add them to the bank.")
         self.base = Base(name, revision, fingerprint(model))  # once: adapters do not change it
         self._token = token
-        self.peft = PeftModel(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE).eval()
+        speed_up(model)
+        self.peft = PeftModel(
+            speed_up(model), LoraConfig(target_modules=DUMMY_TARGET_MODULES), adapter_name=BASE
+        ).eval()
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
         self._lock = threading.RLock()
@@ -114,7 +122,16 @@ class AdapterBank:
         """What the adapter's folder said of it; None for one made with PEFT alone."""
         return self._get(name).facts
 
-    def add(self, name: str, source: str | Path, *, revision: str | None = None, any_base: bool = False):
+    def fingerprint(self, name: str | None) -> str:
+        """Names the weights that embed with an adapter, or with None, as `SpeakerEncoder.fingerprint` does.
+
+        One that was combined here and is in no file has a name that nothing saved is for.
+        """
+        if name is None:
+            return self.base.fingerprint
+        return f"{self.base.fingerprint}+{self._get(name).digest or 'unsaved'}"
+
+    def add(self, name: str, source: str | Path, *, revision: str | None = None, any_base: bool = False) -> None:
         """Loads the adapter of a folder or Hub repository and calls it `name`. It does not become active.
 
         Raises ValueError for a name that will not do, a file that does not fit the model completely, or a kind of
@@ -126,7 +143,7 @@ class AdapterBank:
         with self._lock:
             self._attach(name, adapter)
 
-    def set_adapter(self, name: str | None):
+    def set_adapter(self, name: str | None) -> None:
         """What `embed` uses, in all threads, when it is told none; None: the base itself."""
         with self._lock:
             if name is not None:
@@ -134,11 +151,11 @@ class AdapterBank:
             self._active = name
             self._select(name)
 
-    def disable(self):
+    def disable(self) -> None:
         """Back to the base itself, bit for bit."""
         self.set_adapter(None)
 
-    def delete(self, name: str):
+    def delete(self, name: str) -> None:
         """Forgets an adapter. Was it the active one, the base is active then, and no other adapter."""
         with self._lock:
             self._get(name)
@@ -165,7 +182,7 @@ class AdapterBank:
         with self._lock, torch.inference_mode():
             if isinstance(adapter, list | tuple):
                 return self._embed_rows(input_values, attention_mask, adapter, truncate_dim)
-            with self._using(self._active if adapter == ACTIVE else adapter):
+            with self._using(self._active if adapter == ACTIVE else cast("str | None", adapter)):
                 return self.model(input_values, attention_mask, truncate_dim).embeddings
 
     def classify(
@@ -206,7 +223,7 @@ class AdapterBank:
         *,
         rank: int | None = None,
         density: float | None = None,
-    ):
+    ) -> None:
         """Adds the adapter `name`, made of loaded ones by {adapter: weight}.
 
         "cat" is exactly the weighted sum of what they add to each layer's weight, at the sum of their ranks; "svd" the
@@ -237,7 +254,7 @@ class AdapterBank:
         with self._lock:
             self._attach(name, Adapter(explicit_config(ranks), tensors, facts=facts))
 
-    def save(self, name: str, folder: str | Path):
+    def save(self, name: str, folder: str | Path) -> None:
         """Writes an adapter folder: PEFT's two files, and the facts if there are. What was there before is replaced."""
         with self._lock:
             known = self._get(name)
@@ -253,7 +270,7 @@ class AdapterBank:
         if known.facts is not None:
             config.base_model_name_or_path = known.facts.base.repository
 
-        def write(target: Path):
+        def write(target: Path) -> None:
             config.save_pretrained(target)
             save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
             if known.facts is not None:
@@ -261,7 +278,7 @@ class AdapterBank:
 
         replace_folder(Path(folder), write)
 
-    def prepare_hot_swap(self, rank: int, *, placement: str = "linear", name: str = "hot"):
+    def prepare_hot_swap(self, rank: int, *, placement: str = "linear", name: str = "hot") -> None:
         """Adds an adapter without effect at the layers of `placement`, as room for others up to `rank`.
 
         A compiled model notices new layers, but not new numbers in them: compile after this, then `hot_swap`.
@@ -271,7 +288,9 @@ class AdapterBank:
             config = lora_config(placement, rank, model=self.model, lora_alpha=rank, inference_mode=True)  # scaling 1
             self._attach(name, Adapter(config, slot=True))
 
-    def hot_swap(self, source: str | Path, *, name: str = "hot", revision: str | None = None, any_base: bool = False):
+    def hot_swap(
+        self, source: str | Path, *, name: str = "hot", revision: str | None = None, any_base: bool = False
+    ) -> None:
         """Fills the room of `prepare_hot_swap` with another adapter, in place: a compiled model is not compiled again.
 
         Raises ValueError for layers outside the room, a rank above its own, DoRA and adapters with norms; otherwise as
@@ -284,7 +303,7 @@ class AdapterBank:
                 raise ValueError(f"{name!r} is an adapter like others, no room made by prepare_hot_swap.")
             room = adapter_tensors(self.model, name)
             fill(room, fitted(adapter, room))
-            self._adapters[name] = replace(slot, head=adapter.head, facts=adapter.facts)
+            self._adapters[name] = replace(slot, head=adapter.head, facts=adapter.facts, digest=adapter.digest)
 
     def _get(self, name: str) -> Adapter:
         try:
@@ -292,13 +311,13 @@ class AdapterBank:
         except KeyError:
             raise ValueError(f"There is no adapter {name!r}; loaded are: {', '.join(self.names) or 'none'}.") from None
 
-    def _check_name(self, name: str):
+    def _check_name(self, name: str) -> None:
         if not name or "." in name or name in ("default", BASE, ACTIVE) or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"adapter name: {name!r} means something to PEFT or torch; take a word without dots.")
         if name in self._adapters:
             raise ValueError(f"adapter name: there is a {name!r} already. Delete it, or take another name.")
 
-    def _check_combination(self, weights: dict, method: str, rank: int | None, density: float | None):
+    def _check_combination(self, weights: dict, method: str, rank: int | None, density: float | None) -> None:
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}.")
         if not weights:
@@ -321,7 +340,7 @@ class AdapterBank:
                 facts.check_base(self.model, self.base.repository, self.base.revision)  # says so
         return adapter
 
-    def _attach(self, name: str, adapter: Adapter):
+    def _attach(self, name: str, adapter: Adapter) -> None:
         """Puts the adapter into the model and into the list, or leaves both as they were. Under the lock."""
         self._check_name(name)  # again: another thread may have been faster
         try:
@@ -335,12 +354,12 @@ class AdapterBank:
         self.peft.eval()  # new dropouts begin in training mode
         self._adapters[name] = replace(adapter, tensors={})
 
-    def _detach(self, name: str):
+    def _detach(self, name: str) -> None:
         self._select(None)  # otherwise PEFT activates an adapter of its own choice
         self.peft.base_model.delete_adapter(name)
         self._select(self._active)
 
-    def _select(self, name: str | None):
+    def _select(self, name: str | None) -> None:
         self.peft.set_adapter(name or BASE, inference_mode=True)
 
     @contextlib.contextmanager
@@ -380,7 +399,7 @@ class AdapterBank:
 
 
 @contextlib.contextmanager
-def adapters_by_row(encoder: nn.Module, names: Sequence[str | None]):
+def adapters_by_row(encoder: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within, row i of a batch goes through the adapter names[i], by PEFT's mixed batches.
 
     In each layer PEFT sends the row numbers of each adapter to the device and waits for them, however the rows are

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.folders import replace_folder
+from mrl_redimnet.files import replace_folder
 
 CLEAN = "clean"  # the domain of the base
 SETTINGS_FILE, WEIGHTS_FILE = "detector.json", "detector.safetensors"
@@ -100,7 +100,7 @@ def _checked(waveform: ArrayLike) -> NDArray[np.float32]:
 
 def _is_sound(wave: NDArray[np.float32]) -> bool:
     """Whether there is anything to judge. A constant is silence too."""
-    return len(wave) >= MIN_SAMPLES and np.ptp(wave) > 0
+    return len(wave) >= MIN_SAMPLES and bool(np.ptp(wave) > 0)
 
 
 def _features(wave: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -128,7 +128,7 @@ def _features(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.array([values[name] for name in FEATURES], dtype=np.float32)
 
 
-def _power(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def _power(wave: NDArray[np.float32]) -> NDArray:
     """Power spectra [T, 257] of the audio scaled to a peak of 1, so that no volume over- or underflows."""
     scaled = wave / np.abs(wave).max()
     spectra = np.fft.rfft(sliding_window_view(scaled, _FRAME)[::_HOP] * _HANN)
@@ -137,7 +137,9 @@ def _power(wave: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _decibels(power: ArrayLike, reference: float) -> NDArray:
     """Power in dB relative to a reference, down to the floor."""
-    return 10 * np.log10(np.asarray(power, dtype=np.float64) / max(reference, np.finfo(np.float32).tiny) + _FLOOR)
+    return 10 * np.log10(
+        np.asarray(power, dtype=np.float64) / max(reference, float(np.finfo(np.float32).tiny)) + _FLOOR
+    )
 
 
 def _levels(energies: NDArray) -> NDArray:
@@ -207,7 +209,7 @@ class DomainDetector:
     bias: NDArray[np.float64]
     threshold: float = THRESHOLD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = len(_checked_domains(self.domains))
         shapes = dict(mean=(len(FEATURES),), scale=(len(FEATURES),), weight=(count, len(FEATURES)), bias=(count,))
         for name, shape in shapes.items():
@@ -296,7 +298,7 @@ class DomainDetector:
         found = [self.detect(waveform).domain for waveform in waveforms]
         return [domain if domain in bank_names else None for domain in found]
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`, whole or not at all: weights in detector.safetensors, the rest in detector.json.
 
         Raises FileExistsError where the folder holds anything else: that would be lost.
@@ -306,7 +308,7 @@ class DomainDetector:
             raise FileExistsError(f"{folder} holds {sorted(others)[0]}, no part of a detector: give a new folder.")
         settings = dict(domains=self.domains, features=list(FEATURES), threshold=self.threshold)
 
-        def write(target: Path):
+        def write(target: Path) -> None:
             save_file({name: getattr(self, name) for name in _ARRAYS}, target / WEIGHTS_FILE)
             (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 

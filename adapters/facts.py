@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-import os
-import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import torch
 from torch import nn
+
+from configuration_mrl_redimnet import MRLReDimNetError
+from mrl_redimnet.files import replace_text
+from mrl_redimnet.fingerprints import CONFIG_PART, fingerprint, same_weights
 
 FACTS_FILE = "mrl_redimnet_adapter.json"
 TASKS = ("verification", "classification", "regression")
 
 
-class WrongBaseError(ValueError):
+class WrongBaseError(MRLReDimNetError, ValueError):
     """An adapter meets another base than the one it was trained on."""
 
 
@@ -51,16 +52,13 @@ class AdapterFacts:
     training: str = ""
     layers: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(TASKS)}.")
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`/mrl_redimnet_adapter.json, whole or not at all."""
-        target = Path(folder) / FACTS_FILE
-        temporary = target.with_name(f"{FACTS_FILE}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        replace_text(Path(folder) / FACTS_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "AdapterFacts | None":
@@ -78,7 +76,7 @@ class AdapterFacts:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not a description of an adapter: {error!r}") from error
 
-    def check_base(self, model: nn.Module, name: str, revision: str | None = None):
+    def check_base(self, model: nn.Module, name: str, revision: str | None = None) -> None:
         """Raises WrongBaseError, showing both, unless `model`, called `name`, is the base that the adapter fits."""
         found = Base(name, revision, fingerprint(model))
         if not same_weights(self.base.fingerprint, found.fingerprint):
@@ -89,50 +87,12 @@ class AdapterFacts:
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the encoder's own weights and batch-norm statistics and one of its configuration,
-    "sha256:...+config:...".
+def adapter_digest(folder: str | Path) -> str:
+    """The hash "sha256:..." of the tensors in an adapter's folder, for `SpeakerEncoder.fingerprint`.
 
-    The same with and without a classification head, with any adapters attached (merged ones excepted), on any device,
-    and in float32 and bfloat16: numbers are hashed as bfloat16. Of the configuration, what changes an embedding counts
-    (ANSWERING). Compare with `same_weights`: what was saved before the configuration counted has no second hash.
+    Raises FileNotFoundError for a folder that holds no adapter.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
-    encoder = getattr(model, model.base_model_prefix, model)
-    tensors = {}
-    for name, tensor in encoder.state_dict().items():
-        parts = name.split(".")
-        if tensor.is_floating_point() and not ADAPTER_PARTS.intersection(parts):
-            tensors[".".join(part for part in parts if part not in WRAPPER_PARTS)] = tensor
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    settings = json.dumps({name: getattr(encoder.config, name) for name in ANSWERING}, sort_keys=True)
-    return f"sha256:{digest.hexdigest()}{CONFIG_PART}{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-
-
-def same_weights(saved: str, found: str) -> bool:
-    """Whether a saved fingerprint (or `calibration.weights_of`) names the weights whose own is `found`.
-
-    One that was saved before fingerprints knew the configuration is compared by the weights alone.
-    """
-    return saved == (found if CONFIG_PART in saved else re.sub(rf"{re.escape(CONFIG_PART)}[0-9a-f]+", "", found))
-
-
-CONFIG_PART = "+config:"  # stands before the second hash
-# The fields of the configuration that change an embedding. A field that is new here may count only where it is not the
-# value that leaves embeddings as they were, or fingerprints that were saved would not be found again.
-ANSWERING = (
-    "front_end", "num_mel_bins", "hop_length", "normalize_signal", "preemphasis", "feature_norm", "front_end_eps",
-    "network", "base_channels", "stages", "block_1d", "block_2d", "group_divisor", "grouped_strides", "dual_maps",
-    "map_norm_groups", "aggregation_channels", "aggregation_per_bin", "pooling", "pooling_context",
-    "pooling_bottleneck", "embedding_size", "embedding_norm", "matryoshka_dims", "window_seconds",
-)  # fmt: skip
-# How PEFT names, inside an adapted model, what it added and what it wrapped.
-ADAPTER_PARTS = frozenset(
-    {"lora_A", "lora_B", "lora_E", "ranknum", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-     "modules_to_save"}
-)  # fmt: skip
-WRAPPER_PARTS = frozenset({"base_layer", "original_module"})
+    tensors = Path(folder) / "adapter_model.safetensors"
+    if not tensors.is_file():
+        raise FileNotFoundError(f"no {tensors.name} in {folder}: not an adapter's folder")
+    return f"sha256:{hashlib.sha256(tensors.read_bytes()).hexdigest()}"

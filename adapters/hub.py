@@ -35,20 +35,21 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from configuration_mrl_redimnet import MRLReDimNetError
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
-from mrl_redimnet.folders import refuse_missing
+from mrl_redimnet.files import refuse_missing
+from mrl_redimnet.hub_cards import PLACEHOLDER
 from mrl_redimnet.saving import load_model
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # reading one runs whatever code is in it
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-NAMELESS = "PATH_OR_HUB_ID"  # what a card of mrl_redimnet.hub_cards says before its repository is known
 LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or pass a token"
 
 
-class HubError(OSError):
+class HubError(MRLReDimNetError, OSError):
     """What could not be done at the Hub, why, and what to do."""
 
 
@@ -129,7 +130,8 @@ def push_adapter(
             )
     sent |= _naming_the_base(folder, repository, base)
     _check_paths(folder, sent)
-    domain = _facts(folder).domain if FACTS_FILE in sent else "adapter"
+    facts = _facts(folder)
+    domain = "adapter" if facts is None else facts.domain
     return _push(sent, left_out, repository, private, revision, tag, token, message or f"Adapter: {domain}")
 
 
@@ -157,7 +159,7 @@ def push_base(
     except (ValueError, OSError) as error:
         raise HubError(f"{folder} cannot be loaded, so it is not pushed: {error}") from error
     if "README.md" in sent:
-        sent["README.md"] = _read(folder / "README.md").replace(NAMELESS, repository).encode()
+        sent["README.md"] = _read(folder / "README.md").replace(PLACEHOLDER, repository).encode()
     _check_paths(folder, sent)
     return _push(sent, left_out, repository, private, revision, tag, token, message or "Model")
 
@@ -316,7 +318,7 @@ def _naming_the_base(folder: Path, repository: str, base: str | None) -> dict[st
     return edited
 
 
-def _check_paths(folder: Path, sent: dict[str, Path | bytes]):
+def _check_paths(folder: Path, sent: dict[str, Path | bytes]) -> None:
     """Raises HubError where a text to be sent says where on this machine the folder or the adapter's base lies."""
     config = folder / CONFIG_FILE
     base = _json(config).get("base_model_name_or_path") if config.is_file() else None
@@ -338,7 +340,7 @@ def _published(folder: Path, told: str | None) -> str:
             f"{folder} names {told!r} as its base, which is not a repository on the Hub. Push the base first, then "
             "push the adapter with base= (--base) its repository."
         ) from error
-    if Path(told).is_dir():
+    if told is None or Path(told).is_dir():
         raise HubError(
             f"{folder} names {told!r} as its base, a folder here. Push with base= the repository it is in (or, if that "
             "is just its name, base= the same)."
@@ -351,7 +353,7 @@ def _card(folder: Path, repository: str, base: str, stale: set[str], facts: Adap
     file = folder / "README.md"
     name = repository.split("/")[-1]
     text = _read(file) if file.is_file() else f"# {name}\n\nA LoRA adapter (PEFT) on `{base}`.\n"
-    text = text.replace(NAMELESS, repository)
+    text = text.replace(PLACEHOLDER, repository)
     for local in sorted(stale, key=len, reverse=True):
         for quoted in ("{}",) if os.path.isabs(local) else ('"{}"', "`{}`"):  # a short name may be part of a word
             text = text.replace(quoted.format(local), quoted.format(base))
@@ -418,7 +420,7 @@ def _make_repository(api: HfApi, repository: str, private: bool) -> bool:
     return False
 
 
-def _tag(api: HfApi, repository: str, tag: str, commit: str):
+def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
     """Names `commit`. Raises HubError where the tag names another."""
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repository).tags}
     if tags.get(tag, commit) != commit:
@@ -444,9 +446,9 @@ def _explained(what: str, repository: str, revision: str | None, token: str | No
 def _reason(error: Exception, repository: str, revision: str | None, token: str | None) -> str:
     """Why `error` happened and what to do. Says nothing of the token but whether there is one."""
     endpoint, anonymous = constants.ENDPOINT, not (token or get_token())
-    wrapped = isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, HTTPError)
-    if wrapped:
-        return _reason(error.__cause__, repository, revision, token)
+    cause = error.__cause__
+    if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(cause, HTTPError):
+        return _reason(cause, repository, revision, token)
     match error:
         case OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set. Unset it to reach the Hub."
@@ -487,7 +489,7 @@ def _refusal(error: HfHubHTTPError, endpoint: str, anonymous: bool) -> str:
             return f"{endpoint} answered {status}: {error.server_message or error}."
 
 
-def _check_id(name: str, owned: bool = False):
+def _check_id(name: str, owned: bool = False) -> None:
     """Raises HubError unless `name` is a Hub id (with its owner)."""
     try:
         validate_repo_id(name)
@@ -497,7 +499,7 @@ def _check_id(name: str, owned: bool = False):
         raise HubError(f"{name!r} lacks its owner: give user/{name}.")
 
 
-def _check_pulled(repository: str, names: Iterable[str]):
+def _check_pulled(repository: str, names: Iterable[str]) -> None:
     """Raises HubError unless a repository with these files is a model or an adapter in safetensors."""
     names = list(names)
     if not any(name.endswith(".safetensors") for name in names):
@@ -543,4 +545,4 @@ def local_folder(source: str | Path, revision: str | None, token: str | None) ->
     if Path(source).is_dir():
         return Path(source)
     refuse_missing(source)
-    return pull(source, revision=revision, token=token)
+    return pull(str(source), revision=revision, token=token)

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mrl_redimnet.adapters.facts import ADAPTER_PARTS, AdapterFacts
+from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
 from mrl_redimnet.adapters.placement import encoder_name
 from mrl_redimnet.adapters.strategies import explicit_config
+from mrl_redimnet.fingerprints import ADAPTER_PARTS
 
 HEADS = ("classifier", "score")  # what PEFT saves beside every adapter of a sequence classification
 # Initialisations that take weights out of the base: such an adapter fits only a base that was changed the same way.
@@ -27,7 +28,7 @@ class Adapter:
     """An adapter as its folder holds it, all names as in the encoder.
 
     tensors: "projection.segments.0.lora_A.weight" and so on; empty once they are in a model. head: the classifier of an
-    embedding. slot: whether `hot_swap` may replace it.
+    embedding. slot: whether `hot_swap` may replace it. digest: of its file of tensors, "" where it is in none.
     """
 
     config: LoraConfig
@@ -35,6 +36,7 @@ class Adapter:
     head: nn.Linear | None = None
     facts: AdapterFacts | None = None
     slot: bool = False
+    digest: str = ""
 
     @property
     def plain(self) -> bool:
@@ -98,10 +100,12 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
             )
         head = nn.Linear(*weight.T.shape)
         head.load_state_dict({"weight": weight, "bias": bias})
-    return Adapter(config, tensors, head, facts)
+    return Adapter(config, tensors, head, facts, digest=adapter_digest(folder))
 
 
-def as_plain_lora(config: AdaLoraConfig, tensors: dict[str, torch.Tensor], encoder: nn.Module):
+def as_plain_lora(
+    config: AdaLoraConfig, tensors: dict[str, torch.Tensor], encoder: nn.Module
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """AdaLoRA as equal LoRA with a rank per layer: PEFT cannot mix, combine or swap it, or have it beside LoRA."""
     scale, ranks, changed = config.lora_alpha / (config.init_r + 1e-5), {}, dict(tensors)
     for layer in [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]:
@@ -132,7 +136,7 @@ def adapter_tensors(encoder: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def fill(room: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]):
+def fill(room: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     """Copies `tensors` into those of the model; ValueError unless both have the same names and shapes."""
     problems = [f"{key} has no place in the model" for key in tensors.keys() - room.keys()]
     problems += [f"{key} is not in the file" for key in room.keys() - tensors.keys()]

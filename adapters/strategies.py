@@ -1,6 +1,6 @@
 """How an adapter's ranks come about during training: the four strategies of arXiv 2401.10447, one class each.
 
-A strategy puts a trainable adapter on a model and follows it through the run; `train_hf.py` calls it at fixed points:
+A strategy puts a trainable adapter on a model and follows it through the run; the loop calls it at fixed points:
 
     strategy = STRATEGIES[name](host, plan, probe)      PEFT layers are in, only they train
     loss + strategy.penalty()                           every micro-batch
@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -68,7 +69,7 @@ class Vanilla:
 
     ranks_from_data = False  # whether they have to be kept for a resumed run
 
-    def __init__(self, host: nn.Module, plan: AdapterPlan, probe: Probe):
+    def __init__(self, host: nn.Module, plan: AdapterPlan, probe: Probe) -> None:
         """host: what PEFT is to wrap, in place: the encoder, or a model whose head is to travel with the adapter."""
         self.host, self.plan, self.probe = host, plan, probe
         self.peft = self._wrap(self._config())
@@ -93,9 +94,10 @@ class Vanilla:
         """What is added to the loss."""
         return 0.0
 
-    def after_step(self, step: int, skipped: bool = False):
+    def after_step(self, step: int, skipped: bool = False) -> None:
         """Called after optimiser step `step`, before gradients are cleared; skipped: they were not finite, and the
-        step was left out."""
+        step was left out.
+        """
 
     def state(self) -> object | None:
         """An object with state_dict and load_state_dict that checkpoints must hold, besides tensors."""
@@ -105,7 +107,7 @@ class Vanilla:
         """The rank of every adapted layer, by its name in the encoder."""
         return {name: layer.r[ADAPTER] for name, layer in adapted_layers(self.peft).items()}
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors to `folder`."""
         start = getattr(self, "start_folder", None)
         self.peft.save_pretrained(folder, path_initial_model_for_weight_conversion=start, save_embedding_layers=False)
@@ -130,7 +132,7 @@ class Vanilla:
             raise ValueError(f"placement {self.plan.placement}: no layer of this model is reached.")
         return peft
 
-    def _initialise(self, init: str):
+    def _initialise(self, init: str) -> None:
         """What an initialisation needs beyond the weights: batches, or a copy of the adapter's first state."""
         if init == "eva":
             self.ranks_from_data = True
@@ -154,7 +156,7 @@ class Vanilla:
             state = of_first_process({name: directions.cpu() for name, directions in state.items()})
             initialize_lora_eva_weights(self.peft, eva_state_dict=state)
 
-    def keep_start(self, folder: Path):
+    def keep_start(self, folder: Path) -> None:
         """Writes the adapter's first state to `folder`, where the initialisation has moved the base's weights."""
         if str(self.config.init_lora_weights).startswith(MUTATING):
             if not (folder / "adapter_config.json").is_file():
@@ -193,7 +195,7 @@ class WarmUp(Vanilla):
             set_peft_model_state_dict(self.peft, whole)
         after = self._answers(batch)
         cosine = float(torch.cosine_similarity(before, after).mean())
-        worst = min(kept, key=kept.get)
+        worst = min(kept, key=kept.__getitem__)
         return (
             f"Rank {self.plan.start_rank} cut to {self.plan.rank}: on average {sum(kept.values()) / len(kept):.1%} of "
             f"the energy of a layer's change is kept, at least {kept[worst]:.1%} ({worst}); embeddings before and "
@@ -246,7 +248,7 @@ class Dynamic(Vanilla):
                 terms.append(torch.dist(square, torch.eye(len(square), device=square.device)))
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
-    def after_step(self, step: int, skipped: bool = False):
+    def after_step(self, step: int, skipped: bool = False) -> None:
         # Gradients that are not finite would stay in PEFT's running averages for good. From the last allocation on it
         # looks at the averages alone, and must not miss that step.
         if not skipped or step >= self.config.total_step - self.config.tfinal:
@@ -263,7 +265,7 @@ class Dynamic(Vanilla):
         """Which of a layer's directions are in use: pruned ones have a singular value of exactly zero."""
         return layer.lora_E[ADAPTER].detach()[:, 0] != 0
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
         """As plain LoRA with a rank per layer: unlike AdaLoRA's own file it can be mixed, combined and hot-swapped."""
         pairs = {}
         for name, layer in adapted_layers(self.peft).items():
@@ -305,9 +307,10 @@ STRATEGIES: dict[str, type[Vanilla]] = {"vanilla": Vanilla, "dynamic": Dynamic, 
 # In the order of use
 
 
-def of_first_process(found):
+def of_first_process(found: Any) -> Any:
     """The first process's value in all. What is found in data may differ in rounding, and so in ranks, from one GPU to
-    another, and processes can only train layers of the same shapes."""
+    another, and processes can only train layers of the same shapes.
+    """
     return broadcast_object_list([found])[0]
 
 
@@ -402,7 +405,7 @@ def ranks_by_worth(gradients: dict[str, torch.Tensor], rank: int) -> dict[str, i
     return ranks
 
 
-def write_plain_lora(folder: Path, pairs: dict, whole: dict, like: LoraConfig, host: nn.Module):
+def write_plain_lora(folder: Path, pairs: dict, whole: dict, like: LoraConfig, host: nn.Module) -> None:
     """An ordinary LoRA adapter folder of `pairs` (A [k, in], B [out, k]; scaling 1) and tensors trained `whole`."""
     kept = {name: getattr(like, name) for name in ("modules_to_save", "base_model_name_or_path", "revision")}
     ranks = {name: len(down) for name, (down, _) in pairs.items()}
@@ -418,7 +421,7 @@ def write_plain_lora(folder: Path, pairs: dict, whole: dict, like: LoraConfig, h
 class _AllocatorState:
     """What AdaLoRA's rank allocation remembers, for checkpoints."""
 
-    def __init__(self, peft: PeftModel):
+    def __init__(self, peft: PeftModel) -> None:
         self.peft = peft
 
     def state_dict(self) -> dict:
@@ -426,7 +429,7 @@ class _AllocatorState:
         kept = {name: dict(getattr(allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
         return {**kept, "rank_pattern": self.peft.peft_config[ADAPTER].rank_pattern}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         allocator = self.peft.base_model.rankallocator
         devices = {name: parameter.device for name, parameter in self.peft.base_model.model.named_parameters()}
         for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):  # Accelerate loads them to the CPU

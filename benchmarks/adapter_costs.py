@@ -34,8 +34,8 @@ from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.placement import adapted_layers
 from mrl_redimnet.adapters.strategies import ADAPTER, AdapterPlan, Dynamic, Probe, Vanilla
-from mrl_redimnet.recipe import Recipe
-from mrl_redimnet.training import build_optimizer
+from mrl_redimnet.training.optimizer import build_optimizer
+from mrl_redimnet.training.reading import make_recipe
 
 SPEAKERS, CROP_SECONDS = 5994, 2.0  # VoxCeleb2's training speakers
 SHAPES = {"1 x 3 s": (1, 3.0), "8 x 3 s": (8, 3.0)}  # batch, seconds
@@ -54,8 +54,8 @@ IN_TRAINING = {
 TRAINED = {name: (Vanilla, plan) for name, plan in ADAPTERS.items()} | IN_TRAINING
 SWAPPED = "linear, r=8"  # the adapter of the swaps and the goals
 FILE_GOAL_BYTES, SWAP_GOAL_MS = 2_000_000, 10.0
-RECIPE = Recipe(learning_rate=1e-5, final_learning_rate=1e-5)  # so low that weights hardly move
-LIBRARIES = ["mrl_redimnet.training", "mrl_redimnet.adapters.bank"]
+RECIPE = make_recipe(learning_rate=1e-5, final_learning_rate=1e-5)  # so low that weights hardly move
+LIBRARIES = ["mrl_redimnet.training.checkpoints", "mrl_redimnet.adapters.bank"]
 NO_DATA = Probe(list, lambda batch: torch.zeros(()))  # none of the adapters here is initialised from data
 
 
@@ -172,7 +172,7 @@ class Trainer:
 
     def __call__(self):
         self.backward(len(self.labels))
-        nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.max_gradient_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.optimizer.max_gradient_norm)
         self.optimizer.step()
         if self.strategy is not None:
             self.strategy.after_step(self.steps)

@@ -32,13 +32,15 @@ from paired import Drawn, change, eers, mean, percent
 import train_hf
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.hub import adapter_info
-from mrl_redimnet.corpus import load_corpus, split_usable
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import embed_files, embed_trials
-from mrl_redimnet.loading import DrawnCrops
-from mrl_redimnet.recipe import read_recipe
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.data.corpus import load_corpus, split_usable
+from mrl_redimnet.data.loaders import DrawnCrops
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.training import freeze
+from mrl_redimnet.training import setup
+from mrl_redimnet.training.optimizer import freeze
+from mrl_redimnet.training.reading import flat, in_groups, read_recipe
 
 ROOT = Path(__file__).parents[1]
 PLACEMENTS = ("attention", "attention+ffn", "pointwise", "projection", "linear")
@@ -68,9 +70,9 @@ def adapter(placement: str, rank: int, **settings) -> dict:
 
 
 PARTS = {
-    "projection, whole": {"trains": "projection"},
-    "head, trunk frozen": {"trains": "head"},
-    "all weights": {"trains": "all", "learning_rate": 5e-4},
+    "projection, whole": {"finetune": "projection"},
+    "head, trunk frozen": {"finetune": "head"},
+    "all weights": {"finetune": "all", "learning_rate": 5e-4},
 }
 GRID = {f"LoRA {place}, r={rank}": adapter(place, rank) for rank in (8, 64, 4, 16, 32) for place in PLACEMENTS}
 STRATEGIES = {
@@ -110,7 +112,7 @@ def main():
     if arguments.command == "train":
         train(arguments)
     elif arguments.command == "one":
-        train_hf.DrawnCrops = partial(KeptCrops, folder=arguments.runs)
+        setup.DrawnCrops = partial(KeptCrops, folder=arguments.runs)
         train_hf.main([arguments.base, "--resume"])
     else:
         report(arguments)
@@ -167,20 +169,20 @@ def train_and_embed(arguments: argparse.Namespace, run: Run):
 
 def train_once(arguments: argparse.Namespace, run: Run, folder: Path) -> dict:
     """Trains; seconds of one core and peak memory in bytes of the process."""
-    recipe = yaml.safe_load((ROOT / "adapters" / f"{run.domain}.yaml").read_text())
     steps = STEPS[run.domain]
-    recipe |= {"model": arguments.base, "train": str(arguments.speech / "train"), "output": str(folder)}
-    recipe |= {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "resamples": 0, "tests": {}}
+    recipe = {"model": arguments.base, "train": str(arguments.speech / "train"), "output": str(folder)}
+    recipe |= {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "bootstrap_samples": 0, "tests": {}}
     recipe |= {"learning_rate": 2e-3, "workers": 0, "tracker": "none", "mixed_precision": "bf16", "seed": run.seed}
     if run.domain == "gender":
         recipe |= {"label_file": str(arguments.speech / "metadata.csv")}
         recipe |= {"tests": {"gender": {"folder": str(arguments.speech / "test" / "wav")}}}
     else:  # the classifier of the base, trained at three speeds, goes on
-        recipe |= {"speeds": [1.0, 0.9, 1.1]}
+        recipe |= {"speed_perturb": [1.0, 0.9, 1.1]}
     if run.domain == "noisy":
         recipe |= {"noise": str(arguments.speech / "noise" / "train")}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **run.settings}))
+    recipe = read_recipe(ROOT / "adapters" / f"{run.domain}.yaml", recipe | run.settings)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(in_groups(flat(recipe))))
     crops = arguments.runs / "crops" / f"{run.domain}-{run.seed}"
     command = [sys.executable, __file__, "one", str(folder / "recipe.yaml"), "--runs", str(crops)]
     with open(folder / "log.txt", "w") as log:
@@ -215,7 +217,7 @@ def embed(model, speech: Path, domain: str, file: Path):
     trials = trial_lists(speech)["both lists"]
     embeddings = {"clean": embed_trials(model, trials, speech / "test" / "wav")}
     if domain == "gender":
-        embeddings["training"] = embed_files(model, list(training_files(speech)), longest=4.0)
+        embeddings["training"] = SpeakerEncoder(model).embed(list(training_files(speech)), longest=4.0)
     else:
         noise = str(speech / "noise" / "test")
         embeddings[domain] = embed_trials(
@@ -349,7 +351,7 @@ def costs(base: str, run: Run, folder: Path) -> dict[str, float]:
         info = adapter_info(folder / "best")
         return {"parameters": info.parameters, "bytes": info.size, **found}
     model = load_model(base)
-    freeze(model, read_recipe(folder / "recipe.yaml"), 0)
+    freeze(model, read_recipe(folder / "recipe.yaml"), 0, STEPS[run.domain])
     encoder = getattr(model, model.base_model_prefix)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     return {"parameters": sum(p.numel() for p in trained), "bytes": sum(4 * p.numel() for p in trained), **found}

@@ -18,8 +18,8 @@ from compare_adapters import machine, trial_lists
 from paired import Drawn, change, eers, mean, percent
 
 from mrl_redimnet.adapters.bank import AdapterBank
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import embed_trials
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
 
 NAME = SEVERAL_SEEDS[0]

@@ -30,8 +30,10 @@ from timing import machine, quartiles
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, audio_info, read_audio
-from mrl_redimnet.bulk import (
+from mrl_redimnet.audio.io import SAMPLING_RATE, audio_info, read_audio
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.extraction.bulk import (
     Batch,
     Embedder,
     Extraction,
@@ -44,11 +46,8 @@ from mrl_redimnet.bulk import (
     part_size,
     whole,
 )
-from mrl_redimnet.bulk_inputs import Inputs
-from mrl_redimnet.calibration import weights_of
-from mrl_redimnet.evaluation import audio_below, drawn
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.systems import System
+from mrl_redimnet.extraction.inputs import Inputs
+from mrl_redimnet.files import replace_file
 
 STAGES = [dict(frequency_stride=stride, blocks=1, expansion=1, reduction=None) for stride in (1, 2)]
 TINY = dict(num_mel_bins=24, base_channels=4, stages=STAGES, group_divisor=2, pooling_bottleneck=16)
@@ -109,17 +108,17 @@ def write(file: Path, text: str):
     replace_file(file, lambda target: target.write_text(text))
 
 
-def system_of(size: str) -> System:
+def encoder_of(size: str) -> SpeakerEncoder:
     """A network with random weights, always the same."""
     torch.manual_seed(0)
     config = MRLReDimNetConfig(**TINY) if size == "tiny" else MRLReDimNetConfig.from_size(size)
     model = MRLReDimNetModel(config).eval()
-    return System(model, size, None, weights_of(model))
+    return SpeakerEncoder(model, size)
 
 
 def listed(speech: Path, file: Path, count: int) -> Path:
     """A manifest of `count` utterances, drawn; where there are fewer files, files come again under other ids."""
-    files = drawn(audio_below(speech), count)
+    files = drawn(files_below(speech), count)
     with file.open("w", newline="") as opened:
         rows = [(f"{number:06d}", files[number % len(files)].absolute()) for number in range(count)]
         csv.writer(opened).writerows([("id", "path"), *rows])
@@ -136,11 +135,11 @@ def against_model(speech: Path, effort: Effort) -> dict[str, dict]:
 
 def one_against_model(speech: Path, name: str, count: int, rounds: int) -> dict:
     """Utterances a second of the command with one decoding process and of the model alone, taking turns."""
-    system = system_of(name)
+    encoder = encoder_of(name)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs.find([listed(speech, Path(folder) / "list.csv", count)])
-        embedder, how = Embedder(system.model), Extraction(workers=1)
-        parts = Parts(Path(folder), Made.by(system, embedder), "")
+        embedder, how = Embedder(encoder), Extraction(workers=1)
+        parts = Parts(Path(folder), Made.by(embedder), "")
         size = part_size(inputs.rows, how.part_size)
         work = Work(inputs, whole(inputs), parts, size, {}, embedder.extractor, how)
         batches = [item for item in work if isinstance(item, Batch)]
@@ -152,7 +151,7 @@ def one_against_model(speech: Path, name: str, count: int, rounds: int) -> dict:
             for batch in batches:
                 embedder(batch)
             between = time.perf_counter()
-            done = embed_corpus(system, inputs, Path(folder) / f"{number}", how, Process())
+            done = embed_corpus(encoder, inputs, Path(folder) / f"{number}", how, Process())
             ended = time.perf_counter()
             if done.embedded != count:
                 raise RuntimeError(f"{done.embedded} of {count} utterances were embedded: {done.problems[:3]}")
@@ -216,14 +215,14 @@ def expect(process: subprocess.Popen, word: str) -> str:
 
 def child(speech: Path, manifest: str, folder: str, size: str, workers: str):
     """One process of a run: loads, warms up, says so, waits, embeds, says how long that took."""
-    system, how = system_of(size), Extraction(workers=int(workers))
+    encoder, how = encoder_of(size), Extraction(workers=int(workers))
     with torch.inference_mode():
-        system.model(torch.zeros(1, SAMPLING_RATE))
+        encoder.model(torch.zeros(1, SAMPLING_RATE))
     inputs = Inputs.find([manifest])
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    problems = embed_corpus(system, inputs, folder, how).problems
+    problems = embed_corpus(encoder, inputs, folder, how).problems
     if problems:
         raise RuntimeError(f"{len(problems)} utterances could not be embedded: {problems[:3]}")
     print(f"seconds {time.perf_counter() - began}", flush=True)
@@ -271,7 +270,7 @@ def memory(speech: Path, effort: Effort) -> dict:
 def cut_pieces(speech: Path, folder: Path):
     """Short pieces of drawn files, of all lengths between two."""
     folder.mkdir()
-    files = [file for file in audio_below(speech) if audio_info(file).seconds >= LONGEST]
+    files = [file for file in files_below(speech) if audio_info(file).seconds >= LONGEST]
     if len(files) < 2:
         raise ValueError(f"{speech}: {len(files)} files of {LONGEST} s or more, at least two are needed")
     lengths = np.linspace(SHORTEST, LONGEST, PIECES)

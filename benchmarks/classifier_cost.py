@@ -22,7 +22,7 @@ from timing import machine
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier
-from mrl_redimnet.partial import SampledRows
+from mrl_redimnet.training.sampled_classifier import SampledRows
 
 BATCH, DIMS = 64, [64, 128, 192, 256]
 WARM_UP_STEPS = 2  # the second has the optimiser's state from the start
@@ -86,7 +86,7 @@ def measure(case: Case, steps: int) -> Cost:
         case.sample,
         step_s=statistics.median(whole for whole, _ in seconds),
         rows_s=statistics.median(moving for _, moving in seconds),
-        memory_mib=in_fresh_process(memory_of, case, preload=["mrl_redimnet.partial"]),
+        memory_mib=in_fresh_process(memory_of, case, preload=["mrl_redimnet.training.sampled_classifier"]),
         matrix_mib=case.speakers * DIMS[-1] * 4 / 2**20,
     )
 

@@ -23,10 +23,10 @@ from paired import Drawn, eers
 from peft import PeftModel
 
 from mrl_redimnet.adapters.hub import adapter_info
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import embed_trials
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.trials import Trials, read_trials
+from mrl_redimnet.scoring.trials import Trials, read_trials
 
 DIMS = (64, 256)
 

@@ -23,13 +23,13 @@ from report_training import shortened
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_mrl_redimnet import SAMPLING_RATE
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.trials import read_trials
 
 # What two runs may differ in, and be called a comparison of networks.
-NETWORK = {"model", "output"}
+NETWORK = {"model.start", "run.output"}
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resamples", type=int, default=1000)
     arguments = parser.parse_args()
-    recipes = {run.name: json.loads((run / "results.json").read_text())["recipe"] for run in arguments.runs}
+    recipes = {run.name: settings_of(run) for run in arguments.runs}
     refuse_other_differences(parser, recipes)
     first = next(iter(recipes))
     record = {
@@ -53,11 +53,11 @@ def main():
     found: dict[str, dict[str, dict[int, Drawn]]] = {}
     for run in arguments.runs:
         model = load_model(run / "best")
-        record["networks"][run.name] = facts(run, recipes[run.name]["model"], model)
+        record["networks"][run.name] = facts(run, recipes[run.name]["model.start"], model)
         for path in sorted((arguments.speech / "test").glob("trials_*.txt")):
             trials = read_trials(path)
             files = [arguments.speech / "test" / "wav" / name for name in trials.utterances]
-            embeddings = embed_files(model, files, progress=f"{run.name}, {path.stem}")
+            embeddings = SpeakerEncoder(model).embed(files, progress=f"{run.name}, {path.stem}")
             dims = model.config.matryoshka_dims
             drawn = eers(trials, trials.utterances, embeddings, dims, arguments.resamples)
             found.setdefault(path.stem.removeprefix("trials_"), {})[run.name] = drawn
@@ -74,6 +74,13 @@ def main():
     replace_file(arguments.out.with_suffix(".md"), lambda file: file.write_text(text))
     plot(found, arguments.out.with_suffix(".png"))
     print(text)
+
+
+def settings_of(run: Path) -> dict:
+    """The settings of a run by their full names, with the steps that it had."""
+    results = json.loads((run / "results.json").read_text())
+    settings = {f"{group}.{name}": value for group, those in results["recipe"].items() for name, value in those.items()}
+    return settings | {"schedule.steps": results["steps"]}
 
 
 def refuse_other_differences(parser: argparse.ArgumentParser, recipes: dict[str, dict]):
@@ -114,9 +121,10 @@ def report(record: dict, found: dict, first: str) -> str:
     lines = [
         f"# {' beside '.join(each['size'] for each in networks.values())}",
         "",
-        f"`{record['command']}`. Trained by the same recipe, {recipe['steps']} steps of {recipe['batch_size']} crops "
-        f"of {recipe['crop_seconds']:g} s, one run each. EER in per cent, 95 % intervals by a bootstrap over speakers "
-        f"({record['resamples']} resamples), paired for differences; bold: beyond noise.",
+        f"`{record['command']}`. Trained by the same recipe, {recipe['schedule.steps']} steps of "
+        f"{recipe['data.batch_size']} crops of {recipe['data.crop_seconds']:g} s, one run each. EER in per cent, 95 % "
+        f"intervals by a bootstrap over speakers ({record['resamples']} resamples), paired for differences; bold: "
+        "beyond noise.",
         "",
         "| | parameters | multiply-adds of 2 s | crops/s that the training logged, median | best step | saved |",
         "|---|---|---|---|---|---|",

@@ -4,9 +4,9 @@
         --systems "telephony, linear=RUN/best" "telephony, full=RUN/best_as_trained" ...
 
 ROOT holds test/wav, test/trials_*.txt and noise/test. Every utterance is perturbed once per condition and embedded once
-by each system. The measure is that of `mrl_redimnet.robustness`; intervals and differences come from one bootstrap over
-speakers, so a difference's interval is paired. Writes OUT.json, OUT.md and OUT.png. To try it in a minute:
-`--quick-grid --limit-utterances-per-speaker 4 --resamples 50`.
+by each system. The measure is that of `mrl_redimnet.evaluation.robustness`; intervals and differences come from one
+bootstrap over speakers, so a difference's interval is paired. Writes OUT.json, OUT.md and OUT.png. To try it in a
+minute: `--quick-grid --limit-utterances-per-speaker 4 --resamples 50`.
 """
 
 import argparse
@@ -17,20 +17,19 @@ from pathlib import Path
 import numpy as np
 from compare_adapters import load, machine, trial_lists
 
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.robustness import (
+from mrl_redimnet.evaluation.robustness import (
     ALL,
     SIDES,
     DifferenceRow,
     RobustnessReport,
     compare,
     heat_map,
-    markdown_table,
     save_reports,
 )
-from mrl_redimnet.robustness_commands import grid_of
-from mrl_redimnet.trials import Trials, speaker_of
-from mrl_redimnet_cli.trials import add_grid
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.scoring.trials import Trials, speaker_of
+from mrl_redimnet.tables import markdown_table
+from mrl_redimnet_cli.robustness import add_grid, grid_of
 
 TITLES = {"test": "The test side alone perturbed", "both": "Enrolment and test perturbed"}
 
@@ -94,7 +93,7 @@ def report(reports: Sequence[RobustnessReport], differences: Sequence[Difference
     first = reports[0]
     conditions = len({row.condition for row in first.points})
     text = [
-        f"Relative EER change in % under {conditions} conditions (`mrl_redimnet.robustness` defines it), "
+        f"Relative EER change in % under {conditions} conditions (`mrl_redimnet.evaluation.robustness` defines it), "
         f"{first.trials:,} trials of {first.utterances} utterances ({name}). Brackets: 95 % intervals over speakers "
         f"({first.resamples} resamples). Differences are to {first.system}, paired and **bold** where the interval "
         f"excludes zero: of the mean EER, and by how many % more the errors grow. {machine()}."

@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl_redimnet.audio import audio_info
-from mrl_redimnet.calibration import Calibration, threshold_at
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.metrics import act_dcf, bootstrap_values, cllr, eer, min_cllr, min_dcf, quantile_interval
+from mrl_redimnet.audio.io import audio_info
+from mrl_redimnet.data.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import SCORERS, make_scorer, score, trial_seconds
-from mrl_redimnet.trials import Trials, make_trials, read_trials, speaker_of
+from mrl_redimnet.scoring.calibration import Calibration, threshold_at
+from mrl_redimnet.scoring.metrics import act_dcf, bootstrap_values, cllr, eer, min_cllr, min_dcf, quantile_interval
+from mrl_redimnet.scoring.scorers import SCORERS, make_scorer, score, trial_seconds
+from mrl_redimnet.scoring.trials import Trials, make_trials, read_trials, speaker_of
 
 WANTED = 0.01  # false-accept rate of the thresholds
 ENROLLED = 3  # utterances of a multi-enrolment model
@@ -44,7 +44,7 @@ class Speech:
         self.paths = paths
         files = [folder / path for path in paths]
         self.seconds = np.array([audio_info(file).seconds for file in files])
-        self.embeddings = embed_files(model, files, progress=str(folder))
+        self.embeddings = SpeakerEncoder(model).embed(files, progress=str(folder))
 
     @cached_property
     def row_of(self) -> dict[str, int]:

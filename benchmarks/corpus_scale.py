@@ -23,9 +23,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mrl_redimnet.corpus import SpeakerTable, labels_of, seconds_of, speakers_of, split_usable
-from mrl_redimnet.prepare import FEATURES
-from mrl_redimnet.streaming import SpeechStream
+from mrl_redimnet.data.corpus import SpeakerTable, labels_of, seconds_of, speakers_of, split_usable
+from mrl_redimnet.data.prepare import FEATURES
+from mrl_redimnet.data.streaming import SpeechStream
 
 AUDIO_BYTES = 30_000  # an eight-second utterance of VoxCeleb2 in AAC, about
 ROWS_PER_SHARD = 500

@@ -35,7 +35,7 @@ from timing import machine, quartiles
 from configuration_mrl_redimnet import SAMPLING_RATE, SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.export import export_onnx
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 900.0, 1800.0, 3600.0)  # seconds
 LONGEST_PIECE = 240.0  # without windows: attention's memory grows with the square

@@ -3,10 +3,10 @@
     python benchmarks/detect_domains.py --speech ROOT --out docs/results/domain_detector [--save FOLDER]
 
 ROOT holds train/wav, noise/train, test/wav and noise/test. Every utterance is brought into every domain of
-`mrl_redimnet.domains`. Trained is on a few hundred drawn training utterances, one of every speaker before any has two:
-at most 8 s from the start of each, and a stretch of 0.5 to 3 s of that. Tested is on all the test utterances, whole and
-cut to the 2 s and 1 s in their middle. Nothing is chosen on the test: the threshold is read off training speakers that
-a regression had not seen, in five parts.
+`mrl_redimnet.audio.domains`. Trained is on a few hundred drawn training utterances, one of every speaker before any has
+two: at most 8 s from the start of each, and a stretch of 0.5 to 3 s of that. Tested is on all the test utterances,
+whole and cut to the 2 s and 1 s in their middle. Nothing is chosen on the test: the threshold is read off training
+speakers that a regression had not seen, in five parts.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from mrl_redimnet.adapters.detector import CLEAN, FEATURES, THRESHOLD, Detection, DomainDetector, features
-from mrl_redimnet.audio import SAMPLING_RATE, read_audio
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
-from mrl_redimnet.domains import DOMAINS, make_domain, simulate
-from mrl_redimnet.metrics import mean_interval
-from mrl_redimnet.trials import speaker_of
+from mrl_redimnet.audio.domains import DOMAINS, make_domain, simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
+from mrl_redimnet.data.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.scoring.metrics import mean_interval
+from mrl_redimnet.scoring.trials import speaker_of
 
 COMMAND = "python benchmarks/detect_domains.py --speech ROOT --out docs/results/domain_detector"
 TRAIN_SECONDS = 8.0
@@ -200,8 +200,9 @@ def report(record: dict) -> str:
         f"{whole['speakers']} other speakers, of LibriSpeech test-other and AN4, with noise clips that training did "
         f"not have. Intervals: 95 %, bootstrap over speakers, {record['resamples']} resamples. {record['machine']}.",
         "",
-        "**Trained and tested on simulations.** Telephone calls and noisy rooms are those of `mrl_redimnet.domains` at "
-        "their defaults, which the adapters are trained with too; clean is read and dictated English of two corpora. "
+        "**Trained and tested on simulations.** Telephone calls and noisy rooms are those of "
+        "`mrl_redimnet.audio.domains` at their defaults, which the adapters are trained with too; clean is read and "
+        "dictated English of two corpora. "
         "Speakers and noise clips of the test are new to the detector; codecs, simulated rooms, the ten kinds of noise "
         "(ESC-10) and the two corpora's recording channels are not. On real calls and recordings expect less, and "
         "train on examples of your own where you have them. Some noisy examples hardly are: up to 15 dB SNR, half of "

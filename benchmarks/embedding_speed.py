@@ -38,7 +38,7 @@ from torch import nn
 
 from configuration_mrl_redimnet import SAMPLING_RATE, SIZES
 from mrl_redimnet.export import export_onnx
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
 
 REFERENCE = "reference"
 FLOAT32_AGREES = 1e-4  # relative error of an embedding

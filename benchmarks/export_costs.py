@@ -22,13 +22,13 @@ import torch
 from paired import Drawn, change, eers, percent
 from timing import machine
 
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.evaluation import check_present, embed_files
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.results import check_present
 from mrl_redimnet.export import PRECISIONS, export_onnx
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import check_output, replace_file
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.systems import check_output
-from mrl_redimnet.trials import Trials, read_trials, speaker_of
+from mrl_redimnet.scoring.trials import Trials, read_trials, speaker_of
 
 TORCH = "PyTorch"
 QUICK_UTTERANCES = 4
@@ -47,7 +47,7 @@ def main():
         check_present(trials, arguments.folder)
     model = load_model(arguments.model)
     files = [arguments.folder / path for path in utterances]
-    embedded, sizes = {TORCH: embed_files(model, files)}, {}
+    embedded, sizes = {TORCH: SpeakerEncoder(model).embed(files)}, {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRECISIONS:
             exported = export_onnx(model, Path(folder) / f"{precision}.onnx", precision=precision)

@@ -24,7 +24,7 @@ from timing import machine, quartiles, speedup, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_mrl_redimnet import SAMPLING_RATE, SIZES
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
 
 LOADS = ((1, 3.0), (16, 3.0))  # utterances, seconds of each
 AGREES = 1e-4  # relative error of embeddings

@@ -26,20 +26,22 @@ from compare_adapters import machine, trial_lists
 from paired import eers, mean
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.averaging import LastWeights
-from mrl_redimnet.corpus import audio_source, load_corpus, split_usable
-from mrl_redimnet.evaluation import embed_files, embed_trials
+from mrl_redimnet.data.corpus import audio_source, load_corpus, split_usable
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.rotation import principal_rotation
-from mrl_redimnet.trials import Trials
+from mrl_redimnet.scoring.trials import Trials
+from mrl_redimnet.training.averaging import LastWeights
+from mrl_redimnet.training.reading import flat, in_groups, read_recipe
 
 ROOT = Path(__file__).parents[1]
 DIMS = (8, 16, 32, 64, 128, 256)
 # Recipe of all runs: that of the small corpus, shorter, with a hop of 15 ms, and averages kept to be judged.
-RECIPE = yaml.safe_load((ROOT / "recipes" / "nano_small_corpus.yaml").read_text())
-OPTIONS = {**RECIPE["model_options"], "hop_length": 240}
-SHORTER = dict(steps=300, evaluate_every=75, checkpoint_every=300, resamples=0, tracker="none")
-SHORTER |= dict(model_options=OPTIONS, workers=0, report_dims=[], ema=0.97, tests={}, average_last=0)
-SHORTER |= dict(speeds=[1.0], prefixes_from=[], margin_rise=[0.3, 0.7])  # what 300 steps can use
+RECIPE = ROOT / "recipes" / "nano_small_corpus.yaml"
+OPTIONS = {**read_recipe(RECIPE).model.model_options, "hop_length": 240}
+SHORTER = dict(steps=300, evaluate_every=75, checkpoint_every=300, bootstrap_samples=0, tracker="none")
+SHORTER |= dict(model_options=OPTIONS, workers=0, report_dims=[], ema=0.97, tests={}, weight_averaging=0)
+SHORTER |= dict(speed_perturb=[1.0], prefix_starts=[], margin_schedule=[0.3, 0.7])  # what 300 steps can use
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,16 @@ ROOMS = [{"kind": "one_of", "probability": 0.6, "choices": [
 LAST_ONLY = [0.0] * (len(OPTIONS["matryoshka_dims"]) - 1) + [1.0]
 PLAIN = {**OPTIONS, "spec_augment": False}
 # A second stage of a tenth of the steps: long crops, a large margin, the classifier's rows kept by name.
-LARGE_MARGIN = dict(steps=30, crop_seconds=4.0, batch_size=24, learning_rate=1e-4, margin_rise=[0, 0])
-LARGE_MARGIN |= dict(model_options={"margin": 0.4}, rotate_at=[], evaluate_every=15, ema=0.0)
+LARGE_MARGIN = dict(steps=30, crop_seconds=4.0, batch_size=24, learning_rate=1e-4, margin_schedule=[0, 0])
+LARGE_MARGIN |= dict(model_options={}, margin=0.4, rotate_at=[], evaluate_every=15, ema=0.0)
 VARIANTS = {
-    "whole": Variant(dict(average_last=0.75)),
+    "whole": Variant(dict(weight_averaging=0.75)),
     "no augmentation": Variant(dict(augmentations=[], model_options=PLAIN)),
-    "speeds": Variant(dict(speeds=[1.0, 0.9, 1.1])),
+    "speeds": Variant(dict(speed_perturb=[1.0, 0.9, 1.1])),
     "rooms and babble": Variant(dict(augmentations=ROOMS)),
-    "margin from the start": Variant(dict(margin_rise=[0, 0])),
+    "margin from the start": Variant(dict(margin_schedule=[0, 0])),
     "utterances alike": Variant(dict(sampler="utterance")),
-    "plain loss": Variant(dict(model_options={**OPTIONS, "prefix_weights": LAST_ONLY}, rotate_at=[])),
+    "plain loss": Variant(dict(prefix_weights=LAST_ONLY, rotate_at=[])),
     "prefix loss alone": Variant(dict(rotate_at=[])),
     "distilled": Variant(taught=True),
     "large margin": Variant(LARGE_MARGIN, after="whole"),
@@ -133,7 +135,7 @@ def run(arguments: argparse.Namespace, name: str, seed: int):
     variant, folder = VARIANTS[name], folder_of(arguments.runs, name, seed)
     if (folder / "results.json").is_file():
         return
-    settings = {**RECIPE, **SHORTER, **variant.changes, "seed": seed, "output": str(folder)}
+    settings = {**SHORTER, **variant.changes, "seed": seed, "output": str(folder)}
     settings |= {"train": str(arguments.speech / "train"), "noise": str(arguments.speech / "noise" / "train")}
     if variant.after:
         settings["model"] = str(folder_of(arguments.runs, variant.after, seed) / "best_as_trained")
@@ -142,7 +144,7 @@ def run(arguments: argparse.Namespace, name: str, seed: int):
             raise ValueError(f"--teacher: the variant {name!r} needs one.")
         settings["teacher"] = arguments.teacher
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(in_groups(flat(read_recipe(RECIPE, settings)))))
     command = [sys.executable, str(ROOT / "train_hf.py"), str(folder / "recipe.yaml"), "--resume"]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -200,11 +202,11 @@ def embed(
     if weights == "mean":
         model = copy.deepcopy(model)
         last_turn = int(max(RECIPE["rotate_at"]) * SHORTER["steps"])  # weights of two bases have no mean
-        kept = round(VARIANTS["whole"].changes["average_last"] * SHORTER["steps"] / SHORTER["evaluate_every"])
+        kept = round(VARIANTS["whole"].changes["weight_averaging"] * SHORTER["steps"] / SHORTER["evaluate_every"])
         LastWeights(folder / "last_weights", kept).mean_into(model, last_turn + 1)
     embeddings = embed_trials(model, lists["both lists"], speech / "test" / "wav")
     if rotated:  # turning the embeddings is turning the model
-        embeddings = embeddings @ principal_rotation(embed_files(model, training))[0].astype(np.float32)
+        embeddings = embeddings @ principal_rotation(SpeakerEncoder(model).embed(training))[0].astype(np.float32)
     return embeddings
 
 

@@ -18,9 +18,9 @@ from compare_adapters import machine
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.augmentation import Sources, make_augmentations
-from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, augmented
-from mrl_redimnet.corpus import SpeakerTable, load_corpus, speakers_of, split_usable
+from mrl_redimnet.audio.augmentation import Sources, make_augmentations
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus, speakers_of, split_usable
+from mrl_redimnet.data.crops import CorpusTalkers, CropDataset, CropMaker, augmented
 
 CROP_SECONDS, SPEEDS = 2.0, (1.0, 0.9, 1.1)
 USUAL = [

@@ -21,8 +21,8 @@ import torch
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, read_audio
-from mrl_redimnet.corpus import load_corpus
+from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
+from mrl_redimnet.data.corpus import load_corpus
 from mrl_redimnet.saving import load_model
 
 

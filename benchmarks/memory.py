@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def in_fresh_process(function: Callable, *arguments, preload: Sequence[str] = ("mrl_redimnet.training",)):
+def in_fresh_process(function: Callable, *arguments, preload: Sequence[str] = ("mrl_redimnet.training.checkpoints",)):
     """The function's answer from a process that has the modules `preload` loaded and has done nothing yet.
 
     Forked from a server: a process started anew would inherit this one's peak memory. Freed blocks go back to the

@@ -23,8 +23,8 @@ from statistics import NormalDist
 import numpy as np
 from timing import machine
 
-from mrl_redimnet import metrics
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.scoring import metrics
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 SHIFT, TARGETS, SPEAKERS = 2.5, 0.02, 1000

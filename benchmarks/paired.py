@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mrl_redimnet.metrics import bootstrap_values, eer, quantile_interval
-from mrl_redimnet.scoring import score
-from mrl_redimnet.trials import Trials
+from mrl_redimnet.scoring.metrics import bootstrap_values, eer, quantile_interval
+from mrl_redimnet.scoring.scorers import score
+from mrl_redimnet.scoring.trials import Trials
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ def write(path: Path, fill: Callable):
 
 def model_scores(model: str, trials: Path, folder: Path) -> dict[str, dict]:
     """Cosines (float32) of every trial at each of DIMS, labels, and both speakers as numbers."""
-    from mrl_redimnet.evaluation import embed_trials
+    from mrl_redimnet.evaluation.results import embed_trials
     from mrl_redimnet.saving import load_model
-    from mrl_redimnet.trials import read_trials, speaker_of
+    from mrl_redimnet.scoring.trials import read_trials, speaker_of
 
     trials = read_trials(trials)
     embeddings = embed_trials(load_model(model), trials, folder).astype(np.float64)

@@ -9,6 +9,7 @@ from torch import nn
 
 from configuration_mrl_redimnet import SIZES
 from mrl_redimnet.convert import convert_checkpoint
+from mrl_redimnet.speed import speed_up
 
 # Of each network: the wrapper's module and name, and the hop in samples, as published.
 WRAPPERS = {
@@ -77,4 +78,4 @@ def build_pair(size: str) -> tuple[nn.Module, nn.Module]:
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
             part.running_mean.normal_(0, 0.1)
             part.running_var.uniform_(0.5, 1.5)
-    return reference, convert_checkpoint({"model_config": arguments, "state_dict": reference.state_dict()})
+    return reference, speed_up(convert_checkpoint({"model_config": arguments, "state_dict": reference.state_dict()}))

@@ -201,7 +201,7 @@ def _moves_nothing(func, inputs, out) -> bool:
     may or may not."""
     if func.is_view or func.overloadpacket.__name__ in ALLOCATIONS:
         return True
-    if func._schema.is_mutable:
+    if func._schema.is_mutable:  # noqa: SLF001 -- what PyTorch's own dispatch modes read
         return False
     memory = [{x.untyped_storage().data_ptr() for x in _tensors(side)} for side in (inputs, out)]
     return bool(memory[0] & memory[1])

@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from timing import machine, quartiles
 
-from mrl_redimnet.corpus import audio_source, load_corpus
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.data.corpus import audio_source, load_corpus
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.extraction.search import STORAGES, BinaryShortlist, Float32Shortlist, SpeakerIndex
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.search import STORAGES, BinaryShortlist, Float32Shortlist, SpeakerIndex
 
 SHORTLISTS = (50, 200, 1000)
 K = 10
@@ -183,7 +183,7 @@ class RealSpeech:
         data = [load_corpus(root / part) for part in ("train", "test")]
         files = [audio_source(part, row) for part in data for row in range(len(part))]
         speakers = np.array([name for part in data for name in part["speaker"]])
-        units = embed_files(load_model(model), files)
+        units = SpeakerEncoder(load_model(model)).embed(files)
         units = units / np.linalg.norm(units, axis=1, keepdims=True)
         names, owners = np.unique(speakers, return_inverse=True)
         asks = np.zeros(len(units), dtype=bool)
@@ -396,8 +396,8 @@ def report(record: dict, out: Path) -> str:
 ![Recall over speed]({out.with_suffix(".png").name})
 
 {record["machine"]}, Faiss {record["faiss"]}. Shortlist by a prefix, re-ranked by the cosine of the whole embedding of
-{real["dimensions"]} numbers (`mrl_redimnet.search`); recall counts what exhaustive search in float32 (torch, one
-matrix product and top-k) finds. {record["effort"]["queries"]} synthetic and {real["queries"]} real queries.
+{real["dimensions"]} numbers (`mrl_redimnet.extraction.search`); recall counts what exhaustive search in float32 (torch,
+one matrix product and top-k) finds. {record["effort"]["queries"]} synthetic and {real["queries"]} real queries.
 Identified: the query's own speaker comes first. Queries a second: median [quartiles] over calls of 1 or {BATCH}
 queries. Bytes a speaker: codes of the prefix, whole embedding, name. Build: normalising, encoding, and for the graph
 linking, two threads.

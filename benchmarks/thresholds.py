@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl_redimnet.calibration import Threshold
-from mrl_redimnet.evaluation import audio_below, embed_files
+from mrl_redimnet.audio.scan import files_below
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model
-from mrl_redimnet.scoring import make_scorer, score, speaker_means, with_enrolments
-from mrl_redimnet.trials import make_trials
+from mrl_redimnet.scoring.calibration import Threshold
+from mrl_redimnet.scoring.scorers import make_scorer, score, speaker_means, with_enrolments
+from mrl_redimnet.scoring.trials import make_trials
 
 AVERAGED, ENROLLED, SPLITS = 3, 19, 10
 WANTED = (0.01, 0.05)
@@ -34,13 +35,13 @@ class Speech:
     """The speakers below a folder who have enough utterances, each utterance embedded once."""
 
     def __init__(self, model, folder: Path):
-        files = audio_below(folder)
+        files = files_below(folder)
         names = [file.relative_to(folder).parts[0] for file in files]
         enough = {name for name, count in zip(*np.unique(names, return_counts=True), strict=True) if count >= FEWEST}
         kept = [(file, name) for file, name in zip(files, names, strict=True) if name in enough]
         self.paths = [file.relative_to(folder).as_posix() for file, _ in kept]
         self.speakers = np.array([name for _, name in kept])
-        self.embeddings = embed_files(model, [file for file, _ in kept], progress=str(folder))
+        self.embeddings = SpeakerEncoder(model).embed([file for file, _ in kept], progress=str(folder))
         self.units = make_scorer("cosine").units(self.embeddings, self.embeddings.shape[1])
 
     def thresholds(self, speakers: np.ndarray) -> dict[float, dict[int, Threshold]]:

@@ -16,7 +16,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-LOCAL_HUB = Path(__file__).parent.parent / "tests" / "local_hub.py"
+LOCAL_HUB = Path(__file__).with_name("local_hub.py")
 
 
 def main():
@@ -58,9 +58,9 @@ def there_and_back(arguments: argparse.Namespace, cache: str):
 
     from mrl_redimnet.adapters.bank import AdapterBank
     from mrl_redimnet.adapters.hub import default_repository, list_adapters, push_adapter, push_base
-    from mrl_redimnet.domains import make_domain
-    from mrl_redimnet.evaluation import evaluate_trials, format_table
-    from mrl_redimnet.trials import read_trials
+    from mrl_redimnet.audio.domains import make_domain
+    from mrl_redimnet.evaluation.results import evaluate_trials, format_table
+    from mrl_redimnet.scoring.trials import read_trials
 
     disable_progress_bar()  # of small files, between the lines that count
     disable_progress_bars()

@@ -14,11 +14,11 @@ import os
 import pyarrow as pa
 import ray
 
-from mrl_redimnet.audio import Encoded
-from mrl_redimnet.bulk import STORAGES, Embedder
-from mrl_redimnet.bulk_inputs import Utterance
-from mrl_redimnet.corpus import AUDIO_SUFFIXES
-from mrl_redimnet.systems import System
+from mrl_redimnet.audio.io import Encoded
+from mrl_redimnet.data.corpus import AUDIO_SUFFIXES
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.extraction.bulk import STORAGES, Embedder
+from mrl_redimnet.extraction.inputs import Utterance
 
 BATCH = 128  # utterances that are sorted by length together
 
@@ -26,10 +26,9 @@ BATCH = 128  # utterances that are sorted by length together
 class Embed:
     """An actor: rows of encoded files (bytes, path) to rows of embeddings."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        system = System.load(arguments)
-        self.embedder = Embedder(system.model, system.dim(arguments.dim), arguments.storage)
-        self.root = arguments.folder.split("://")[-1].rstrip("/") + "/"
+    def __init__(self, model: str, adapter: str | None, folder: str, dim: int | None, storage: str):
+        self.embedder = Embedder(SpeakerEncoder.from_pretrained(model, adapter), dim, storage)
+        self.root = folder.split("://")[-1].rstrip("/") + "/"
 
     def __call__(self, files: pa.Table) -> pa.Table:
         """id, path, seconds, embedding and problem, in which a row has either of the last two."""
@@ -68,7 +67,13 @@ def main(argv: list[str] | None = None):
     )
     rows = files.map_batches(
         Embed,
-        fn_constructor_args=(arguments,),
+        fn_constructor_args=(
+            arguments.model,
+            arguments.adapter,
+            arguments.folder,
+            arguments.dim,
+            arguments.storage,
+        ),
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=arguments.actors),

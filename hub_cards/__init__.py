@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing it would import PEFT, which a base's card does wi
     from mrl_redimnet.adapters.facts import AdapterFacts
 
 UNKNOWN_TRAINING = "How these weights were trained is not recorded here."
-PLACEHOLDER = "PATH_OR_HUB_ID"
+PLACEHOLDER = "PATH_OR_HUB_ID"  # in the card of a model that is in no repository yet
 NETWORKS = {  # by config.network
     "redimnet": ("ReDimNet", "https://arxiv.org/abs/2407.18223"),
     "redimnet2": ("ReDimNet2", "https://arxiv.org/abs/2603.11841"),
@@ -59,7 +59,7 @@ def base_card(
         paper=paper,
         dims=config.matryoshka_dims,
         parameters=f"{getattr(model, model.base_model_prefix, model).num_parameters():,}",
-        hop_ms=f"{config.hop_length / 16:g}",
+        hop_ms=f"{config.hop_ms:g}",
         provenance=_provenance(training, licence, datasets),
         results=results_section(evaluation),
     )
@@ -120,7 +120,7 @@ def adapter_card(
     )
 
 
-def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None = None):
+def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None = None) -> None:
     """Writes README.md, and of an evaluation evaluation.json and, where there are EERs, eer.png.
 
     Raises ValueError when the card states other results than `evaluation`. Files of an earlier evaluation are removed.
@@ -149,7 +149,8 @@ def _metadata(name: str, evaluation: Evaluation | None, licence, datasets, **fie
 
 def _pipeline(model) -> str | None:
     """The transformers pipeline that runs the model, if there is one: "feature-extraction" is for text, and an adapter
-    lacks the feature extractor."""
+    lacks the feature extractor.
+    """
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return "audio-classification" if classifies and model.config.num_labels > 1 else None
 

@@ -2,18 +2,16 @@
 
 import itertools
 import re
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult
 
-from mrl_redimnet.evaluation import SHARES, VerificationRow
-from mrl_redimnet.extras import extra
-from mrl_redimnet.groups import group_cells, group_notes
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
-from mrl_redimnet.rows import ALL, SIDES, NumberRow
+from mrl_redimnet.plotting import legend_line, legend_patch, new_panels, plain, save_figure
+from mrl_redimnet.rows import ALL, SHARES, SIDES, NumberRow, VerificationRow, group_cells, group_notes
+from mrl_redimnet.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +56,7 @@ def _groups_part(evaluation: Evaluation) -> list[str]:
     ]
     for name, rows in evaluation.groups.items():
         heading, *lines = group_cells(rows)
-        rule = "|---|---" + "|---:" * (len(heading) - 1) + "|"
-        parts.append("\n".join([_line("trials", *heading), rule, *(_line(name, *line) for line in lines)]))
+        parts.append(_markdown([["trials", *heading], *([name, *line] for line in lines)]))
         parts += [" ".join(" ".join(note.split()) for note in group_notes(rows))]
     return parts
 
@@ -70,18 +67,18 @@ def _robustness_part(evaluation: Evaluation) -> list[str]:
     if not any(lists.values()):
         return []
     dims = sorted({row.dim for rows in lists.values() for row in rows})
-    lines = [_line("trials", "perturbed", *map(str, dims)), "|---|---" + "|---:" * len(dims) + "|"]
+    lines = [["trials", "perturbed", *map(str, dims)]]
     for name, rows in lists.items():
         for side, title in zip(SIDES, ("test", "enrolment and test"), strict=True):
             cells = {row.dim: _number_cell(row) for row in rows if row.side == side}
             if cells:
-                lines.append(_line(name, title, *(cells.get(dim, "") for dim in dims)))
+                lines.append([name, title, *(cells.get(dim, "") for dim in dims)])
     kinds = sorted({row.kind for rows in evaluation.robustness.values() for row in rows} - {ALL})
     caption = (
         f"Robustness, per dimension: relative EER change in % when audio is perturbed{_over(kinds)}, as "
-        "`mrl_redimnet.robustness` defines it. Brackets: 95 % intervals over speakers."
+        "`mrl_redimnet.evaluation.robustness` defines it. Brackets: 95 % intervals over speakers."
     )
-    return [caption, "\n".join(lines)]
+    return [caption, _markdown(lines)]
 
 
 def _over(kinds: list[str]) -> str:
@@ -89,25 +86,27 @@ def _over(kinds: list[str]) -> str:
 
 
 def _number_cell(row: NumberRow) -> str:
-    bounds = "" if row.change_low is None else f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+    bounds = ""
+    if row.change_low is not None and row.change_high is not None:
+        bounds = f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
     return f"{100 * row.change:+.0f}{bounds}"
 
 
 def _table(lists: dict[str, dict[str, list[Row]]], saved: str, cell: Callable[[Row], str]) -> str:
     """A line per trial list and system, a column per dimension or metric; blank where nothing was measured."""
     columns = sorted({column(row) for systems in lists.values() for rows in systems.values() for row in rows})
-    lines = [_line("trials", "weights", *map(_heading, columns)), "|---|---" + "|---:" * len(columns) + "|"]
+    lines = [["trials", "weights", *map(_heading, columns)]]
     for name, systems in lists.items():
         for system, rows in systems.items():
             cells = {column(row): cell(row) for row in rows}
             label = f"**{system.strip()}**" if system == saved else system
-            lines.append(_line(name, label, *(cells.get(key, "") for key in columns)))
-    return "\n".join(lines)
+            lines.append([name, label, *(cells.get(key, "") for key in columns)])
+    return _markdown(lines)
 
 
-def _line(*cells: str) -> str:
-    """A table's line; names may hold anything, also what would end a cell."""
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+def _markdown(lines: list[list[str]]) -> str:
+    """The first two columns are names, the others numbers."""
+    return markdown_table(lines, left=(0, 1), aligned=False)
 
 
 def _heading(key: int | str) -> str:
@@ -164,56 +163,42 @@ def _dataset_ids(names: Iterable[str]) -> list[str]:
 
 def eer_plot(evaluation: Evaluation, file: Path) -> bool:
     """Draws EER over dimensions, a panel per trial list, with 95 % intervals; returns whether there was anything."""
-    with extra("evaluation"):  # a card without results needs no picture
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
-
     lists = evaluation.lists_of(VerificationRow)
     if not lists:
         return False
     across = min(2, len(lists))
-    down = -(-len(lists) // across)
-    figure = Figure(figsize=(6.4, 2.9 * down + 0.7), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    figure, panels = new_panels(len(lists), across, width=6.4 / across, height=2.9, below=0.7)
     styles = {
         system: {"color": f"C{i % 10}", "linestyle": _LINE_STYLES[i % len(_LINE_STYLES)], "marker": "o"}
         for i, system in enumerate(evaluation.systems)
     }
-    for panel, (name, systems) in zip(panels, lists.items(), strict=False):
+    for panel, (name, systems) in zip(panels, lists.items(), strict=True):
         _draw(panel, systems, styles)
-        panel.set_title(_plain(textwrap.fill(name, 76 // across)), fontsize=9)
-    for unused in panels[len(lists) :]:
-        unused.remove()
+        panel.set_title(plain(name, 76 // across), fontsize=9)
     shown = [system for system in styles if any(system in systems for systems in lists.values())]
-    handles = [Line2D([], [], **styles[system]) for system in shown]
+    handles = [legend_line(**styles[system]) for system in shown]
     rows = (row for systems in lists.values() for rows in systems.values() for row in rows)
     if any(interval(row) for row in rows):
-        handles.append(Patch(color="grey", alpha=0.25))
+        handles.append(legend_patch(color="grey", alpha=0.25))
         shown.append("95 % interval")
-    figure.legend(handles, [_plain(label) for label in shown], loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(file, dpi=150)
+    figure.legend(handles, [plain(label) for label in shown], loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, file, dpi=150)
     return True
 
 
-def _draw(panel: "Axes", systems: dict[str, list[VerificationRow]], styles: dict[str, dict]):
+def _draw(panel: "Axes", systems: dict[str, list[VerificationRow]], styles: dict[str, dict]) -> None:
     for system, rows in systems.items():
         rows = sorted(rows, key=column)
         panel.plot([row.dim for row in rows], [100 * row.eer for row in rows], markersize=4, **styles[system])
         bounds = [(row.dim, *interval(row)) for row in rows if interval(row)]
         if bounds:
             dims, low, high = zip(*bounds, strict=True)
-            low, high = ([100 * rate for rate in rates] for rates in (low, high))
+            low, high = (tuple(100 * rate for rate in rates) for rates in (low, high))
             panel.fill_between(dims, low, high, color=styles[system]["color"], alpha=0.15, linewidth=0)
-    dims = sorted({row.dim for rows in systems.values() for row in rows})
+    widths = sorted({row.dim for rows in systems.values() for row in rows})
     panel.set_xscale("log", base=2)
-    panel.set_xticks(dims, [str(dim) for dim in dims], fontsize=8, rotation=45)
+    panel.set_xticks(widths, [str(dim) for dim in widths], fontsize=8, rotation=45)
     panel.minorticks_off()
     panel.set(xlabel="dimensions", ylabel="EER %")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
-
-
-def _plain(text: str) -> str:
-    """Text as matplotlib shows it: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")

@@ -5,10 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow
-from mrl_redimnet.folders import replace_file
-from mrl_redimnet.groups import GroupRow, row_from
-from mrl_redimnet.rows import SIDES, NumberRow
+from mrl_redimnet.files import replace_text
+from mrl_redimnet.rows import SIDES, AttributeRow, GroupRow, NumberRow, VerificationRow, row_from
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -35,7 +33,7 @@ class Evaluation:
     groups: dict[str, list[GroupRow]] = field(default_factory=dict)
     robustness: dict[str, list[NumberRow]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.results or not isinstance(self.conditions, str):
             raise ValueError("an evaluation has results of a trial list at least, and its conditions are text.")
         for name, systems in self.results.items():
@@ -44,10 +42,11 @@ class Evaluation:
             _check_distinct(f"{name}, groups", rows, [(row.group, row.dim) for row in rows])
             for row in rows:
                 _check_group(row, f"{name}, group {row.group}")
-        for name, rows in self.robustness.items():
-            _check_distinct(f"{name}, robustness", rows, [(row.kind, row.side, row.dim) for row in rows])
-            for row in rows:
-                _check_number(row, f"{name}, robustness, {row.kind}")
+        for name, numbers in self.robustness.items():
+            keys = [(number.kind, number.side, number.dim) for number in numbers]
+            _check_distinct(f"{name}, robustness", numbers, keys)
+            for number in numbers:
+                _check_number(number, f"{name}, robustness, {number.kind}")
 
     @property
     def systems(self) -> list[str]:
@@ -58,10 +57,10 @@ class Evaluation:
         """The part of the results whose rows are of a kind, VerificationRow or AttributeRow."""
         return {name: systems for name, systems in self.results.items() if isinstance(systems[self.saved][0], kind)}
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         """Writes `folder`/evaluation.json, whole or not at all."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        replace_file(Path(folder) / EVALUATION_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        replace_text(Path(folder) / EVALUATION_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation | None":
@@ -108,7 +107,7 @@ def _known(kind: type, record: dict):
     return kind(**{name: value for name, value in record.items() if name in known})
 
 
-def _check_list(name: str, systems: dict[str, list[Row]], saved: str):
+def _check_list(name: str, systems: dict[str, list[Row]], saved: str) -> None:
     if saved not in systems:
         raise ValueError(f"{name}: no results of the saved system {saved!r}, only of {', '.join(systems)}.")
     if not all(label.strip() for label in (name, *systems)):
@@ -124,7 +123,7 @@ def _check_list(name: str, systems: dict[str, list[Row]], saved: str):
             _check_row(row, f"{name}, {system}, {column(row)}")
 
 
-def _check_row(row: Row, where: str):
+def _check_row(row: Row, where: str) -> None:
     if isinstance(row, VerificationRow) and (type(row.dim) is not int or row.dim < 1):
         raise ValueError(f"{where}: {row.dim!r} is no dimension.")
     required = (row.eer, row.min_dcf) if isinstance(row, VerificationRow) else (row.value,)
@@ -137,12 +136,12 @@ def _check_row(row: Row, where: str):
         raise ValueError(f"{where}: an interval has two ends, got {bounds}.")
 
 
-def _check_distinct(where: str, rows: list, keys: list):
+def _check_distinct(where: str, rows: list, keys: list) -> None:
     if not rows or len(set(keys)) < len(keys):
         raise ValueError(f"{where}: expected some rows, and none twice, got rows of {keys}.")
 
 
-def _check_group(row: GroupRow, where: str):
+def _check_group(row: GroupRow, where: str) -> None:
     counts = (row.speakers, row.targets, row.impostors)
     if not all(type(count) is int and count >= 0 for count in counts) or not row.group.strip():
         raise ValueError(f"{where}: expected a name, and counts of speakers and trials, got {counts}.")
@@ -154,14 +153,14 @@ def _check_group(row: GroupRow, where: str):
                 _check_bounds(f"{where}, {name}", rate.value, rate.low, rate.high, least, 1.0)
 
 
-def _check_number(row: NumberRow, where: str):
+def _check_number(row: NumberRow, where: str) -> None:
     if row.side not in SIDES or type(row.dim) is not int or row.dim < 1:
         raise ValueError(f"{where}: expected a side of {', '.join(SIDES)} and a dimension, got {row.side}, {row.dim}.")
     _check_bounds(where, row.eer, row.eer_low, row.eer_high, 0.0, 1.0)
     _check_bounds(where, row.change, row.change_low, row.change_high, -1.0, math.inf)
 
 
-def _check_bounds(where: str, value, low, high, least: float, most: float):
+def _check_bounds(where: str, value, low, high, least: float, most: float) -> None:
     given = [number for number in (value, low, high) if number is not None]
     if len(given) == 2 or value is None or not all(_is_number(number) and least <= number <= most for number in given):
         raise ValueError(

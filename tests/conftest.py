@@ -21,11 +21,12 @@ from hypothesis import settings
 from local_hub import ANNA, BERT, READER, LocalHub
 from sounds import write_speaker
 
-import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.saving import save_adapter, save_model
-from mrl_redimnet.trials import make_trials, write_trials
+from mrl_redimnet.adapters.publishing import save_adapter
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.scoring.trials import make_trials, write_trials
+from mrl_redimnet.speed import linear, loss, norms
 
 torch.set_num_threads(1)
 
@@ -226,7 +227,8 @@ def device(monkeypatch) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is false (MRL_TEST_DEVICE=cpu runs these tests on the CPU)")
     if name == "cpu":
-        monkeypatch.setattr(modeling_mrl_redimnet, "_cpu_kernels", lambda x: False)
+        for module in (linear, loss, norms):
+            monkeypatch.setattr(module, "runs_on_cpu", lambda x: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions with all of float32's digits
     return torch.device(name)
 
@@ -327,7 +329,7 @@ def train(corpus, tmp_path, monkeypatch):
     from training_runs import command_line, train_here
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", corpus.parent / "cache")
-    monkeypatch.setattr("mrl_redimnet.history.draw", lambda folder: None)  # half the time of so short a run
+    monkeypatch.setattr("mrl_redimnet.training.history.draw", lambda folder: None)  # half the time of so short a run
 
     def run(*flags, **settings) -> Path:
         train_here(command_line(corpus, tmp_path / "run", *flags, **settings))
@@ -339,14 +341,14 @@ def train(corpus, tmp_path, monkeypatch):
 @pytest.fixture
 def seen_types(monkeypatch) -> set[torch.dtype]:
     """The types of what a linear layer gave in training."""
-    import train_hf
+    from mrl_redimnet.training import setup
 
-    types, describe = set(), train_hf.describe
+    types, describe = set(), setup.describe
 
     def describe_and_watch(run):
         describe(run)
         projection = next(part for name, part in run.model.named_modules() if name.endswith("projection.segments.0"))
         projection.register_forward_hook(lambda part, inputs, out: types.add(out.dtype) if part.training else None)
 
-    monkeypatch.setattr(train_hf, "describe", describe_and_watch)
+    monkeypatch.setattr(setup, "describe", describe_and_watch)
     return types

@@ -6,7 +6,7 @@ import numpy as np
 import soundfile
 from scipy.signal import correlate
 
-from mrl_redimnet.audio import SAMPLING_RATE
+from mrl_redimnet.audio.io import SAMPLING_RATE
 
 OFFSET = 300  # of the direct path in the recorded responses, in samples at 16 kHz
 

@@ -17,7 +17,7 @@ from mrl_redimnet.adapters import (
     fingerprint,
     lora_config,
 )
-from mrl_redimnet.adapters.facts import ANSWERING, same_weights
+from mrl_redimnet.fingerprints import ANSWERING, same_weights
 
 TARGETS = {  # of the tiny model: one 1-D block of four convolution units and a transformer layer, three segments
     "attention": 4,

@@ -9,7 +9,7 @@ import soundfile as sf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioInfo, AudioWarning, Encoded, audio_info, read_audio
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioInfo, AudioWarning, Encoded, audio_info, read_audio
 
 
 def noise(samples, seed=0):

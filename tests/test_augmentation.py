@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import power, write
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning
-from mrl_redimnet.augmentation import (
+from mrl_redimnet.audio.augmentation import (
     AUGMENTATIONS,
     AddNoise,
     Babble,
@@ -33,10 +32,11 @@ from mrl_redimnet.augmentation import (
     make_augmentations,
     mix_at_snr,
 )
-from mrl_redimnet.batches import CropMaker, Problem
-from mrl_redimnet.codecs import CODECS
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.material import MaterialError
+from mrl_redimnet.audio.codecs import CODECS
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
+from mrl_redimnet.audio.material import MaterialError
+from mrl_redimnet.data.crops import CropMaker, Problem
 
 VOXCELEB_RECIPE = """
 - kind: one_of
@@ -532,22 +532,22 @@ def upside_down(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return -crop
 
 
-@pytest.mark.parametrize(("base_share", "low", "high"), [(0, 1, 1), (1, 0, 0), (0.5, 0.46, 0.54), (0.1, 0.87, 0.93)])
-def test_a_share_of_crops_stays_out_of_the_domain(base_share, low, high):
+@pytest.mark.parametrize(("clean_ratio", "low", "high"), [(0, 1, 1), (1, 0, 0), (0.5, 0.46, 0.54), (0.1, 0.87, 0.93)])
+def test_a_share_of_crops_stays_out_of_the_domain(clean_ratio, low, high):
     """Of 2000 draws the standard error is 0.011 at most."""
-    crop, bring = np.ones(4, dtype=np.float32), InDomain(upside_down, base_share)
+    crop, bring = np.ones(4, dtype=np.float32), InDomain(upside_down, clean_ratio)
     brought = np.array([bring(crop, np.random.default_rng([7, draw])) for draw in range(2000)])
     assert low <= np.mean(brought[:, 0] == -1) <= high
     assert set(np.unique(brought)) <= {1.0, -1.0}
 
 
 def test_by_default_a_tenth_of_crops_stays_out_of_the_domain():
-    assert InDomain(upside_down).base_share == 0.1
+    assert InDomain(upside_down).clean_ratio == 0.1
 
 
 def test_what_is_in_the_domain_has_its_length_and_is_drawn(noises):
     signal = white(8000)
-    bring = InDomain(make_domain("noisy", noise=noises, room_probability=0.0), base_share=0.0)
+    bring = InDomain(make_domain("noisy", noise=noises, room_probability=0.0), clean_ratio=0.0)
     one, again, other = (bring(signal, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert one.shape == signal.shape and one.dtype == np.float32
     assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, signal)

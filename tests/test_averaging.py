@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from training_runs import reset_accelerate
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet import averaging
-from mrl_redimnet.averaging import Ema, LastWeights
 from mrl_redimnet.rotation import rotate
+from mrl_redimnet.training import averaging
+from mrl_redimnet.training.averaging import Ema, LastWeights
 
 
 def small(seed: int = 0) -> nn.Module:
@@ -194,8 +194,7 @@ def test_a_loaded_state_is_not_shared():
 
 
 def test_accelerate_stores_and_restores_it(tmp_path):
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     try:
         accelerator = Accelerator(cpu=True)
         model, ema = averaged()
@@ -207,8 +206,7 @@ def test_accelerate_stores_and_restores_it(tmp_path):
         accelerator.load_state(str(tmp_path))
         assert same(ema.tensors, expected) and ema.updates == updates
     finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
 
 
 def test_named_tensors_restart_from_the_model_and_no_others():

@@ -16,10 +16,10 @@ import soundfile
 from conftest import tiny_model
 from test_cli import refusal, run
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioWarning
-from mrl_redimnet.augmentation import AddNoise
-from mrl_redimnet.bulk import read_embeddings
-from mrl_redimnet.corpus import load_corpus, split_usable
+from mrl_redimnet.audio.augmentation import AddNoise
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioWarning
+from mrl_redimnet.data.corpus import load_corpus, split_usable
+from mrl_redimnet.extraction.bulk import read_embeddings
 from mrl_redimnet.saving import save_model
 
 LATIN = os.fsdecode(b"caf\xe9.wav")

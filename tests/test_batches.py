@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, Encoded
-from mrl_redimnet.augmentation import Chain, InDomain, Sources, make_augmentations
-from mrl_redimnet.batches import CorpusTalkers, CropDataset, CropMaker, DrawBatches, Problem, augmented, collate
-from mrl_redimnet.corpus import SpeakerTable, load_corpus
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.prepare import prepare
-from mrl_redimnet.recipe import Recipe
-from mrl_redimnet.training import augmentation_strength
+from mrl_redimnet.audio.augmentation import Chain, InDomain, Sources, make_augmentations
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.data.crops import CorpusTalkers, CropDataset, CropMaker, DrawBatches, Problem, augmented, collate
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.training.reading import make_recipe
+from mrl_redimnet.training.schedules import augmentation_strength
 
 SECONDS = {"a/s0/0": 0.5, "a/s0/1": 1.5, "a/s1/0": 0.75, "b/s0/0": 1.0, "c/s0/0": 0.6, "c/s0/1": 0.6}
 
@@ -177,7 +177,7 @@ def voices(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("voices") / "speech", waves)
 
 
-TELEPHONE = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), base_share=0.5)
+TELEPHONE = InDomain(make_domain("telephony", codecs=["mulaw"], loss=(0.0, 0.5)), clean_ratio=0.5)
 
 
 def test_in_a_domain_a_resumed_run_sees_the_same_batches(voices):
@@ -195,7 +195,7 @@ def all_at_once(voices: Path, noises: Path) -> CropDataset:
     """Crops with everything that is drawn: groups, lengths, speeds, babble of the corpus, rising noise, a domain."""
     entries = [{"kind": "noise", "probability": 0.7}, {"kind": "babble", "probability": 0.5, "snr": [0, 5]}]
     chain = make_augmentations(entries, Sources(noise=noises, talkers=CorpusTalkers(corpus_of(voices))))
-    recipe = Recipe(steps=8, batch_size=4, augmentation_rise=[0.0, 1.0])
+    recipe = make_recipe(steps=8, batch_size=4, augmentation_schedule=[0.0, 1.0])
     return dataset(
         voices,
         (0.1, 0.4),
@@ -203,7 +203,7 @@ def all_at_once(voices: Path, noises: Path) -> CropDataset:
         partial(augmented, chain, TELEPHONE),
         batch=4,
         utterances_per_speaker=2,
-        strength=partial(augmentation_strength, crops=4, recipe=recipe),
+        strength=partial(augmentation_strength, crops=4, recipe=recipe, steps=recipe.schedule.steps),
         seed=5,
     )
 
@@ -239,8 +239,8 @@ def test_without_one_augmentations_have_their_full_strength(levels):
 
 
 def test_augmentation_rises_over_the_shares_of_a_run(levels, noises):
-    recipe = Recipe(steps=100, batch_size=4, augmentation_rise=[0.2, 0.6])
-    strength = partial(augmentation_strength, crops=4, recipe=recipe)
+    recipe = make_recipe(steps=100, batch_size=4, augmentation_schedule=[0.2, 0.6])
+    strength = partial(augmentation_strength, crops=4, recipe=recipe, steps=recipe.schedule.steps)
     crops = dataset(levels, 0.1, augment=noise_of(noises, 1.0), strength=strength)
     plain = dataset(levels, 0.1)
     changed = np.array([not same(crops[draw], plain[draw]) for draw in range(400)])

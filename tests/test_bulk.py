@@ -18,14 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 from commands import refusal, run
 from conftest import at_most, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet import bulk
-from mrl_redimnet.bulk import (
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.extraction import bulk
+from mrl_redimnet.extraction.bulk import (
     Extraction,
     Made,
     Parts,
@@ -39,12 +42,8 @@ from mrl_redimnet.bulk import (
     share,
     whole,
 )
-from mrl_redimnet.bulk_inputs import Inputs, Listing, Utterance, _cut, read_manifest
-from mrl_redimnet.calibration import weights_of
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.prepare import prepare
+from mrl_redimnet.extraction.inputs import Inputs, Listing, Utterance, in_blocks, read_manifest
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.systems import System
 
 SPEAKERS, UTTERANCES = 8, 9
 SMALL = Extraction(part_size=32, workers=0)
@@ -76,16 +75,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def system(folder) -> System:
-    model = load_model(folder)
-    return System(model, "tiny", None, weights_of(model))
+def system(folder) -> SpeakerEncoder:
+    return SpeakerEncoder(load_model(folder), "tiny")
 
 
 @pytest.fixture(scope="module")
 def expected(speech, system) -> dict[str, np.ndarray]:
     """Every file's embedding, by its path below the corpus."""
     files = sorted(path for path in speech.rglob("*") if path.is_file())
-    embeddings = embed_files(system.model, files)
+    embeddings = system.embed(files)
     return {file.relative_to(speech).as_posix(): row for file, row in zip(files, embeddings, strict=True)}
 
 
@@ -111,7 +109,7 @@ class Rows:
     def blocks(self, size, wanted):
         made = (f"{self.name}/{row}" for row in range(self.rows))
         if self.sequential:
-            yield from _cut(made, lambda name: Utterance(name, name), size, wanted)
+            yield from in_blocks(made, lambda name: Utterance(name, name), size, wanted)
         else:
             yield from Listing.of((name, name) for name in made).blocks(size, wanted)
 
@@ -121,7 +119,7 @@ def work_of(inputs: Inputs, size: int, done: dict, number: int, count: int, work
     sequential = [shard.sequential for shard in inputs.shards]
     turns = share(share(whole(inputs), sequential, number, count), sequential, worker, workers)
     parts = Parts(Path(), Made("", "", "", "", ""), "", done=dict(done))
-    return Work(inputs, turns, parts, size, {}, None, Extraction())._blocks(turns)
+    return Work(inputs, turns, parts, size, {}, None, Extraction()).blocks(turns)
 
 
 SHARDS = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=6)
@@ -166,7 +164,7 @@ def test_shares_hold_each_block_once(sequential, takers, workers):
 
 @pytest.mark.parametrize(("rows", "sizes"), [(5, [2, 2, 1]), (4, [2, 2, 0]), (0, [0])])
 def test_the_last_block_of_a_stream_is_short(rows, sizes):
-    blocks = list(_cut(range(rows), int, 2, lambda block: True))
+    blocks = list(in_blocks(range(rows), int, 2, lambda block: True))
     assert [(block, len(made)) for block, made in blocks] == list(enumerate(sizes))
     assert [row for _, made in blocks for row in made] == list(range(rows))
 
@@ -203,7 +201,7 @@ def test_parts_of_stopped_runs_and_of_the_last_hold_every_utterance_once(
 
             def write(parts, *arguments, left=left):
                 if next(left, None) is None:
-                    parts._write_problems(*arguments[::3])  # the last thing that is done before the part
+                    parts.write_problems(*arguments[::3])  # the last thing that is done before the part
                     raise Stopped
                 real(parts, *arguments)
 
@@ -348,7 +346,7 @@ def test_small_blocks_are_sorted_by_length_together(speech, system):
     inputs, how = Inputs.find([speech]), Extraction(part_size=64, workers=0)
     parts = Parts(Path(), Made("", "", "", "", ""), "")
     work = Work(inputs, whole(inputs), parts, 16, {}, None, how)
-    together = [[len(task.utterances) for task in tasks] for tasks in work._together(work.turns)]
+    together = [[len(task.utterances) for task in tasks] for tasks in work.together(work.turns)]
     assert together == [[16, 16, 16, 16], [8]]
 
 
@@ -411,15 +409,15 @@ def test_a_retry_that_is_stopped_anywhere_loses_and_doubles_nothing(
     embed_corpus(system, inputs, out, SMALL)
     for name in BROKEN:
         shutil.copy(speech / name, broken / name)
-    again, real, put = Extraction(part_size=32, workers=0, retry=True), Parts._write_problems, Parts._put
-    monkeypatch.setattr(Parts, "_put", stop)
+    again, real, put = Extraction(part_size=32, workers=0, retry=True), Parts.write_problems, Parts.put
+    monkeypatch.setattr(Parts, "put", stop)
     with pytest.raises(Stopped):
         embed_corpus(system, inputs, out, again)  # before the part is there
-    monkeypatch.setattr(Parts, "_put", put)
-    monkeypatch.setattr(Parts, "_write_problems", stop)
+    monkeypatch.setattr(Parts, "put", put)
+    monkeypatch.setattr(Parts, "write_problems", stop)
     with pytest.raises(Stopped):
         embed_corpus(system, inputs, out, again)  # between the part and its problems
-    monkeypatch.setattr(Parts, "_write_problems", real)
+    monkeypatch.setattr(Parts, "write_problems", real)
     assert len(embed_corpus(system, inputs, out, SMALL).problems) == 3  # of the other parts
     assert embed_corpus(system, inputs, out, again).problems == []
     same(out, expected)
@@ -447,6 +445,18 @@ def test_two_processes_may_retry_the_same_part(broken, speech, system, expected,
     same(out, expected)
 
 
+def test_a_process_embeds_on_the_accelerator_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    devices = [Process(number, 4, number).device for number in range(4)]
+    assert [str(device) for device in devices] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert Process().device == torch.device("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert Process().device == torch.device("cpu")
+
+
 def test_problems_do_not_stop_other_processes_under_a_launcher(broken, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -467,7 +477,6 @@ def test_embeddings_that_cannot_be_stored_are_problems(speech, system, tmp_path,
 
 
 def test_a_worker_that_dies_ends_the_run_with_the_reason(speech, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bulk, "read_audio", lambda source: os._exit(9))
     monkeypatch.setattr(bulk, "batches_of", lambda *_: os._exit(9))
     message = refusal(capsys, "embed", folder, speech, "--out", tmp_path / "out", "--workers", 1)
     assert "a process that decodes audio died" in message and "what is embedded is kept" in message
@@ -483,7 +492,7 @@ def test_parts_say_what_made_them(speech, folder, system, expected, tmp_path, ad
         table = pq.read_table(file)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         assert (metadata["model"], metadata["adapter"], metadata["dim"]) == ("model", "telephony", "16")
-        assert metadata["weights"] == weights_of(system.model, adapters / "telephony")
+        assert metadata["weights"] == SpeakerEncoder.from_pretrained(folder, adapters / "telephony").fingerprint
         assert str(table.schema.field("embedding").type) == "fixed_size_list<element: halffloat>[16]"
         for row in table.to_pylist():
             assert row["path"] == f"{speech}/{row['id']}"
@@ -535,14 +544,14 @@ def test_a_damaged_part_is_named(speech, system, tmp_path):
 
 def test_training_mode_is_left_as_it_was(speech, folder, tmp_path):
     model = load_model(folder).train()
-    embed_corpus(System(model, "tiny", None, weights_of(model)), Inputs.find([speech / "s0"]), tmp_path, SMALL)
+    embed_corpus(SpeakerEncoder(model, "tiny"), Inputs.find([speech / "s0"]), tmp_path, SMALL)
     assert model.training
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def embedded(system: System, tmp_path: Path, *sources, how: Extraction = SMALL, processes: int = 1, **options):
+def embedded(system: SpeakerEncoder, tmp_path: Path, *sources, how: Extraction = SMALL, processes: int = 1, **options):
     out = tmp_path / "embedded"
     for number in range(processes):
         report = embed_corpus(system, Inputs.find(sources, **options), out, how, Process(number, processes))
@@ -752,7 +761,7 @@ def test_embed_to_one_file(folder, speech, expected, system, tmp_path, capsys):
     assert run("embed", folder, speech, "--out", out, "--dim", 16, "--part-size", 7) == 0
     assert f"{out}: 72 utterances embedded, by model, 16 dimensions." in capsys.readouterr().out
     content = np.load(out)
-    assert content["ids"].tolist() == sorted(expected) and content["weights"] == system.weights
+    assert content["ids"].tolist() == sorted(expected) and content["weights"] == system.fingerprint
     assert content["embeddings"].dtype == np.float32
     assert np.allclose(content["embeddings"], [expected[name][:16] for name in sorted(expected)], atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["embedded.npz"]

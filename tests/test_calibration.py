@@ -7,11 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mrl_redimnet.calibration import THRESHOLDS_FILE, Calibration, Threshold, Thresholds, threshold_at, weights_of
+from mrl_redimnet.scoring.calibration import (
+    THRESHOLDS_FILE,
+    Calibration,
+    Threshold,
+    Thresholds,
+    threshold_at,
+)
 
 
 def gaussian_trials(seed=0, targets=4000, impostors=40000, distance=3.0):
@@ -369,17 +374,3 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         Thresholds([entry(64)]).save(tmp_path)
     assert [each.dim for each in Thresholds.load(tmp_path).entries] == [16]
     assert os.listdir(tmp_path) == [THRESHOLDS_FILE]
-
-
-def test_weights_tell_bases_and_adapters_apart(tmp_path):
-    model = tiny_model()
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
-    names = [weights_of(model), weights_of(model, tmp_path / "a"), weights_of(model, tmp_path / "b")]
-    assert len(set(names)) == 3 and all(name.startswith(names[0]) for name in names)
-    assert weights_of(tiny_model()) == names[0]
-    next(model.parameters()).data.add_(1.0)
-    assert weights_of(model) != names[0]
-    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in .*: not an adapter's folder"):
-        weights_of(model, tmp_path)

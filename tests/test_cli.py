@@ -15,7 +15,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterBank, AdapterFacts
-from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet_cli import main
 

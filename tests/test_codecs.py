@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from scipy.signal import welch
 from sounds import lag, likeness, power
 
-from mrl_redimnet import codecs
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.codecs import (
+from mrl_redimnet.audio import codecs
+from mrl_redimnet.audio.codecs import (
     CODECS,
     TELEPHONE_RATE,
     Codec,
@@ -22,7 +21,8 @@ from mrl_redimnet.codecs import (
     through_codec,
     transcode,
 )
-from mrl_redimnet.synthetic import synthesise
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from mrl_redimnet.data.synthetic import synthesise
 
 WIDE = [name for name in CODECS if name not in telephone_codecs()]
 

@@ -12,9 +12,9 @@ import soundfile as sf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet import corpus
-from mrl_redimnet.audio import Encoded, read_audio
-from mrl_redimnet.corpus import (
+from mrl_redimnet.audio.io import Encoded, read_audio
+from mrl_redimnet.data import corpus
+from mrl_redimnet.data.corpus import (
     LAYOUTS,
     SpeakerTable,
     audio_source,
@@ -458,11 +458,11 @@ def test_in_a_mix_of_corpora_theirs_are_left_out_alone(tmp_path):
 
 @pytest.mark.parametrize(("files", "given", "expected"), [(4, None, None), (4, 3, 3), (5, None, "all"), (5, 3, 3)])
 def test_the_headers_of_many_files_are_read_by_several_processes(monkeypatch, files, given, expected):
-    monkeypatch.setattr(corpus, "_MANY_FILES", 5)
-    assert corpus._processes(given, files) == (len(os.sched_getaffinity(0)) if expected == "all" else expected)
+    monkeypatch.setattr(corpus, "MANY_FILES", 5)
+    assert corpus.processes_for(given, files) == (len(os.sched_getaffinity(0)) if expected == "all" else expected)
 
 
 def test_a_large_new_folder_is_read_by_several_processes(voxceleb1, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_MANY_FILES", 4)
+    monkeypatch.setattr(corpus, "MANY_FILES", 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     assert len(load_corpus(voxceleb1, cache_dir=tmp_path / "cache").cache_files) == 2

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from mrl_redimnet import curves
-from mrl_redimnet.curves import Record, draw
+from mrl_redimnet.training import curves
+from mrl_redimnet.training.curves import Record, draw
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_all_parts_are_drawn_in_a_picture_that_fits_a_screen(record, tmp_path):
 @pytest.mark.parametrize(("points", "marker"), [(1, "o"), (20, "o"), (21, "")])
 def test_few_points_are_marked_for_a_lone_one_has_no_line(points, marker):
     ax = Figure().subplots()
-    curves._line(ax, (np.arange(points), np.ones(points)))
+    curves.add_line(ax, (np.arange(points), np.ones(points)))
     assert ax.lines[0].get_marker() == marker
 
 
@@ -238,7 +238,7 @@ def test_figures_do_not_pile_up(record, tmp_path):
 
 def test_a_curve_has_the_lines_that_hold_it_and_gaps_where_there_was_no_number():
     lines = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": None}, {"step": 4, "loss": 1.0}]
-    at, values = curves._curve(lines, "loss")
+    at, values = curves.curve_of(lines, "loss")
     np.testing.assert_array_equal(at, [1, 3, 4])
     np.testing.assert_array_equal(values, [2.0, math.nan, 1.0])
 
@@ -250,14 +250,14 @@ def test_a_curve_of_a_dimension_skips_lines_without_it():
         {"step": 3},
         {"step": 4, "eer": {"8": 0.25}},
     ]
-    at, values = curves._curve(lines, "eer", 8)
+    at, values = curves.curve_of(lines, "eer", 8)
     assert at.tolist() == [1, 4] and values.tolist() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("points", [0, 1, 1000, 1001, 2500, 10_007])
 def test_long_curves_are_means_of_groups(points):
     values = np.random.default_rng(0).normal(size=points)
-    at, means = curves._curve([{"step": i, "loss": value} for i, value in enumerate(values)], "loss")
+    at, means = curves.curve_of([{"step": i, "loss": value} for i, value in enumerate(values)], "loss")
     group = max(1, math.ceil(points / 1000))
     expected = [values[i : i + group].mean() for i in range(0, points, group)]
     np.testing.assert_allclose(means, expected)

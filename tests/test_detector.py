@@ -21,9 +21,9 @@ from mrl_redimnet.adapters.detector import (
     DomainDetector,
     features,
 )
-from mrl_redimnet.audio import SAMPLING_RATE
-from mrl_redimnet.domains import make_domain, simulate
-from mrl_redimnet.synthetic import synthesise
+from mrl_redimnet.audio.domains import make_domain, simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.data.synthetic import synthesise
 
 DOMAINS = ("clean", "noisy", "telephony")
 ROOMS = 2  # a small bank: simulating a room takes up to a second

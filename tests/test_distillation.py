@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.distillation import Teacher, similarity_loss
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.training.distillation import Teacher, similarity_loss
 
 DIMS = [4, 8, 16]
 

@@ -14,11 +14,11 @@ from scipy.signal import welch
 from sounds import lag, likeness, power, write, write_responses
 from torch.utils.data import DataLoader
 
-from mrl_redimnet import codecs, domains
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.codecs import Codec, telephone_codecs
-from mrl_redimnet.domains import DOMAINS, Noisy, Telephony, make_domain, simulate
-from mrl_redimnet.synthetic import synthesise
+from mrl_redimnet.audio import codecs, domains
+from mrl_redimnet.audio.codecs import Codec, telephone_codecs
+from mrl_redimnet.audio.domains import DOMAINS, Noisy, Telephony, make_domain, simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from mrl_redimnet.data.synthetic import synthesise
 
 ROOMS = 4  # a small bank: simulating a room takes up to a second
 
@@ -295,7 +295,7 @@ def test_a_codec_that_fails_says_which(monkeypatch):
     broken = {
         "ffmpeg": failing(av.FFmpegError(22, "Invalid argument")),
         "sndfile": failing(soundfile.LibsndfileError(1)),
-        "missing": Codec(lambda pcm, rng: codecs._run_ffmpeg("no_such_codec", pcm, 8000, 8000), delay=0),
+        "missing": Codec(lambda pcm, rng: codecs.run_ffmpeg("no_such_codec", pcm, 8000, 8000), delay=0),
         "short": Codec(lambda pcm, rng: pcm[:100].astype(np.float32), delay=0),
     }
     for name, codec in broken.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrl_redimnet import metrics
+from mrl_redimnet.scoring import metrics
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("eer", "min_dcf", "act_dcf", "cllr", "min_cllr", "auc")

@@ -10,26 +10,23 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, read_audio
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import (
-    METRICS,
-    AttributeRow,
-    VerificationRow,
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, read_audio
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.audio.waveforms import into_domain
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.results import (
     as_records,
     attribute_row,
-    audio_below,
     check_present,
-    drawn,
-    embed_files,
     embed_trials,
     evaluate_trials,
     format_table,
-    reader,
     score_trials,
 )
-from mrl_redimnet.metrics import eer, mean_interval, min_dcf
-from mrl_redimnet.trials import Trials, make_trials
+from mrl_redimnet.rows import METRICS, AttributeRow, VerificationRow
+from mrl_redimnet.scoring.metrics import eer, mean_interval, min_dcf
+from mrl_redimnet.scoring.trials import Trials, make_trials
 
 SECONDS = [0.4, 1.1, 0.25, 0.8, 0.8, 0.3, 1.0, 0.55]
 
@@ -64,7 +61,7 @@ def trials(utterances):
 def test_files_answer_together_as_they_do_alone(folder, utterances, batch_seconds, kind):
     model = tiny_model(kind=kind)
     files = [folder / path for path in utterances]
-    together = embed_files(model, files, batch_seconds)
+    together = SpeakerEncoder(model).embed(files, batch_seconds=batch_seconds)
     assert together.shape == (8, 32) and together.dtype == np.float32
     for row, file in enumerate(files):
         wave, _ = soundfile.read(file, dtype="float32")
@@ -76,18 +73,20 @@ def test_files_answer_together_as_they_do_alone(folder, utterances, batch_second
 def test_rows_follow_the_files(folder, utterances):
     model, files = tiny_model(), [str(folder / path) for path in utterances]
     order = [5, 0, 7, 3, 3]
-    assert np.allclose(embed_files(model, [files[i] for i in order]), embed_files(model, files)[order], atol=1e-4)
+    assert np.allclose(
+        SpeakerEncoder(model).embed([files[i] for i in order]), SpeakerEncoder(model).embed(files)[order], atol=1e-4
+    )
 
 
 def test_no_files_give_no_embeddings():
-    assert embed_files(tiny_model(), []).shape == (0, 32)
+    assert SpeakerEncoder(tiny_model()).embed([]).shape == (0, 32)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_restored_and_statistics_stay(folder, utterances, training):
     model = tiny_model().train(training)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    first, second = (embed_files(model, [folder / path for path in utterances]) for _ in range(2))
+    first, second = (SpeakerEncoder(model).embed([folder / path for path in utterances]) for _ in range(2))
     assert np.array_equal(first, second)  # no dropout, no batch statistics
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
@@ -96,7 +95,7 @@ def test_training_mode_is_restored_and_statistics_stay(folder, utterances, train
 def test_an_unreadable_file_is_named(folder, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF, once")
     with pytest.raises(AudioError, match="broken.wav"):
-        embed_files(tiny_model(), [folder / "id0/0.wav", tmp_path / "broken.wav"])
+        SpeakerEncoder(tiny_model()).embed([folder / "id0/0.wav", tmp_path / "broken.wav"])
 
 
 def test_what_is_embedded_is_what_was_read(folder, utterances):
@@ -104,11 +103,11 @@ def test_what_is_embedded_is_what_was_read(folder, utterances):
     model, files = tiny_model(), [str(folder / path) for path in utterances]
     read = []
 
-    def load(file):
+    def prepare(file, audio):
         read.append(file)
-        return read_audio(file)[-3000::-1]
+        return audio[-3000::-1]
 
-    together = embed_files(model, files, load=load)
+    together = SpeakerEncoder(model).embed(files, prepare=prepare)
     assert sorted(read) == files
     for row, file in enumerate(files):
         with torch.inference_mode():
@@ -129,34 +128,34 @@ def mixed(folder, tmp_path):
 
 @pytest.mark.parametrize("batch_seconds", [0.1, 60.0])
 def test_problems_are_collected_where_asked_for(mixed, batch_seconds):
-    problems = {}
-    embeddings = embed_files(tiny_model(), mixed, batch_seconds, problems=problems)
+    found = SpeakerEncoder(tiny_model()).embed_all(mixed, batch_seconds=batch_seconds)
+    embeddings, problems = found.embeddings, found.problems
     assert list(problems) == [1, 2, 4] and all(mixed[row].name in problems[row] for row in problems)
     assert "0 bytes" in problems[1] and "50 samples" in problems[2] and "NaN" in problems[4]
     assert np.isnan(embeddings[[1, 2, 4]]).all()
-    assert np.allclose(embeddings[[0, 3]], embed_files(tiny_model(), [mixed[0], mixed[3]]), atol=1e-4)
+    assert np.allclose(embeddings[[0, 3]], SpeakerEncoder(tiny_model()).embed([mixed[0], mixed[3]]), atol=1e-4)
 
 
 @pytest.mark.parametrize("row", [1, 2, 4])
 def test_a_problem_ends_the_embedding_otherwise(mixed, row):
     with pytest.raises(AudioError, match=mixed[row].name):
-        embed_files(tiny_model(), [mixed[0], mixed[row]])
+        SpeakerEncoder(tiny_model()).embed([mixed[0], mixed[row]])
 
 
 def test_nothing_but_problems_gives_nothing_but_nan(mixed):
-    problems = {}
-    assert np.isnan(embed_files(tiny_model(), [mixed[1], mixed[2]], problems=problems)).all() and len(problems) == 2
+    found = SpeakerEncoder(tiny_model()).embed_all([mixed[1], mixed[2]])
+    assert np.isnan(found.embeddings).all() and np.isnan(found.seconds).all() and len(found.problems) == 2
 
 
 def test_audio_is_found_below_a_folder(folder, tmp_path):
-    assert audio_below(folder) == sorted(folder.rglob("*.wav"))
+    assert files_below(folder) == sorted(folder.rglob("*.wav"))
     (tmp_path / "LOUD.WAV").touch()
     (tmp_path / "notes.txt").touch()
     (tmp_path / "odd.wav").mkdir()
-    assert audio_below(tmp_path) == [tmp_path / "LOUD.WAV"]
+    assert files_below(tmp_path) == [tmp_path / "LOUD.WAV"]
     for where, message in ((tmp_path / "odd.wav", "0 audio files"), (tmp_path / "x", "not a folder with audio")):
         with pytest.raises(FileNotFoundError, match=message):
-            audio_below(where)
+            files_below(where)
 
 
 def test_files_are_drawn_always_the_same_way_and_in_their_order():
@@ -198,7 +197,7 @@ def test_resamples_give_an_interval(utterances, trials):
 
 def test_a_model_is_scored_at_its_own_dimensions(folder, utterances, trials):
     model = tiny_model(tiny_config(), kind=MRLReDimNetForXVector)
-    embeddings = embed_files(model, [folder / path for path in utterances])
+    embeddings = SpeakerEncoder(model).embed([folder / path for path in utterances])
     rows = evaluate_trials(model, trials, folder)
     assert [row.dim for row in rows] == [8, 16, 32]
     assert rows == score_trials(trials, utterances, embeddings, [8, 16, 32])
@@ -237,7 +236,9 @@ def telephone():
 def test_a_domain_changes_the_results_and_always_the_same_way(folder, utterances, trials, telephone):
     model = tiny_model()
     clean, once, again = (embed_trials(model, trials, folder, domain=d) for d in (None, telephone, telephone))
-    assert np.array_equal(once, again) and np.array_equal(clean, embed_files(model, [folder / p for p in utterances]))
+    assert np.array_equal(once, again) and np.array_equal(
+        clean, SpeakerEncoder(model).embed([folder / p for p in utterances])
+    )
     assert np.abs(once - clean).max(axis=1).min() > 0.01 * np.abs(clean).max()
     rows = evaluate_trials(model, trials, folder, [4, 32], domain=telephone)
     assert rows == score_trials(trials, utterances, once, [4, 32])
@@ -255,12 +256,14 @@ def test_an_utterance_sounds_the_same_when_the_folder_moves(folder, trials, tele
 def test_the_same_audio_under_another_name_has_other_draws(folder, telephone, tmp_path):
     for name in ("a", "b"):
         shutil.copy(folder / "id0/1.wav", tmp_path / f"{name}.wav")
-    a, b = (reader(tmp_path, telephone)(tmp_path / f"{name}.wav") for name in "ab")
+    prepare = into_domain(tmp_path, telephone)
+    a, b = (prepare(file, read_audio(file)) for file in (tmp_path / "a.wav", tmp_path / "b.wav"))
     assert a.shape == b.shape and not np.array_equal(a, b)
 
 
-def test_without_a_domain_a_file_is_read_as_it_is(folder):
-    assert np.array_equal(reader(folder)(folder / "id0/1.wav"), read_audio(folder / "id0/1.wav"))
+def test_without_a_domain_audio_stays_as_it_is(folder):
+    audio = read_audio(folder / "id0/1.wav")
+    assert np.array_equal(into_domain(folder)(folder / "id0/1.wav", audio), audio)
 
 
 # ---------------------------------------------------------------- attributes

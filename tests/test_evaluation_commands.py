@@ -12,16 +12,20 @@ from commands import lists, refusal, run
 from conftest import tiny_model
 from sounds import write_speaker
 
-from mrl_redimnet import evaluation
 from mrl_redimnet.adapters import AdapterBank
-from mrl_redimnet.calibration import Thresholds, weights_of
-from mrl_redimnet.domains import make_domain
-from mrl_redimnet.evaluation import LISTED, embed_trials, evaluate_trials
-from mrl_redimnet.evaluation_commands import list_names
-from mrl_redimnet.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
+from mrl_redimnet.adapters.facts import adapter_digest
+from mrl_redimnet.audio import waveforms
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.scan import files_below
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation.lists import list_names
+from mrl_redimnet.evaluation.results import LISTED, embed_trials, evaluate_trials
+from mrl_redimnet.fingerprints import fingerprint
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.scoring import make_scorer, score, with_enrolments
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.calibration import Thresholds
+from mrl_redimnet.scoring.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
+from mrl_redimnet.scoring.scorers import make_scorer, score, with_enrolments
+from mrl_redimnet.scoring.trials import read_trials
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_the_report_says_what_was_evaluated(folder, speech, tmp_path):
     report = report_of(tmp_path, folder, *lists(speech, "all", "few"), "--resamples", 0)
     conditions = report["conditions"]
     assert conditions["command"].startswith(f"mrl-redimnet evaluate {folder} --trials")
-    assert conditions["model"] == "model" and conditions["weights"] == weights_of(load_model(folder))
+    assert conditions["model"] == "model" and conditions["weights"] == fingerprint(load_model(folder))
     assert (conditions["adapter"], conditions["scoring"], conditions["domain"]) == (None, "cosine", "clean")
     assert list(report["lists"]) == ["all", "few"]
     counts = {"trials": 32 * 31 // 2, "targets": 48, "utterances": 32, "speakers": 8}
@@ -92,8 +96,8 @@ def test_the_screen_agrees_with_the_training_loops_evaluation(folder, speech, ca
 
 def test_every_utterance_is_read_once(folder, speech, tmp_path, monkeypatch):
     read = Counter()
-    original = evaluation.read_audio
-    monkeypatch.setattr(evaluation, "read_audio", lambda file: (read.update([str(file)]), original(file))[1])
+    original = waveforms.read_audio
+    monkeypatch.setattr(waveforms, "read_audio", lambda file: (read.update([str(file)]), original(file))[1])
     report_of(tmp_path, folder, *lists(speech, "all", "few"), "--resamples", 2, "--page", tmp_path / "page")
     assert set(read.values()) == {1} and len(read) == 32
 
@@ -140,7 +144,7 @@ def test_evaluate_in_a_domain(folder, speech, cohort, tmp_path):
 def test_evaluate_with_a_cohort(folder, speech, cohort, tmp_path, scoring):
     arguments = ["--scoring", scoring, "--cohort", cohort, "--top", 5]
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, *arguments)
-    embedded = evaluation.embed_files(load_model(folder), evaluation.audio_below(cohort))
+    embedded = SpeakerEncoder(load_model(folder)).embed(files_below(cohort))
     for row in report["lists"]["all"]["rows"]:
         trials, scores = scores_of(folder, speech, "all", row["dim"], make_scorer(scoring, embedded, 5))
         assert row["auc"] == pytest.approx(auc(scores, trials.labels), abs=1e-4)
@@ -196,7 +200,7 @@ def test_dimensions_the_model_has_not_are_refused(folder, speech, capsys, dim):
 
 
 def test_what_is_missing_is_told_before_anything_is_embedded(folder, speech, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "read_audio", lambda file: pytest.fail("embedded"))
+    monkeypatch.setattr(waveforms, "read_audio", lambda file: pytest.fail("embedded"))
     told = {
         "TRIALS: no file": ["--trials", tmp_path / "t", "--folder", tmp_path],
         "32 of the trial list's 32 utterances are not below": ["--trials", speech / "all.txt", "--folder", tmp_path],
@@ -264,7 +268,7 @@ def test_calibrate_saves_a_threshold_per_dimension(folder, speech, capsys):
         trials, scores = scores_of(folder, speech, "all", entry.dim)
         impostors = scores[trials.labels == 0]
         assert entry.false_accepts == pytest.approx(np.mean(impostors >= entry.threshold), abs=1 / len(impostors))
-        assert 0.08 < entry.false_accepts <= 0.1 and entry.weights == weights_of(load_model(folder))
+        assert 0.08 < entry.false_accepts <= 0.1 and entry.weights == fingerprint(load_model(folder))
         assert f"{entry.threshold:.4f}" in printed and entry.trials == "all"
     assert "Written: " in printed
 
@@ -285,7 +289,7 @@ def test_calibrate_adds_to_what_is_there(folder, adapters, speech):
         ("telephony", 16, 0.1),
     ]
     model = load_model(folder)
-    assert thresholds.find(16, "telephony").weights == weights_of(model, adapters / "telephony") != weights_of(model)
+    assert thresholds.find(16, "telephony").weights == f"{fingerprint(model)}+{adapter_digest(adapters / 'telephony')}"
 
 
 def test_calibrate_for_averaged_enrolments(folder, speech, tmp_path, capsys):

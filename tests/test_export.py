@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, WrongBaseError, fingerprint, lora_config
-from mrl_redimnet.calibration import Threshold, Thresholds, weights_of
+from mrl_redimnet.adapters.facts import adapter_digest
 from mrl_redimnet.export import (
     adapter_base_number,
     deviation,
@@ -35,6 +35,7 @@ from mrl_redimnet.export import (
     graph_form,
 )
 from mrl_redimnet.saving import save_model
+from mrl_redimnet.scoring.calibration import Threshold, Thresholds
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_with_onnxruntime.py"
 WINDOW = 16_000  # samples; of the model of the fixture
@@ -87,13 +88,13 @@ def thresholds(model) -> Thresholds:
     """Of 8 and 16 dimensions; of an adapter; and of weights that were there before."""
     scores = np.linspace(-1, 1, 400)
     labels = (scores + np.sin(40 * scores) > 0).astype(int)
-    entry = Threshold.fit(scores, labels, wanted=0.2, dim=8, weights=weights_of(model), trials="all")
+    entry = Threshold.fit(scores, labels, wanted=0.2, dim=8, weights=fingerprint(model), trials="all")
     found = Thresholds()
     for each in (
         replace(entry, threshold=-1.1),
         replace(entry, dim=16, threshold=1.1),
         replace(entry, dim=32, weights="sha256:0"),
-        replace(entry, adapter="telephony", weights=f"{weights_of(model)}+sha256:1"),
+        replace(entry, adapter="telephony", weights=f"{fingerprint(model)}+sha256:1"),
         replace(entry, scorer="as_norm", threshold=3.0),
     ):
         found.put(each)
@@ -341,7 +342,7 @@ def test_the_command_merges_an_adapter_into_a_model_of_the_hub_and_packs_it(mode
     extra = {"mrl_redimnet.json": ""}
     program = torch.export.load(tmp_path / "merged.pt2", extra_files=extra).module()
     facts = json.loads(extra["mrl_redimnet.json"])
-    assert facts["adapter"] == "telephony" and facts["weights"] == weights_of(model, source)
+    assert facts["adapter"] == "telephony" and facts["weights"] == f"{fingerprint(model)}+{adapter_digest(source)}"
     assert facts["base"] == "anna/base" and facts["revision"] == hub.repositories["anna/base"].resolve("main")
     batch = padded(waves(9000, 5000))
     plain = tiny_model(model.config, kind=MRLReDimNetForXVector).redimnet
@@ -354,7 +355,7 @@ def test_the_command_merges_an_adapter_into_a_model_of_the_hub_and_packs_it(mode
 
 
 def test_thresholds_of_before_fingerprints_knew_the_configuration_are_kept(model, thresholds):
-    alone, config = weights_of(model).split("+config:")
+    alone, config = fingerprint(model).split("+config:")
     entry = thresholds.find(8)
     entries = {
         "base": replace(entry, weights=alone),
@@ -368,11 +369,11 @@ def test_thresholds_of_before_fingerprints_knew_the_configuration_are_kept(model
 
 
 def test_the_number_of_a_base_knows_its_configuration(model):
-    alone, config = weights_of(model).split("+config:")
+    alone, config = fingerprint(model).split("+config:")
     assert adapter_base_number(alone) == int(alone.removeprefix("sha256:")[:8], 16) >> 1
     other = f"{alone}+config:{(int(config, 16) ^ 2**60):016x}"
-    assert len({adapter_base_number(each) for each in (alone, weights_of(model), other)}) == 3
-    assert all(0 <= adapter_base_number(each) < 2**31 for each in (weights_of(model), other))
+    assert len({adapter_base_number(each) for each in (alone, fingerprint(model), other)}) == 3
+    assert all(0 <= adapter_base_number(each) < 2**31 for each in (fingerprint(model), other))
 
 
 def test_a_file_says_what_it_is(model, file, thresholds):
@@ -387,7 +388,7 @@ def test_a_file_says_what_it_is(model, file, thresholds):
     assert facts == {
         "base": "small",
         "revision": "",
-        "weights": weights_of(model),
+        "weights": fingerprint(model),
         "adapter": "",
         "sampling_rate": "16000",
         "min_samples": "257",

@@ -2,12 +2,12 @@
 
 import pytest
 
-from mrl_redimnet.bulk_inputs import Inputs, read_manifest
-from mrl_redimnet.folders import NotTextError, path_below, text_lines
-from mrl_redimnet.groups import read_groups
-from mrl_redimnet.prepare import read_listing
-from mrl_redimnet.tasks import read_labels
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.data.prepare import read_listing
+from mrl_redimnet.evaluation.groups import read_groups
+from mrl_redimnet.extraction.inputs import Inputs, read_manifest
+from mrl_redimnet.files import NotTextError, path_below, text_lines
+from mrl_redimnet.scoring.trials import read_trials
+from mrl_redimnet.training.tasks import read_labels
 
 TEXT = "path,id\r\nZoë/1.wav,a\r\nb.wav,b\r\n"
 

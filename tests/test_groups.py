@@ -7,22 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.groups import (
-    BETWEEN,
+from mrl_redimnet.evaluation.groups import (
     LEAST_SPEAKERS,
     LEAST_TRIALS,
-    Rate,
     eer_threshold,
     error_rates,
     false_alarm_rate,
     format_groups,
-    group_notes,
     miss_rate,
     read_groups,
-    row_from,
 )
-from mrl_redimnet.metrics import eer
-from mrl_redimnet.trials import Trials, UnknownSpeakersError
+from mrl_redimnet.rows import BETWEEN, Rate, group_notes, row_from
+from mrl_redimnet.scoring.metrics import eer
+from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError
 
 
 def all_pairs(speakers: int, utterances: int, seed: int = 0, hard: set = frozenset()) -> tuple[Trials, np.ndarray]:

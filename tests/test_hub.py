@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import local_hub
 import pytest
 import torch
 from conftest import tiny_model, waves
@@ -561,7 +562,7 @@ def test_another_machine(folders, tmp_path):
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_TOKEN": ANNA}
     save_file({"waves": torch.stack(waves(4_800, 4_800))}, tmp_path / "waves")
-    server = [sys.executable, Path(__file__).with_name("local_hub.py"), "--token", ANNA, "--user", "anna"]
+    server = [sys.executable, local_hub.__file__, "--token", ANNA, "--user", "anna"]
     push = (
         "import sys; from mrl_redimnet.adapters.hub import *; base, adapter, name = sys.argv[1:]\n"
         "push_base(base, name, private=True); push_adapter(adapter, default_repository(name, 'telephony'))"

@@ -20,8 +20,7 @@ from transformers import pipeline
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint, lora_config
-from mrl_redimnet.evaluation import VerificationRow
-from mrl_redimnet.groups import GroupRow, Rate
+from mrl_redimnet.evaluation.robustness import NumberRow
 from mrl_redimnet.hub_cards import (
     NO_RESULTS,
     UNKNOWN_TRAINING,
@@ -32,7 +31,7 @@ from mrl_redimnet.hub_cards import (
     eer_plot,
     save_card,
 )
-from mrl_redimnet.robustness import NumberRow
+from mrl_redimnet.rows import GroupRow, Rate, VerificationRow
 from mrl_redimnet.saving import save_model
 
 BASE = Base("some-org/some-base", None, "sha256:" + "0f" * 32)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError, AudioWarning
-from mrl_redimnet.levels import levels, read_utterance, warn_of_silence
-from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
+from mrl_redimnet.audio.levels import levels, read_utterance, warn_of_silence
+from mrl_redimnet.data.synthetic import make_corpus
 
 SECONDS = 3
 RNG = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from peft import PeftModel
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import fingerprint
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
 
 BASE = "anna/base"
 # What the other machine runs: it has the ids and nothing else.
@@ -72,7 +72,7 @@ def test_train_push_pull_swap_merge_unload(variant, train, hub, corpus, tmp_path
     torch.manual_seed(0)
     base = tiny_model(tiny_config(variant, num_speakers=4), kind=MRLReDimNetForXVector)
     save_model(base, tmp_path / "base")
-    settings = dict(model=tmp_path / "base", model_options="{}", trains="adapter", rank=4, learning_rate=0.02)
+    settings = dict(model=tmp_path / "base", model_options="{}", finetune="adapter", rank=4, learning_rate=0.02)
     settings |= dict(steps=4, checkpoint_every=4, evaluate_every=4)
     train(domain="telephony", **settings).rename(tmp_path / "telephony")
     labels = dict(label_file=tmp_path / "labels.csv", label_column="gender", tests="{}", noise="null")
@@ -109,7 +109,8 @@ def check(there: dict, folder: Path, base, wave: torch.Tensor):
         telephony = model(input_values=wave).embeddings
     assert not torch.allclose(telephony, plain, atol=1e-2)
     answers = {name: torch.tensor(value) for name, value in there.items() if name != "labels"}
-    assert torch.equal(answers["off"], plain) and torch.equal(answers["unloaded"], plain)
+    assert torch.equal(answers["off"], answers["unloaded"])
+    torch.testing.assert_close(answers["off"], plain)  # a bank runs the faster forms
     torch.testing.assert_close(answers["telephony"], telephony)
     torch.testing.assert_close(answers["rows"], torch.stack([telephony[0], plain[1]]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answers["merged"], telephony, rtol=1e-5, atol=1e-5)

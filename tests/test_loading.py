@@ -9,11 +9,11 @@ import pytest
 import soundfile
 import torch
 
-from mrl_redimnet.audio import SAMPLING_RATE, read_audio
-from mrl_redimnet.batches import CropDataset, CropMaker, augmented
-from mrl_redimnet.corpus import SpeakerTable, load_corpus, speakers_of
-from mrl_redimnet.loading import DrawnCrops, Loading, StreamedCrops
-from mrl_redimnet.prepare import prepare
+from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus, speakers_of
+from mrl_redimnet.data.crops import CropDataset, CropMaker, augmented
+from mrl_redimnet.data.loaders import DrawnCrops, Loading, StreamedCrops
+from mrl_redimnet.data.prepare import prepare
 
 
 @pytest.fixture(scope="module")

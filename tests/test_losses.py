@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import pytest
@@ -8,7 +7,6 @@ from conftest import padded, relative_error, tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
 
-import modeling_mrl_redimnet
 from configuration_mrl_redimnet import SPEAKER_LOSSES
 from modeling_mrl_redimnet import (
     LOSSES,
@@ -18,7 +16,9 @@ from modeling_mrl_redimnet import (
     angular_margin,
     sphereface2_similarity,
 )
-from mrl_redimnet.training import chance_loss
+from mrl_redimnet.speed import speed_up
+from mrl_redimnet.speed.loss import SLOPES, PrefixLosses
+from mrl_redimnet.training.guards import chance_loss
 
 LABELS = torch.tensor([0, 4, 1, 1, 2, 3])
 SPHEREFACE2 = dict(loss="sphereface2")
@@ -35,16 +35,20 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["by hand", "by autograd"])
+@pytest.fixture(params=[True, False], ids=["fused", "defined"])
 def each_path(request, monkeypatch) -> bool:
-    """The gradients that CPUs have by hand (true), and those of accelerators by autograd."""
-    monkeypatch.setattr(modeling_mrl_redimnet, "_cpu_kernels", lambda x: request.param)
+    """The classifier that computes all prefixes together (true), and the definition."""
+    monkeypatch.setitem(FUSED, "on", request.param)
     return request.param
+
+
+FUSED = {"on": False}
 
 
 def margin_classifier(**changes) -> MatryoshkaMarginClassifier:
     torch.manual_seed(3)
-    return MatryoshkaMarginClassifier(tiny_config(**changes))
+    classifier = MatryoshkaMarginClassifier(tiny_config(**changes))
+    return speed_up(classifier) if FUSED["on"] else classifier
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def test_values_and_gradients_at_any_shape_and_in_any_blocks(seed, batch, speake
         torch.nn.init.normal_(classifier.bias)
     embeddings.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_mrl_redimnet, "CACHED_NUMBERS", cached)
+        patch.setattr("mrl_redimnet.speed.loss.CACHED_NUMBERS", cached)
         loss, losses, logits = classifier(embeddings, labels, 0.3 * part, shares)
         gradients = torch.autograd.grad(3.0 * loss, [embeddings, *classifier.parameters()])
     expected = plainly(classifier, embeddings, labels, 0.3 * part, shares)
@@ -179,7 +183,7 @@ def test_values_and_gradients_at_any_shape_and_in_any_blocks(seed, batch, speake
 @pytest.mark.parametrize("kind", KINDS)
 def test_between_the_passes_it_keeps_one_tensor_of_logits_per_prefix(kind):
     """What else is kept grows with the batch or with the rows, not with both."""
-    classifier = margin_classifier(**KINDS[kind], num_speakers=500)
+    classifier = speed_up(margin_classifier(**KINDS[kind], num_speakers=500))
     loss = classifier(torch.randn(40, 32, requires_grad=True), torch.arange(40))[0]
     kept = sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors)
     rows, prefixes = len(classifier.weight), len(classifier.dims)
@@ -204,9 +208,9 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen, each_path)
 def test_a_loss_needs_no_slopes_of_its_own(kind, monkeypatch):
     classifier, embeddings = margin_classifier(**KINDS[kind]), torch.randn(6, 32, requires_grad=True)
     found = []
-    for loss in (LOSSES["aam"], dataclasses.replace(LOSSES["aam"], fast_slopes=None)):
-        monkeypatch.setitem(LOSSES, "aam", loss)
-        loss = classifier(embeddings, LABELS)[0]
+    for slopes in (dict(SLOPES), {}):
+        monkeypatch.setattr("mrl_redimnet.speed.loss.SLOPES", slopes)
+        loss = speed_up(classifier)(embeddings, LABELS)[0]
         found.append([loss, *torch.autograd.grad(loss, [embeddings, classifier.weight])])
     torch.testing.assert_close(*found)
 
@@ -222,7 +226,8 @@ def test_without_gradients_the_loss_is_the_same_and_no_slope_is_computed(kind, s
     model = tiny_model(tiny_config(**KINDS[kind]), kind=MRLReDimNetForXVector)
     batch, labels = torch.stack(waves(6_000, 6_000)), torch.tensor([4, 0])
     expected = model(batch, labels=labels)
-    monkeypatch.setattr(modeling_mrl_redimnet, "_with_slope", None)
+    speed_up(model)
+    monkeypatch.setattr(PrefixLosses, "apply", None)
     with scope():
         answer = model(batch, labels=labels)
     assert not answer.loss.requires_grad

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet import metrics
-from mrl_redimnet.metrics import (
+from mrl_redimnet.scoring import metrics
+from mrl_redimnet.scoring.metrics import (
     act_dcf,
     auc,
     bootstrap_interval,

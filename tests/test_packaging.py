@@ -1,11 +1,13 @@
 """What is imported is declared, what the command line says is true, and what need not be imported is not."""
 
+import argparse
 import ast
 import importlib
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from mrl_redimnet_cli import names
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"configuration_mrl_redimnet", "feature_extraction_mrl_redimnet", "modeling_mrl_redimnet", "mrl_redimnet",
-        "mrl_redimnet_cli", "train_hf"}  # fmt: skip
+        "mrl_redimnet_cli", "train_hf", "pretrained_mrl_redimnet"}  # fmt: skip
 SOURCES = [
     *ROOT.glob("*.py"),
     *(file for folder in ("src", "adapters", "hub_cards") for file in (ROOT / folder).rglob("*.py")),
@@ -107,14 +109,25 @@ def test_command_line_says_what_the_package_has(place):
     assert names.CHOICES[place] == tuple(own) if place in names.CHOICES else names.VALUES[place] == own
 
 
-def test_every_command_names_a_function():
-    runs = re.findall(
-        r'run="([\w.]+):(\w+)"', "".join(f.read_text() for f in (ROOT / "src/mrl_redimnet_cli").glob("*.py"))
-    )
-    assert len(runs) >= len(mrl_redimnet_cli.COMMANDS)
-    for module, name in runs:
-        function = getattr(importlib.import_module(module), name)
-        assert callable(function) and function.__doc__, f"{module}:{name}"
+def test_every_command_is_a_module():
+    shared = {"__init__", "__main__", "arguments", "names"}
+    files = {file.stem for file in (ROOT / "src/mrl_redimnet_cli").glob("*.py")} - shared
+    assert files == {module.__name__.rpartition(".")[2] for module in mrl_redimnet_cli.COMMANDS}
+    for parser in parsers(mrl_redimnet_cli.make_parser()):
+        assert parser.get_default("run").__doc__, parser.prog
+        for action in parser._actions:  # noqa: SLF001 argparse has no public list of them
+            assert action.help, f"{parser.prog}: {action.dest} has no help"
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all commands and of what these have below them."""
+    actions = parser._actions  # noqa: SLF001
+    below = [action for action in actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
+    for action in below:
+        for inner in action.choices.values():
+            yield from parsers(inner)
+    if not below:
+        yield parser
 
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "peft", "mrl_redimnet"}
@@ -153,9 +166,10 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 
 # What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
 VERIFIES = """
-adapters adapters.facts adapters.hub adapters.placement audio calibration convert evaluation extras folders
-groups hub_cards hub_cards.report hub_cards.results levels metrics rotation rows saving scan scoring
-speaker_commands systems trials
+adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
+data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
+rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
+speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch

@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy.stats import norm
 
-from mrl_redimnet.calibration import Threshold
-from mrl_redimnet.groups import eer_threshold
-from mrl_redimnet.measures import ScoredList, measures
-from mrl_redimnet.metrics import eer, error_curve
-from mrl_redimnet.page import (
+from mrl_redimnet.evaluation.groups import eer_threshold
+from mrl_redimnet.evaluation.measures import ScoredList, measures
+from mrl_redimnet.evaluation.page import (
     Table,
     det_picture,
     eer_picture,
@@ -24,7 +22,9 @@ from mrl_redimnet.page import (
     text_of,
     write_page,
 )
-from mrl_redimnet.trials import make_trials
+from mrl_redimnet.scoring.calibration import Threshold
+from mrl_redimnet.scoring.metrics import eer, error_curve
+from mrl_redimnet.scoring.trials import make_trials
 
 PRIORS = [0.01]
 

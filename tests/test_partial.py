@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier, MRLReDimNetForXVector
-from mrl_redimnet import partial
-from mrl_redimnet.partial import SampledRows
+from mrl_redimnet.training import sampled_classifier as partial
+from mrl_redimnet.training.sampled_classifier import SampledRows
 
 SPEAKERS, BATCH, STEPS = 30, 6, 8
 OPTIMIZERS = {
@@ -89,7 +89,7 @@ def test_momentum_of_a_row_waits_until_it_is_drawn_again():
     for step in range(STEPS):
         inputs, labels = batch_of(step)
         local = rows.begin(labels, step, optimizer)
-        used = rows._rows.clone()
+        used = rows.rows_in_use.clone()
         optimizer.zero_grad()
         learner(inputs, local).backward()
         optimizer.step()
@@ -154,22 +154,23 @@ def test_a_step_has_its_speakers_and_a_fixed_count(labels, room, step):
     sample = min(SPEAKERS, len(set(labels)) + room)
     _, rows, _ = sampled_learner(sample)
     present = np.unique(labels)
-    drawn = rows._draw(present, step)
+    drawn = rows.speakers_of_step(present, step)
     assert len(drawn) == len(set(drawn.tolist())) == sample
     assert set(labels) <= set(drawn.tolist()) <= set(range(SPEAKERS))
     assert (np.diff(drawn) > 0).all()
-    assert np.array_equal(drawn, rows._draw(present, step))
+    assert np.array_equal(drawn, rows.speakers_of_step(present, step))
 
 
 def test_steps_and_seeds_draw_differently_and_every_speaker_alike():
     learner = Learner()
     rows, present = SampledRows(learner.classifier, 10, seed=5), np.array([3, 7])
-    counts = np.bincount(np.concatenate([rows._draw(present, step) for step in range(2_000)]), minlength=SPEAKERS)
+    steps = [rows.speakers_of_step(present, step) for step in range(2_000)]
+    counts = np.bincount(np.concatenate(steps), minlength=SPEAKERS)
     assert (counts[present] == 2_000).all()
     others = np.delete(counts, present)  # each 8 times of 28: 571 +- 20
     assert others.min() > 480 and others.max() < 660
     other_seed = SampledRows(Learner().classifier, 10, seed=6)
-    assert not np.array_equal(rows._draw(present, 0), other_seed._draw(present, 0))
+    assert not np.array_equal(rows.speakers_of_step(present, 0), other_seed.speakers_of_step(present, 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,14 +318,14 @@ def process(rank: int, port: int, folder: str):
     for step in range(STEPS):
         inputs, labels = (half.chunk(2)[rank] for half in batch_of(step, 12))
         local = rows.begin(labels, step, optimizer)
-        drawn.append(rows._rows)
+        drawn.append(rows.rows_in_use)
         optimizer.zero_grad()
         wrapped(inputs, local).backward()
         optimizer.step()
         rows.end(optimizer)
     uneven = torch.arange(3 + rank) + 10 * rank
     rows.begin(uneven, STEPS, optimizer)
-    drawn.append(rows._rows)
+    drawn.append(rows.rows_in_use)
     del wrapped  # it holds the process group, which must not be taken apart while Python leaves this function
     leave_together(rank, folder, {"weight": rows.weight, "drawn": drawn, "encoder": learner.encoder.weight})
 
@@ -346,7 +347,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
     for step in range(STEPS):
         inputs, labels = batch_of(step, 12)
         local = rows.begin(labels, step, optimizer)
-        assert torch.equal(rows._rows, first["drawn"][step])
+        assert torch.equal(rows.rows_in_use, first["drawn"][step])
         optimizer.zero_grad()
         learner(inputs, local).backward()
         optimizer.step()
@@ -361,13 +362,13 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
 
 def test_a_step_on_a_gpu_does_not_make_the_host_wait(monkeypatch):
     """With labels as a batch has them, on the CPU."""
-    find, labels = partial._gathered_speakers, batch_of(0)[1]
+    find, labels = partial.gathered_speakers, batch_of(0)[1]
 
     def found_on_the_cpu(labels):
         with unset_fake_temporarily():
             return find(labels)
 
-    monkeypatch.setattr(partial, "_gathered_speakers", found_on_the_cpu)
+    monkeypatch.setattr(partial, "gathered_speakers", found_on_the_cpu)
     with pretended_gpu(monkeypatch) as waits:
         classifier = MatryoshkaMarginClassifier(tiny_config(num_speakers=SPEAKERS))
         classifier.weight = nn.Parameter(torch.empty(SPEAKERS, 32, device="cuda"))
@@ -375,7 +376,7 @@ def test_a_step_on_a_gpu_does_not_make_the_host_wait(monkeypatch):
         optimizer = OPTIMIZERS["sgd"]([classifier.weight])
         for step in range(2):
             local = rows.begin(labels, step, optimizer)
-            rows._parameter.grad = torch.empty_like(rows._parameter)
+            classifier.weight.grad = torch.empty_like(classifier.weight)
             optimizer.step()
             rows.end(optimizer)
         assert local.device.type == "cpu" and rows.state["momentum_buffer"].device.type == "cuda"

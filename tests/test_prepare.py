@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from mrl_redimnet import prepare
-from mrl_redimnet.audio import read_audio
-from mrl_redimnet.corpus import SpeakerTable, audio_source, load_corpus, split_usable
-from mrl_redimnet.prepare import EXPECTED, IncompleteError, PreparedIndex, Published, read_listing
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.data import prepare
+from mrl_redimnet.data.corpus import SpeakerTable, audio_source, load_corpus, split_usable
+from mrl_redimnet.data.prepare import EXPECTED, IncompleteError, PreparedIndex, Published, read_listing
 from mrl_redimnet_cli import main
 
 RATE = 16_000
@@ -114,7 +114,7 @@ class Stopped(Exception):
 
 def stop_at(monkeypatch, shard):
     """Makes writing fail in the middle of a shard, and counts what is written."""
-    calls, real = [], prepare._read_rows
+    calls, real = [], prepare.read_rows
 
     def read(usable, rows):
         calls.append(len(rows))
@@ -122,7 +122,7 @@ def stop_at(monkeypatch, shard):
             raise Stopped
         return real(usable, rows)
 
-    monkeypatch.setattr(prepare, "_read_rows", read)
+    monkeypatch.setattr(prepare, "read_rows", read)
     return calls
 
 
@@ -163,13 +163,13 @@ def test_an_existing_folder_is_not_touched(corpus, tmp_path):
 
 def test_unusable_files_are_reported_not_lost(corpus, tmp_path, monkeypatch):
     (corpus / "aac" / "id1" / "video1" / "00001.wav").write_bytes(b"")
-    real = prepare._read_rows
+    real = prepare.read_rows
 
     def vanish(usable, rows):
         (corpus / "aac" / "id2" / "video2" / "00002.wav").unlink(missing_ok=True)
         return real(usable, rows)
 
-    monkeypatch.setattr(prepare, "_read_rows", vanish)
+    monkeypatch.setattr(prepare, "read_rows", vanish)
     index = prepared(corpus, tmp_path / "out")
     assert index.rows == 22 == len(rows_of(tmp_path / "out"))
     lines = (tmp_path / "out" / "problems.tsv").read_text().splitlines()

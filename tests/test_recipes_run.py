@@ -11,14 +11,13 @@ import pytest
 import soundfile
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_config, tiny_model
+from training_runs import train_here
 
-import train_hf
 from configuration_mrl_redimnet import SIZES
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.audio import SAMPLING_RATE
-from mrl_redimnet.corpus import SpeakerTable
+from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.saving import save_model
 from mrl_redimnet_cli import main as cli_main
 
@@ -113,15 +112,16 @@ def world(tmp_path_factory) -> Path:
 
 def shrunk(path: Path) -> list[str]:
     """Settings that make a run of a recipe one of seconds; the corpus's, the lists' and the layout's are its own."""
-    recipe = yaml.safe_load(path.read_text())
-    small = dict(epochs=None, steps=2, batch_size=4, crop_seconds=0.4, workers=0, resamples=10, tracker="none")
+    groups = yaml.safe_load(path.read_text())
+    recipe = {name: value for group in groups.values() for name, value in group.items()}
+    small = dict(epochs=None, steps=2, batch_size=4, crop_seconds=0.4, workers=0, bootstrap_samples=10, tracker="none")
     small |= dict(dev_speakers=3)
-    if recipe.get("trains", "all") == "all":
-        small |= dict(evaluate_every=1, average_last=recipe.get("average_last") and 0.99)
+    if recipe.get("finetune", "all") == "all":
+        small |= dict(evaluate_every=1, weight_averaging=recipe.get("weight_averaging") and 0.99)
         small |= dict(rotate_at=[]) if recipe.get("rotate_at") != [] else {}  # so few utterances have no one basis
-    if recipe.get("model") in SIZES:
+    if recipe.get("start") in SIZES:
         small["model_options"] = {**recipe.get("model_options", {}), **TINY}
-        small |= {"prefixes_from": [0.1, 0.1, 0]} if "prefixes_from" in recipe else {}
+        small |= {"prefix_starts": [0.1, 0.1, 0]} if "prefix_starts" in recipe else {}
     small |= dict(report_dims=[4]) if "report_dims" in recipe else {}
     if recipe.get("domain") == "noisy":
         small |= dict(domain_options={**recipe["domain_options"], "room_count": 1})
@@ -133,13 +133,7 @@ def test_a_recipe_is_started_by_the_command_of_its_comment(path, world, tmp_path
     monkeypatch.chdir(world)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "cache")
     argv = [word.replace("FILE.csv", f"{path.stem}.csv") for word in training_command(path)]
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    try:
-        train_hf.main([str(path), *argv, *shrunk(path), f"--output={tmp_path / 'run'}"])
-    finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+    train_here([str(path), *argv, *shrunk(path), f"--output={tmp_path / 'run'}"])
     results = json.loads((tmp_path / "run/results.json").read_text())
     wanted = yaml.safe_load(argv[argv.index("--tests") + 1])
     assert list(results["results"]) == list(wanted)

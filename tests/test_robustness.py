@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sounds import power, write
 
-from mrl_redimnet import robustness as module
-from mrl_redimnet.audio import SAMPLING_RATE, read_audio
-from mrl_redimnet.codecs import CODECS
-from mrl_redimnet.domains import simulate
-from mrl_redimnet.evaluation import embed_files
-from mrl_redimnet.metrics import eer
-from mrl_redimnet.robustness import (
+from mrl_redimnet.audio.codecs import CODECS
+from mrl_redimnet.audio.domains import simulate
+from mrl_redimnet.audio.io import SAMPLING_RATE
+from mrl_redimnet.audio.rooms import reverberation_time
+from mrl_redimnet.data.synthetic import synthesise
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.evaluation import robustness as module
+from mrl_redimnet.evaluation.robustness import (
     ALL,
     PERTURBATIONS,
     SIDES,
@@ -33,10 +34,9 @@ from mrl_redimnet.robustness import (
     robustness,
     save_reports,
 )
-from mrl_redimnet.rooms import reverberation_time
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import synthesise
-from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials, write_trials
+from mrl_redimnet.scoring.metrics import eer
+from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, write_trials
 from mrl_redimnet_cli import main
 
 CLEAN = Condition("clean", "clean", 0, "", lambda audio, rng: audio)
@@ -246,12 +246,14 @@ def loop_eer(trials: Trials, enrol: dict, test: dict, dim: int) -> float:
 def by_hand(model, trials: Trials, folder: Path, condition: Condition) -> dict[str, np.ndarray]:
     """Embeddings of the perturbed utterances, by path."""
 
-    def load(file):
+    def prepare(file, audio):
         key = f"{condition.name}/{file.relative_to(folder)}"
-        return simulate(condition.perturb, read_audio(file), key, 0)
+        return simulate(condition.perturb, audio, key, 0)
 
     files = [folder / path for path in trials.utterances]
-    return dict(zip(trials.utterances, embed_files(model, files, load=load).astype(np.float64), strict=True))
+    return dict(
+        zip(trials.utterances, SpeakerEncoder(model).embed(files, prepare=prepare).astype(np.float64), strict=True)
+    )
 
 
 def with_models(trials: Trials) -> Trials:
@@ -463,7 +465,9 @@ def test_heat_map(tmp_path, report):
 
 def test_heat_map_shows_the_rows_at_their_place(tmp_path, report, monkeypatch):
     seen = {}
-    monkeypatch.setattr(module, "_draw", lambda *drawn: seen.update(factors=drawn[0], texts=drawn[1], labels=drawn[2]))
+    monkeypatch.setattr(
+        module, "draw_cells", lambda *drawn: seen.update(factors=drawn[0], texts=drawn[1], labels=drawn[2])
+    )
     heat_map([report], tmp_path / "x.png")
     columns = list(itertools.product(SIDES, report.dims))
     for row in report.points:

@@ -9,8 +9,8 @@ import pytest
 from pyroomacoustics.experimental import measure_rt60
 from sounds import likeness, power, write, write_responses
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioError
-from mrl_redimnet.rooms import (
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError
+from mrl_redimnet.audio.rooms import (
     RoomBank,
     draw_room,
     recorded_response,
@@ -18,7 +18,7 @@ from mrl_redimnet.rooms import (
     reverberation_time,
     simulated_response,
 )
-from mrl_redimnet.synthetic import synthesise
+from mrl_redimnet.data.synthetic import synthesise
 
 ROOMS = 4  # a small bank: simulating a room takes up to a second
 

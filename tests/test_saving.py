@@ -15,13 +15,14 @@ from transformers import AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterBank, AdapterFacts, Base, fingerprint
+from mrl_redimnet.adapters.publishing import publish_adapter, save_adapter, write_adapter_card
 from mrl_redimnet.adapters.strategies import AdapterPlan, Probe, Vanilla
-from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.distillation import Teacher
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow
-from mrl_redimnet.folders import recover_folder, refuse_existing, replace_folder
+from mrl_redimnet.data.corpus import SpeakerTable
+from mrl_redimnet.files import recover_folder, refuse_existing, replace_folder
 from mrl_redimnet.hub_cards.results import Evaluation
-from mrl_redimnet.saving import load_model, publish_adapter, save_adapter, save_model, write_adapter_card
+from mrl_redimnet.rows import AttributeRow, VerificationRow
+from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.training.distillation import Teacher
 from mrl_redimnet_cli import main
 
 BATCH = torch.stack(waves(*[4000] * 2))
@@ -32,6 +33,7 @@ FILES = {
     "feature_extraction_mrl_redimnet.py",
     "model.safetensors",
     "modeling_mrl_redimnet.py",
+    "pretrained_mrl_redimnet.py",
     "preprocessor_config.json",
 }
 

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from mrl_redimnet.audio import SAMPLING_RATE, AudioWarning, audio_info, read_audio
-from mrl_redimnet.augmentation import AddNoise
-from mrl_redimnet.bulk_inputs import Inputs
-from mrl_redimnet.corpus import load_corpus
-from mrl_redimnet.evaluation import audio_below
-from mrl_redimnet.robustness import make_grid
-from mrl_redimnet.rooms import RoomBank
-from mrl_redimnet.scan import AUDIO_SUFFIXES, audio_files, files_below, is_hidden, printable
+from mrl_redimnet.audio.augmentation import AddNoise
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioWarning, audio_info, read_audio
+from mrl_redimnet.audio.rooms import RoomBank
+from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, audio_files, files_below, is_hidden, printable
+from mrl_redimnet.data.corpus import load_corpus
+from mrl_redimnet.evaluation.robustness import make_grid
+from mrl_redimnet.extraction.inputs import Inputs
 
 WAVE = 0.1 * np.random.default_rng(0).standard_normal(8000)
 
@@ -152,10 +151,10 @@ def test_every_scan_is_this_one(linked, tmp_path):
     files = ["anna/1.wav", "anna/2.wav", "anna/4.aiff", "bob/3.sph", "bob/deep/1.wav"]
     paths = sorted(str(linked / file) for file in files)
     with pytest.warns(AudioWarning):
-        assert [str(file) for file in audio_below(linked)] == paths
+        assert [str(file) for file in files_below(linked)] == paths
         assert Inputs.find([linked]).shards[0].known_ids().to_pylist() == files
         assert AddNoise(linked).files == paths
-        assert RoomBank(linked)._files == paths
+        assert RoomBank(linked).files == paths
         assert [one.name for one in make_grid(linked, [], ["noise"], quick=True)] == ["noise/anna", "noise/bob"]
     (linked / "bob/3.sph").rename(linked / "bob/deep/3.sph")
     (tmp_path / "corpus").mkdir()

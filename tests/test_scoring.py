@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mrl_redimnet.scoring as scoring
-from mrl_redimnet.scoring import (
+from mrl_redimnet.scoring import scorers as scoring
+from mrl_redimnet.scoring.scorers import (
     SCORERS,
     by_enrolments,
     make_scorer,
@@ -15,7 +15,7 @@ from mrl_redimnet.scoring import (
     trial_seconds,
     with_enrolments,
 )
-from mrl_redimnet.trials import Trials, UnknownSpeakersError, make_trials
+from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials
 
 TOP = 5
 NAMES = pytest.mark.parametrize("name", SCORERS)

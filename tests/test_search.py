@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.scoring import speaker_means
-from mrl_redimnet.search import FULL_STORAGES, STORAGES, BinaryShortlist, SpeakerIndex
+from mrl_redimnet.extraction.search import FULL_STORAGES, STORAGES, BinaryShortlist, SpeakerIndex
+from mrl_redimnet.scoring.scorers import speaker_means
 
 DIM = 32
 
@@ -101,7 +101,7 @@ def test_recall_grows_with_the_shortlist(storage):
 def coarse_scores(storage: str, prefixes: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """What a scan of unit prefixes [N, short] by unit queries [Q, short] ranks by, [Q, N], higher is nearer."""
     if storage == "binary":
-        signs = BinaryShortlist(prefixes.shape[1], prefixes.mean(axis=0, dtype=np.float64))._signs
+        signs = BinaryShortlist(prefixes.shape[1], prefixes.mean(axis=0, dtype=np.float64)).signs
         bits, asked = (np.unpackbits(signs(some), axis=1).astype(int) for some in (prefixes, queries))
         return -np.abs(asked[:, None] - bits).sum(axis=2)
     if storage == "int8":
@@ -204,14 +204,15 @@ def test_an_embedding_finds_itself_at_cosine_one(storage):
     assert scores.max() <= 1.0
 
 
-def test_binary_codes_do_not_see_what_all_speakers_share():
+def test_binary_codes_do_not_see_what_all_speakers_share(tmp_path):
     names, embeddings = speakers(400)
     queries = embeddings + 0.2 * speakers(400, 1)[1]
     shift = 20 * np.eye(DIM)[0]  # most of the energy of all embeddings is one direction
     rates = []
     for moved in (0.0, shift):
         index = SpeakerIndex(names, embeddings + moved, short=32, storage="binary")
-        codes = np.unpackbits(index._shortlist.codes, axis=1)
+        index.save(tmp_path / "index")
+        codes = np.unpackbits(np.load(tmp_path / "index/shortlist.npy"), axis=1)
         assert np.abs(codes.mean(axis=0) - 0.5).max() < 0.2  # each sign tells something
         found = index.search(queries + moved, k=1, shortlist=20)[0]
         rates.append(np.mean([row == [name] for row, name in zip(found, names, strict=True)]))
@@ -244,7 +245,7 @@ def test_blocks_do_not_show(monkeypatch):
     queries = speakers(3, 1)[1]
     whole = SpeakerIndex(names, embeddings, 16)
     whole_answer = whole.search(queries, k=9, shortlist=60)
-    monkeypatch.setattr("mrl_redimnet.search._BLOCK", 7)
+    monkeypatch.setattr("mrl_redimnet.extraction.search._BLOCK", 7)
     answer = SpeakerIndex(names, embeddings, 16).search(queries, k=9, shortlist=60)
     assert answer[0] == whole_answer[0]
     np.testing.assert_array_equal(answer[1], whole_answer[1])
@@ -310,7 +311,7 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mrl_redimnet.search.np.save", full_disk)
+    monkeypatch.setattr("mrl_redimnet.extraction.search.np.save", full_disk)
     with pytest.raises(OSError, match="No space"):
         SpeakerIndex(*speakers(20), short=8).save(tmp_path / "index")
     assert len(SpeakerIndex.load(tmp_path / "index")) == 10

@@ -12,14 +12,14 @@ from conftest import tiny_model
 from sounds import write_speaker
 
 from mrl_redimnet.adapters import AdapterBank
-from mrl_redimnet.calibration import Thresholds, weights_of
-from mrl_redimnet.evaluation import embed_files
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.scoring.calibration import Thresholds
 
 
 def unit_mean(folder: Path, files, dim: int) -> np.ndarray:
     """Average of the normalised prefixes of some files, normalised."""
-    prefixes = embed_files(load_model(folder), list(files))[:, :dim].astype(float)
+    prefixes = SpeakerEncoder(load_model(folder)).embed(list(files))[:, :dim].astype(float)
     mean = (prefixes / np.linalg.norm(prefixes, axis=1, keepdims=True)).mean(axis=0)
     return mean / np.linalg.norm(mean)
 
@@ -125,10 +125,11 @@ def test_an_adapter_has_thresholds_of_its_own(calibrated, files, adapters, speec
     capsys.readouterr()
     run("verify", calibrated, files[0], "--test", files[1], "--dim", 16, *more)
     heading, line = capsys.readouterr().out.splitlines()
-    entry = Thresholds.load(calibrated).find(16, "telephony", weights=weights_of(load_model(calibrated), more[1]))
+    weights = SpeakerEncoder.from_pretrained(calibrated, more[1]).fingerprint
+    entry = Thresholds.load(calibrated).find(16, "telephony", weights=weights)
     assert "model with telephony, 16 dimensions" in heading and f"{entry.threshold:.4f}" in heading
     merged = AdapterBank.load(str(calibrated), {"x": adapters / "telephony"}).merged("x")
-    one, other = embed_files(merged, files[:2])[:, :16].astype(float)
+    one, other = SpeakerEncoder(merged).embed(files[:2])[:, :16].astype(float)
     cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
     assert float(line.split()[2]) == pytest.approx(cosine, abs=1e-4)
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mrl_redimnet import prepare
-from mrl_redimnet.audio import Encoded
-from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.prepare import PreparedIndex
-from mrl_redimnet.streaming import Collated, SpeechStream, StreamState, stream_contents
+from mrl_redimnet.audio.io import Encoded
+from mrl_redimnet.data import prepare
+from mrl_redimnet.data.corpus import SpeakerTable
+from mrl_redimnet.data.prepare import PreparedIndex
+from mrl_redimnet.data.streaming import Collated, SpeechStream, StreamState, stream_contents
 
 SIZES = (7, 12, 1, 9, 4, 10, 3)  # rows per file
 WINDOW = 4
@@ -86,7 +86,7 @@ def test_ranks_and_workers_together_see_every_row_once_in_every_epoch(folder, wo
     for rank in range(world):
         stream = stream_of(folder, seed=seed, rank=rank, world=world, workers=workers, window=window, epochs=2)
         for place in stream.places.values():
-            for item in stream._examples(place):
+            for item in stream.examples_from(place):
                 seen[item.draw[1]][item.example[0]] += 1
                 draws.add(item.draw)
     for epoch in (0, 1):
@@ -148,7 +148,7 @@ def test_two_workers_take_turns_and_go_on_in_turn(folder):
         assert batches(stream, 5)[0] == whole[stop : stop + 5]
     # The same examples without processes: the worker of a stream changes nothing about it.
     one = stream_of(folder, seed=5, workers=2)
-    items = one._examples(one.places[1])
+    items = one.examples_from(one.places[1])
     assert whole[1] + whole[3] == [next(items).example for _ in range(6)]
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modeling_mrl_redimnet
-from modeling_mrl_redimnet import BatchNorm, ChannelBatchNorm, MRLReDimNetForXVector, synchronise_batch_norms
+from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
+from mrl_redimnet.speed import speed_up
+from mrl_redimnet.speed.norms import FastBatchNorm, synchronise_batch_norms
 
 # Variant and whether with gradient checkpointing.
 MODELS = [
@@ -29,14 +30,13 @@ UTTERANCES = [scale * wave for scale, wave in zip((1, 30, 0.1, 3), waves(4_800, 
 NORM_INPUT = 5.0 + 3.0 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 NORM_INPUT[4:] += 100.0  # the processes' means are far apart
 SHARES = {"even": [4, 4], "uneven": [7, 1]}  # rows of NORM_INPUT per process
-PATHS = {"cpu kernels": True, "plain operators": False}  # as on CPUs and as on accelerators
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def learner(variant: str) -> MRLReDimNetForXVector:
     """In float64, so that rounding does not grow through many layers to what a mistake could be."""
     model = tiny_model(tiny_config(variant, num_speakers=4, scale=8.0), kind=MRLReDimNetForXVector)
-    return model.train().double()
+    return speed_up(model).train().double()
 
 
 def train_step(model: nn.Module, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
@@ -58,8 +58,8 @@ def norm_step(norm: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return parts | dict(norm.named_buffers())
 
 
-def a_norm(kind: type[BatchNorm] = BatchNorm, **options) -> BatchNorm:
-    norm = kind(3, **options)
+def a_norm(**options) -> FastBatchNorm:
+    norm = speed_up(BatchNorm(3, **options))
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
         norm.bias.copy_(torch.tensor([0.0, -1.0, 1.0]))
@@ -73,12 +73,10 @@ def a_norm(kind: type[BatchNorm] = BatchNorm, **options) -> BatchNorm:
 def process(rank: int, port: int, folder: str):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60), rank=rank, world_size=2)
-    results = {path: work(rank, cpu_kernels) for path, cpu_kernels in PATHS.items()}
-    leave_together(rank, folder, results)
+    leave_together(rank, folder, work(rank))
 
 
-def work(rank: int, cpu_kernels: bool) -> dict:
-    modeling_mrl_redimnet._cpu_kernels = lambda x: cpu_kernels
+def work(rank: int) -> dict:
     results = {}
     half = slice(2 * rank, 2 * rank + 2)
     for variant, saving in MODELS:
@@ -109,7 +107,7 @@ def work(rank: int, cpu_kernels: bool) -> dict:
         norm(NORM_INPUT.chunk(2)[rank])
     results["cumulative"] = dict(norm.named_buffers())
 
-    norm = a_norm(ChannelBatchNorm)
+    norm = a_norm()
     synchronise_batch_norms(norm)
     x = torch.randn(1, 6, 2, 3, generator=torch.Generator().manual_seed(rank))
     results["masked"] = {"out": norm(x, None if rank == 0 else torch.arange(6)[None, :, None] < 4).detach()}
@@ -131,7 +129,7 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_collectives(norm: BatchNorm, x: torch.Tensor) -> tuple[int, int]:
+def count_collectives(norm: FastBatchNorm, x: torch.Tensor) -> tuple[int, int]:
     """Of the forward and of the backward pass."""
     synchronise_batch_norms(norm)
     with Collectives() as forward:
@@ -142,20 +140,14 @@ def count_collectives(norm: BatchNorm, x: torch.Tensor) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def all_results(tmp_path_factory) -> list[dict]:
-    """The two processes' results, by path."""
+def both(tmp_path_factory) -> list[dict]:
+    """The two processes' results."""
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.fixture(params=PATHS)
-def both(all_results, request) -> list[dict]:
-    """The two processes' results on one path."""
-    return [results[request.param] for results in all_results]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +222,7 @@ def test_each_pass_takes_one_collective(both):
 
 
 def test_in_one_process_nothing_changes():
-    plain, told = (tiny_model(kind=MRLReDimNetForXVector).train() for _ in range(2))
+    plain, told = (speed_up(tiny_model(kind=MRLReDimNetForXVector)).train() for _ in range(2))
     synchronise_batch_norms(told)
     norms = [module for module in told.modules() if isinstance(module, nn.BatchNorm1d)]
     assert norms and all(norm.synchronised for norm in norms)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mrl_redimnet import synthetic
-from mrl_redimnet.synthetic import SAMPLE_RATE, draw_speaker, make_corpus, synthesise
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.data import synthetic
+from mrl_redimnet.data.synthetic import draw_speaker, make_corpus, synthesise
 
 SMALL = dict(train_speakers=2, test_speakers=24, sessions=3, utterances=2, seconds=(1.5, 2.0), seed=3)
 TINY = dict(train_speakers=1, test_speakers=2, sessions=2, utterances=1, seconds=(0.5, 0.6), seed=5)
@@ -52,8 +53,8 @@ def test_metadata_and_audio(corpus):
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
         audio, _ = soundfile.read(corpus / row["path"])
         assert row["path"].split("/")[2] == row["speaker"]
-        assert float(row["seconds"]) == pytest.approx(audio.size / SAMPLE_RATE, abs=0.005)
-        assert 1.5 <= audio.size / SAMPLE_RATE <= 2.0
+        assert float(row["seconds"]) == pytest.approx(audio.size / SAMPLING_RATE, abs=0.005)
+        assert 1.5 <= audio.size / SAMPLING_RATE <= 2.0
         assert np.abs(audio).max() < 0.99  # no clipping
         levels.append(20 * np.log10(np.sqrt(np.mean(audio**2))))
         assert -40 < levels[-1] < -15
@@ -77,7 +78,7 @@ def test_trials_are_valid(corpus):
 @pytest.mark.parametrize(("speakers", "sessions", "utterances"), [(2, 2, 1), (3, 2, 2), (16, 3, 4), (9000, 2, 1)])
 def test_trial_list_sizes(speakers, sessions, utterances):
     parameters = dict(SMALL, test_speakers=speakers, sessions=sessions, utterances=utterances)
-    trials = list(synthetic._trials(parameters))
+    trials = list(synthetic.trial_rows(parameters))
     labels = Counter(label for label, *_ in trials)
     assert labels[0] == labels[1] > 0 and len(trials) <= synthetic.MAX_TRIALS
     assert all((left[:7] == right[:7]) == label for label, left, right in trials)
@@ -126,20 +127,20 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(synthetic, "_trials", fail)
+    monkeypatch.setattr(synthetic, "trial_rows", fail)
     with pytest.raises(RuntimeError, match="fire"):
         make_corpus(tmp_path / "corpus", **TINY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_corpus_finished_meanwhile_by_another_process_is_used(tmp_path, monkeypatch):
-    root, write = tmp_path / "corpus", synthetic._write_corpus
+    root, write = tmp_path / "corpus", synthetic.write_corpus
 
     def write_twice(folder, parameters):
         write(folder, parameters)
         write(root, parameters)
 
-    monkeypatch.setattr(synthetic, "_write_corpus", write_twice)
+    monkeypatch.setattr(synthetic, "write_corpus", write_twice)
     assert make_corpus(root, **TINY) == root
     assert json.loads((root / "corpus.json").read_text())["seed"] == TINY["seed"]
     assert list(tmp_path.iterdir()) == [root]
@@ -169,7 +170,7 @@ def median_pitch(audio):
         ).clip(1.0)  # the window's own autocorrelation would favour short lags
         lag = 40 + np.argmax(r[40:267])
         if r[lag] > 0.6 * r[0] and np.sum(frame**2) > 0.1 * np.mean(audio**2) * 800:
-            pitches.append(SAMPLE_RATE / lag)
+            pitches.append(SAMPLING_RATE / lag)
     return np.median(pitches)
 
 
@@ -198,7 +199,7 @@ def baseline_feature(audio):
     """(820,) log standard deviation over time of 40 log-mel bands, and their correlations: a fixed channel cancels."""
     mel = np.linspace(20, 2595 * np.log10(1 + 7600 / 700), 42)
     edges = 700 * (10 ** (mel / 2595) - 1)
-    hz = np.fft.rfftfreq(512, 1 / SAMPLE_RATE)
+    hz = np.fft.rfftfreq(512, 1 / SAMPLING_RATE)
     bank = np.stack([np.interp(hz, edges[k : k + 3], [0, 1, 0], left=0, right=0) for k in range(40)])
     frames = np.lib.stride_tricks.sliding_window_view(audio, 400)[::160] * np.hamming(400)
     logmel = np.log(np.abs(np.fft.rfft(frames, 512)) ** 2 @ bank.T + 1e-6)

@@ -12,21 +12,23 @@ from conftest import TINY, tiny_config, tiny_model, waves
 from huggingface_hub import HfApi
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet import tasks
-from mrl_redimnet.audio import AudioError, read_audio
-from mrl_redimnet.batches import CropDataset, CropMaker
-from mrl_redimnet.corpus import SpeakerTable, load_corpus
-from mrl_redimnet.domains import Noisy, Telephony, simulate
-from mrl_redimnet.evaluation import AttributeRow, VerificationRow, check_present, embed_trials, evaluate_trials
-from mrl_redimnet.groups import error_rates, read_groups
-from mrl_redimnet.prepare import prepare
-from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.audio.domains import Noisy, Telephony, simulate
+from mrl_redimnet.audio.io import AudioError, read_audio
+from mrl_redimnet.data.corpus import SpeakerTable, load_corpus
+from mrl_redimnet.data.crops import CropDataset, CropMaker
+from mrl_redimnet.data.prepare import prepare
+from mrl_redimnet.data.streaming import stream_contents
+from mrl_redimnet.data.synthetic import make_corpus
+from mrl_redimnet.evaluation.groups import error_rates, read_groups
+from mrl_redimnet.evaluation.results import check_present, embed_trials, evaluate_trials
+from mrl_redimnet.rows import AttributeRow, VerificationRow
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.scoring import score
-from mrl_redimnet.streaming import stream_contents
-from mrl_redimnet.synthetic import make_corpus
-from mrl_redimnet.tasks import Attribute, Verification, classes_of, hold_out, make_task
-from mrl_redimnet.trials import read_trials
+from mrl_redimnet.scoring.scorers import score
+from mrl_redimnet.scoring.trials import read_trials
+from mrl_redimnet.training import tasks
+from mrl_redimnet.training.reading import make_recipe
+from mrl_redimnet.training.recipe import EvaluationSet, Recipe
+from mrl_redimnet.training.tasks import Attribute, Verification, classes_of, hold_out, make_task
 
 SIZE = {key: value for key, value in TINY.items() if key != "num_speakers"}
 
@@ -58,7 +60,7 @@ def recipe(root, tmp_path):
 
     def make(**settings) -> Recipe:
         small = dict(train=str(root / "train"), output=str(tmp_path / "run"), model_options=SIZE, dev_speakers=2)
-        return Recipe(**{**small, **settings})
+        return make_recipe(**{**small, **settings})
 
     return make
 
@@ -70,7 +72,9 @@ def labelled(recipe, tmp_path):
     def make(table: dict, key: str = "speaker", **settings) -> Recipe:
         lines = [f"{key},other,wanted", *(f"{row},-,{label}" for row, label in table.items())]
         (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
-        return recipe(label_file=str(tmp_path / "labels.csv"), label_column="wanted", label_key=key, **settings)
+        return recipe(
+            label_file=str(tmp_path / "labels.csv"), **{"label_column": "wanted", "label_key": key, **settings}
+        )
 
     return make
 
@@ -204,11 +208,11 @@ def test_classes_are_the_speakers_and_then_the_speakers_at_other_speeds():
 
 def test_the_classes_of_a_task_are_the_labels_of_its_crops(speech, recipe):
     """Example by example: what `CropMaker` numbers is what `classes` names."""
-    settings = recipe(speeds=[1.0, 0.9])
+    settings = recipe(speed_perturb=[1.0, 0.9])
     task = make_task(settings, speech)
     crops = CropDataset(task.corpus, task.speakers, CropMaker(len(task.speakers), (1.0, 0.9)), (0.2, 0.2))
     for draw in range(16):
-        row, _ = crops._row(draw, np.random.default_rng([0, 1, draw]))
+        row, _ = crops.corpus_row(draw, np.random.default_rng([0, 1, draw]))
         name = task.classes.name(crops[draw]["label"])
         assert name.partition(" at speed ")[0] == task.corpus[row]["speaker"]
     assert len(task.classes) == 8
@@ -309,7 +313,7 @@ def test_attributes_of_parquet_files_are_judged_as_those_of_the_folder(root, sha
 def test_a_stream_is_learnt_from_by_what_is_in_it(root, shards, recipe):
     """No row is at hand: trials are given, and no training speakers are judged."""
     given = dict(dev_trials=str(root / "test/trials.txt"), dev_folder=str(root / "test/wav"))
-    settings = recipe(train=str(shards), streaming=True, sampler="utterance", speeds=[1.0, 0.9], **given)
+    settings = recipe(train=str(shards), streaming=True, sampler="utterance", speed_perturb=[1.0, 0.9], **given)
     task = make_task(settings, stream_contents(str(shards)))
     assert list(task.development) == ["development"] and task.utterances == 24
     assert task.speech.startswith("24 utterances of 6 speakers (")
@@ -478,12 +482,14 @@ def test_the_noise_and_the_rooms_of_the_domain_are_the_recipes(root, recipe):
 
 
 def test_a_test_without_a_domain_stays_as_it_is(root):
-    assert tasks.test_domain({}) is None and tasks.test_domain({"domain": "clean"}) is None
-    assert tasks.test_domain({"domain": "telephony", "domain_options": {"loss": [0, 0]}}) == Telephony(loss=[0, 0])
-    with pytest.raises(ValueError, match="domain: got 'telefony', expected one of clean, noisy, telephony"):
-        tasks.test_domain({"domain": "telefony"})
+    assert (
+        tasks.test_domain(EvaluationSet(folder="a")) is None
+        and tasks.test_domain(EvaluationSet(folder="a", domain="clean")) is None
+    )
+    test = EvaluationSet(folder="a", domain="telephony", domain_options={"loss": [0, 0]})
+    assert tasks.test_domain(test) == Telephony(loss=[0, 0])
     with pytest.raises(ValueError, match="noise"):
-        tasks.test_domain({"domain": "noisy"})
+        tasks.test_domain(EvaluationSet(folder="a", domain="noisy"))
 
 
 # ---------------------------------------------------------------- where a model starts
@@ -527,7 +533,7 @@ def kept(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> set[str]
 
 
 def test_a_size_starts_from_random_weights(speech, recipe):
-    settings = recipe(speeds=[1.0, 0.9, 1.1])
+    settings = recipe(speed_perturb=[1.0, 0.9, 1.1])
     model, fresh = make_task(settings, speech).build_model(settings)
     assert type(model) is MRLReDimNetForXVector and fresh
     assert model.config.num_speakers == 12 and model.config.embedding_size == 32
@@ -541,7 +547,7 @@ def test_speakers_keep_their_rows_by_name_wherever_they_stand(speech, all_speake
     names = sorted(set(speech["speaker"]))
     old = SpeakerTable(["somebody", names[4], names[0], "somebody at speed 0.9", f"{names[0]} at speed 0.9"])
     before, folder = saved(old.names, sub_centers=sub_centers, loss=loss)
-    settings = all_speakers(model=folder, speeds=[1.0, 0.9], model_options={"map_dropout": 0.1})
+    settings = all_speakers(model=folder, speed_perturb=[1.0, 0.9], model_options={"map_dropout": 0.1})
     task = make_task(settings, speech)
     model, fresh = task.build_model(settings)
     assert not fresh and task.speakers.names == tuple(names) and len(task.classes) == 12
@@ -560,7 +566,7 @@ def test_the_large_margin_stage_goes_on_with_the_rows_of_the_speakers(speech, al
     speakers = SpeakerTable(sorted(set(speech["speaker"])))
     old = classes_of(speakers, [1.0, 0.9, 1.1])
     before, folder = saved(old.names, sub_centers=sub_centers)
-    settings = all_speakers(model=folder, speeds=[1.0], model_options={"margin": 0.5})
+    settings = all_speakers(model=folder, speed_perturb=[1.0], margin=0.5)
     task = make_task(settings, speech)
     model, fresh = task.build_model(settings)
     assert not fresh and model.config.num_speakers == 6
@@ -600,7 +606,7 @@ def test_a_classifier_of_which_nothing_is_known_begins_anew(speech, all_speakers
     if case == "names of another number":
         SpeakerTable(names[:5]).save(table)
     options = {"other sub-centers": {"sub_centers": 2}, "other loss": {"loss": "sphereface2"}}.get(case, {})
-    settings = all_speakers(model=folder, model_options=options)
+    settings = all_speakers(model=folder, **options)
     model, fresh = make_task(settings, speech).build_model(settings)
     assert fresh and model.config.num_speakers == model.classifier.num_speakers == 6
     assert not any(torch.equal(row, old) for row in model.classifier.weight for old in before.classifier.weight)
@@ -756,7 +762,7 @@ def spoilt(root, tmp_path, monkeypatch):
 
 
 def test_a_damaged_development_file_is_told_once_and_its_trials_left_out(spoilt, recipe, capsys):
-    task = make_task(recipe(train=str(spoilt), max_problem_share=0.5), load_corpus(spoilt))
+    task = make_task(recipe(train=str(spoilt), max_unusable_ratio=0.5), load_corpus(spoilt))
     test, model = task.development["development"], tiny_model(kind=MRLReDimNetForXVector)
     rows = task.evaluate(model, test)
     printed = capsys.readouterr().out
@@ -771,15 +777,15 @@ def test_a_damaged_development_file_is_told_once_and_its_trials_left_out(spoilt,
 
 
 def test_too_many_damaged_development_files_end_the_run_with_the_reason(spoilt, recipe):
-    task = make_task(recipe(train=str(spoilt), max_problem_share=0.01), load_corpus(spoilt))
+    task = make_task(recipe(train=str(spoilt), max_unusable_ratio=0.01), load_corpus(spoilt))
     with pytest.raises(ValueError, match="files cannot be used .* At most 1 % may be unusable"):
         task.evaluate(tiny_model(kind=MRLReDimNetForXVector), task.development["development"])
 
 
 def test_a_damaged_labelled_file_is_left_out(spoilt, labelled, capsys):
     corpus = load_corpus(spoilt)
-    settings = labelled({name: "fm"[i % 2] for i, name in enumerate(sorted(set(corpus["speaker"])))})
-    settings.train, settings.max_problem_share = str(spoilt), 0.5
+    names = sorted(set(corpus["speaker"]))
+    settings = labelled({name: "fm"[i % 2] for i, name in enumerate(names)}, train=str(spoilt), max_unusable_ratio=0.5)
     task = make_task(settings, corpus)
     model = tiny_model(tiny_config(num_labels=2), kind=MRLReDimNetForSequenceClassification)
     (row,) = task.evaluate(model, task.development["development"])
@@ -862,8 +868,8 @@ def test_rows_that_are_taken_over_are_told_and_can_be_left(speech, all_speakers,
     task.build_model(all_speakers(model=folder))
     note = task.notes["classifier"]
     assert f"3 of its 6 rows are taken over from {folder}, whose speakers.json has 4 names" in note
-    assert "carry_classifier: false" in note
-    settings = all_speakers(model=folder, carry_classifier=False)
+    assert "reuse_classifier: false" in note
+    settings = all_speakers(model=folder, reuse_classifier=False)
     task = make_task(settings, speech)
     model, fresh = task.build_model(settings)
     assert fresh and "classifier" not in task.notes
@@ -920,7 +926,6 @@ def test_files_that_are_not_there_are_told_before_speech_is_read(recipe, setting
 
 
 def test_a_column_of_labels_that_is_not_there_is_told_before_speech_is_read(root, labelled):
-    settings = labelled(genders(root))
-    settings.label_column = "wannted"
+    settings = labelled(genders(root), label_column="wannted")
     with pytest.raises(ValueError, match="no column wannted; there are .*Did you mean wanted?"):
         tasks.check_files(settings)

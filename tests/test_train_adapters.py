@@ -14,10 +14,10 @@ from transformers import AutoModelForAudioClassification
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters import AdapterFacts, fingerprint
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
 
-ADAPTER = dict(trains="adapter", model_options="{}", rank=3, start_rank=5, steps=8, checkpoint_every=2, batch_size=8)
+ADAPTER = dict(finetune="adapter", model_options="{}", rank=3, start_rank=5, steps=8, checkpoint_every=2, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ RESUMED = {
     "pissa": dict(peft_options="{init_lora_weights: pissa}"),
     "eva": dict(peft_options="{init_lora_weights: eva}"),
     "norms": dict(adapter_norms="true"),
-    "two stages, at the change": dict(trains="all", trunk_frozen_until=0.75),
-    "two stages": dict(trains="all", trunk_frozen_until=0.5, learning_rates="{trunk: 1e-4}"),
+    "two stages, at the change": dict(finetune="all", trunk_frozen_until=0.75),
+    "two stages": dict(finetune="all", trunk_frozen_until=0.5, part_learning_rates="{trunk: 1e-4}"),
 }
 
 
@@ -68,7 +68,7 @@ DAILY = ("vanilla", "dynamic", "warm_up, at the cut", "two stages, at the change
 def test_a_resumed_run_ends_with_the_same_weights(train, base, way):
     settings = ADAPTER | dict(model=base) | RESUMED[way]
     output = train(**settings)
-    file = "model.safetensors" if settings["trains"] == "all" else "adapter_model.safetensors"
+    file = "model.safetensors" if settings["finetune"] == "all" else "adapter_model.safetensors"
     whole = load_file(output / "last" / file)
     shutil.rmtree(output / "checkpoints/step-00000008")
     shutil.rmtree(output / "last")
@@ -130,14 +130,14 @@ def test_ranks_of_the_four_strategies(train, base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("trains", "frozen", "moved"),
+    ("finetune", "frozen", "moved"),
     [
         ("head", "redimnet.trunk.mix.logits", "redimnet.pooling.attention_in.weight"),
         ("projection", "redimnet.pooling.attention_in.weight", "redimnet.projection.segments.0.weight"),
     ],
 )
-def test_parts_that_are_not_trained_stay_to_the_bit(train, base, trains, frozen, moved):
-    output = train(model=base, trains=trains, model_options="{}", steps=3)
+def test_parts_that_are_not_trained_stay_to_the_bit(train, base, finetune, frozen, moved):
+    output = train(model=base, finetune=finetune, model_options="{}", steps=3)
     before, after = load_file(base / "model.safetensors"), load_file(output / "last/model.safetensors")
     assert torch.equal(before[frozen], after[frozen]) and not torch.equal(before[moved], after[moved])
     trunk = [name for name in before if ".trunk." in name]  # running statistics among them
@@ -190,9 +190,9 @@ def test_two_processes_train_one_adapter_through_the_cut(corpus, base):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(trains="adapter"), "an adapter needs a trained base; model: nano is random weights"),
+        (dict(finetune="adapter"), "an adapter needs a trained base; model: nano is random weights"),
         (dict(model="/nowhere", model_options="{}"), "/nowhere is not a folder: give a saved folder, or a Hub id"),
-        (dict(segment_ranks=[4, 2], trains="adapter", base=True), "segment_ranks: 2 ranks for the segments of"),
+        (dict(segment_ranks=[4, 2], finetune="adapter", base=True), "segment_ranks: 2 ranks for the segments of"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused_before_the_first_step(train, base, settings, message):

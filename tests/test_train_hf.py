@@ -36,12 +36,15 @@ from transformers import AutoModel, AutoModelForAudioXVector
 
 import train_hf
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.audio import AudioError
-from mrl_redimnet.corpus import SpeakerTable
-from mrl_redimnet.curves import Record
-from mrl_redimnet.recipe import Recipe
+from mrl_redimnet.audio.io import AudioError
+from mrl_redimnet.data.corpus import SpeakerTable
+from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.training import parts, setup
+from mrl_redimnet.training.curves import Record
+from mrl_redimnet.training.reading import make_recipe
+from mrl_redimnet.training.run import Run
+from mrl_redimnet.training.tasks import Verification
 from mrl_redimnet_cli import main as cli_main
 
 NOISE = "[{kind: one_of, probability: 0.8, choices: [{kind: noise, snr: [0, 15]}, {kind: babble, snr: [5, 15]}]}]"
@@ -49,16 +52,16 @@ EVERYTHING = dict(
     steps=12,
     checkpoint_every=3,
     evaluate_every=6,
-    accumulation=2,
-    speeds=[1.0, 0.9],
+    gradient_accumulation=2,
+    speed_perturb=[1.0, 0.9],
     rotate_at=[0.25],
     utterances_per_speaker=2,
     crop_seconds=[0.3, 0.5],
-    augmentation_rise=[0.0, 0.5],
-    prefixes_from=[0.5, 0.25, 0.0],
+    augmentation_schedule=[0.0, 0.5],
+    prefix_starts=[0.5, 0.25, 0.0],
     prefixes_per_step=2,
     ema=0.5,
-    average_last=0.9,
+    weight_averaging=0.9,
     report_dims=[4],
 )
 # What two processes do as one with twice the batch: nothing that draws from a process's own generator.
@@ -167,7 +170,7 @@ def test_groups_of_speakers_are_in_the_results_and_on_the_card(whole):
 
 
 def test_results_hold_the_recipe(whole):
-    recipe = results_of(whole)["recipe"]
+    recipe = {name: value for group in results_of(whole)["recipe"].values() for name, value in group.items()}
     assert {key: recipe[key] for key in EVERYTHING} == EVERYTHING
 
 
@@ -236,8 +239,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 import train_hf
+from mrl_redimnet.training import setup
 
-begin, load = dist.init_process_group, train_hf.load_corpus
+begin, load = dist.init_process_group, setup.load_corpus
 
 
 def begin_impatiently(*arguments, **options):
@@ -249,7 +253,7 @@ def load_slowly(*arguments, **options):
     return load(*arguments, **options)
 
 
-dist.init_process_group, train_hf.load_corpus = begin_impatiently, load_slowly
+dist.init_process_group, setup.load_corpus = begin_impatiently, load_slowly
 train_hf.main()
 """
 
@@ -281,7 +285,7 @@ def test_an_unknown_setting_stops_with_the_nearest_name(train, capsys):
     with pytest.raises(SystemExit) as stop:
         train(chekpoint_every=3)
     assert stop.value.code == 2
-    assert "no setting named 'chekpoint_every'. Did you mean checkpoint_every?" in capsys.readouterr().err
+    assert "no setting named 'chekpoint_every'. Did you mean run.checkpoint_every?" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(train, capsys):
@@ -295,7 +299,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(train):
     before = (output / "last/model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="holds checkpoints of an earlier run"):
         train()
-    with pytest.raises(ValueError, match=r"other settings: batch_size \(was 4, is 5\)"):
+    with pytest.raises(ValueError, match=r"other settings: data.batch_size \(was 4, is 5\)"):
         train("--resume", batch_size=5)
     assert (output / "last/model.safetensors").read_bytes() == before
 
@@ -321,9 +325,9 @@ def test_settings_the_model_cannot_meet_are_refused_before_the_first_step(train,
 
 
 def test_settings_the_model_cannot_meet_are_refused_before_speech_is_read(train, monkeypatch):
-    monkeypatch.setattr(train_hf, "load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
-    with pytest.raises(ValueError, match="prefixes_from: 2 shares for the prefixes"):
-        train(prefixes_from=[0.5, 0])
+    monkeypatch.setattr(setup, "load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
+    with pytest.raises(ValueError, match="prefix_starts: 2 ratios for the prefixes"):
+        train(prefix_starts=[0.5, 0])
     with pytest.raises(FileNotFoundError, match="/nowhere is not a folder"):
         train(model="/nowhere", model_options="{}")
     with pytest.raises(FileNotFoundError, match="noise: /nowhere is not a folder"):
@@ -354,9 +358,9 @@ def rows_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_second_stage_keeps_the_rows_of_the_speakers_it_has_by_name(train, tmp_path):
     """Large-margin fine-tuning without speeds: the other speeds' rows are left behind, new speakers begin anew."""
-    first = train(speeds=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
+    first = train(speed_perturb=[1.0, 0.9], dev_speakers=3).rename(tmp_path / "first")
     still = dict(learning_rate=0.0, final_learning_rate=0.0, weight_decay=0.0)
-    second = train(model=first / "last", model_options="{margin: 0.5}", dev_speakers=2, seed=1, **still)
+    second = train(model=first / "last", model_options="{}", margin=0.5, dev_speakers=2, seed=1, **still)
     before, after = rows_of(first / "last"), rows_of(second / "last")
     assert len(before) == 6 and len(after) == 4
     shared = before.keys() & after.keys()
@@ -387,25 +391,27 @@ def test_the_other_ways_to_train_run_through(train, settings):
     assert len(rates) == 4 and rates[1:] == sorted(rates[1:], reverse=True)
 
 
-@pytest.mark.parametrize("loss", ["{loss: sphereface2}", "{sub_centers: 2, hard_negatives: 1}"])
+@pytest.mark.parametrize("loss", [dict(loss="sphereface2"), dict(sub_centers=2, hard_negatives=1)])
 def test_every_loss_is_trained(train, loss):
-    output = train(model_options=TINY[:-1] + ", " + loss[1:], steps=3)
+    output = train(**loss, steps=3)
+    trained = AutoModelForAudioXVector.from_pretrained(output / "last").config
+    assert all(getattr(trained, name) == value for name, value in loss.items())
     assert all(math.isfinite(line["loss"]) for line in Record(output).lines("train"))
 
 
 def test_epochs_are_counted_in_utterances(train):
     output = train(epochs=1.5)  # of 16 utterances, four a step
-    assert results_of(output)["recipe"]["steps"] == 6
+    assert results_of(output)["steps"] == 6
 
 
 def test_evaluations_and_checkpoints_may_be_counted_in_passes(train, capsys):
     """Of 16 utterances, four a step, three passes: an evaluation each, the last two averaged."""
-    settings = dict(evaluate_every="1 epoch", checkpoint_every="1.5 epochs", average_last="2 epochs", log_every=100)
-    output = train(epochs=3, **settings, learning_rate_batch=1, max_learning_rate_growth=2)
+    settings = dict(evaluate_every="1 epoch", checkpoint_every="1.5 epochs", weight_averaging="2 epochs", log_every=100)
+    output = train(epochs=3, **settings, reference_batch=1, max_learning_rate_growth=2)
     assert {line["step"] for line in Record(output).lines("evaluation")} == {4, 8, 12}
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
     assert {path.name for path in (output / "last_weights").iterdir()} >= {f"step-{n:08d}.safetensors" for n in (8, 12)}
-    assert results_of(output)["recipe"]["average_last"] == "2 epochs"
+    assert results_of(output)["recipe"]["optimizer"]["weight_averaging"] == "2 epochs"
     assert "times 2, not times 4 as the crops of a step are (max_learning_rate_growth)" in capsys.readouterr().out
 
 
@@ -436,7 +442,7 @@ def test_rows_of_other_people_can_be_left(train, tmp_path, capsys):
     first = train().rename(tmp_path / "first")
     capsys.readouterr()
     still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, steps=1)
-    second = train(model=first / "last", model_options="{}", carry_classifier="false", **still)
+    second = train(model=first / "last", model_options="{}", reuse_classifier="false", **still)
     assert "taken over" not in capsys.readouterr().out
     before, after = rows_of(first / "last"), rows_of(second / "last")
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
@@ -448,7 +454,7 @@ def test_a_classifier_that_was_taken_over_has_to_learn_as_well(train, tmp_path):
     weights = load_file(first / "last/model.safetensors")
     weights["classifier.weight"] = torch.ones_like(weights["classifier.weight"])
     save_file(weights, first / "last/model.safetensors", metadata={"format": "pt"})
-    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, warmup=0, steps=3, margin_rise=[1, 1])
+    still = dict(learning_rate=0, final_learning_rate=0, weight_decay=0, warmup=0, steps=3, margin_schedule=[1, 1])
     with pytest.raises(RuntimeError, match="nothing is being learnt"):
         train(model=first / "last", model_options="{}", chance_until=2, **still)
 
@@ -487,28 +493,29 @@ def test_a_model_saved_in_bfloat16_is_trained_in_float32(train, tmp_path, capsys
 def test_what_follows_a_step_that_was_left_out(skipped):
     """As in float16 where gradients overflow: rows go back all the same, averages take nothing in."""
     calls = []
-    run = SimpleNamespace(
-        model="model",
-        optimizer=SimpleNamespace(step_was_skipped=skipped),
-        strategy=SimpleNamespace(after_step=lambda *arguments: calls.append(arguments)),
-        rows=SimpleNamespace(end=lambda optimizer: calls.append("rows")),
-        ema=SimpleNamespace(update=calls.append),
+    adapter, sampled, average = (
+        object.__new__(kind) for kind in (parts.TrainedAdapter, parts.SampledClassifier, parts.MovingAverage)
     )
-    train_hf.after_step(run, 7)
+    adapter.strategy = SimpleNamespace(after_step=lambda *arguments: calls.append(arguments))
+    sampled.rows = SimpleNamespace(end=lambda optimizer: calls.append("rows"))
+    average.ema = SimpleNamespace(update=calls.append)
+    run = SimpleNamespace(model="model", optimizer=None)
+    for part in (adapter, sampled, average):
+        part.after_optimizer(run, 7, skipped)
     assert calls == [(7, skipped), "rows", *([] if skipped else ["model"])]
 
 
 def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
-    recipe, config = Recipe(output="run"), tiny_config(num_speakers=4)
+    recipe, config = make_recipe(output="run"), tiny_config(num_speakers=4)
     batch = {"input_values": torch.stack(waves(8000, 8000)), "labels": torch.tensor([0, 3])}
     with pretended_gpu(monkeypatch) as waits:
-        run = train_hf.Run(
+        run = Run(
             recipe,
             accelerator=SimpleNamespace(device=torch.device("cuda")),
-            task=None,
+            task=Verification,
             crops=None,
             model=SimpleNamespace(config=config),
-            timing=None,
+            timing=SimpleNamespace(steps=200),
             prepared=lambda inputs, labels, **more: SimpleNamespace(loss=inputs.sum() + labels.sum()),
         )
         _, loss = train_hf.forward(run, batch, 0)
@@ -517,17 +524,18 @@ def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     """The classes' names, and what PiSSA began from; the others would write the same files at the same time."""
-    monkeypatch.setattr(train_hf, "PartialState", lambda: SimpleNamespace(is_main_process=False))
-    options = dict(trains="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
-    recipe = Recipe(output=str(tmp_path), **options)
+    monkeypatch.setattr(setup, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    options = dict(finetune="adapter", model="base", peft_options={"init_lora_weights": "pissa"})
+    recipe = make_recipe(output=str(tmp_path), **options)
     classes = SpeakerTable(["a"])
     task = SimpleNamespace(
         classes=classes, speakers=classes, development_speakers={"b"}, adapter_task="FEATURE_EXTRACTION"
     )
-    train_hf.claim_output(recipe, task, resume=False)
+    setup.claim_output(recipe, task, resume=False)
     accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False)
-    run = train_hf.Run(recipe, accelerator, task, None, tiny_model(kind=MRLReDimNetForXVector), timing=None)
-    train_hf.attach_adapter(run, 0, resumed=False)
+    timing = SimpleNamespace(steps=200)
+    run = Run(recipe, accelerator, task, None, tiny_model(kind=MRLReDimNetForXVector), timing)
+    parts.TrainedAdapter(facts=None).start(run, 0, resumed=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -567,8 +575,8 @@ def test_a_stream_that_was_stopped_goes_on_where_it_was(train, corpus, prepared,
     whole = train(**settings).rename(tmp_path / "whole")
     save = train_hf.save_checkpoint
 
-    def save_and_stop(accelerator, folder, progress, recipe):
-        save(accelerator, folder, progress, recipe)
+    def save_and_stop(accelerator, folder, progress, recipe, steps):
+        save(accelerator, folder, progress, recipe, steps)
         if progress.step == 3:
             raise Stop
 
@@ -617,13 +625,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
 
 def test_speech_that_vanishes_stops_the_run(train, corpus, tmp_path, monkeypatch):
     speech = shutil.copytree(corpus / "train", tmp_path / "speech")
-    describe = train_hf.describe
+    describe = setup.describe
 
     def describe_and_lose(run):
         describe(run)
         shutil.rmtree(speech)
 
-    monkeypatch.setattr(train_hf, "describe", describe_and_lose)
+    monkeypatch.setattr(setup, "describe", describe_and_lose)
     with pytest.raises(AudioError, match="No example of a whole batch of 4 could be read") as stopped:
         train(train=speech)
     assert "had not come to its first checkpoint" in notes_of(stopped)

@@ -77,6 +77,8 @@ def test_accumulating_trains_like_one_batch(kind, tmp_path):
         options = dict(max_steps=1, eval_strategy="no", gradient_accumulation_steps=steps)
         trainer(model, tmp_path / str(batch), batch, **options).train()
         models.append(dict(model.named_parameters()))
+    for parameters in models:  # softmax does not depend on this one: its gradient is rounding, which AdamW blows up
+        parameters.pop("redimnet.pooling.attention_out.bias")
     torch.testing.assert_close(*models, rtol=1e-3, atol=1e-6)
 
 

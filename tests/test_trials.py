@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.trials import (
+from mrl_redimnet.scoring.trials import (
     FORMATS,
     KNOWN_LISTS,
     Trials,

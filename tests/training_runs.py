@@ -34,21 +34,25 @@ def command_line(corpus: Path, output: Path, *flags: str, **settings) -> list[st
     """A run of a second: 4 crops of half a second a step, for a model of 19,000 parameters."""
     tests = json.dumps(as_tests(corpus))
     small = dict(model_options=TINY, train=corpus / "train", noise=corpus / "test/wav", tests=tests)
-    small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, log_every=1)
+    small |= dict(dev_speakers=2, crop_seconds=0.5, batch_size=4, steps=2, workers=0, bootstrap_samples=20, log_every=1)
     small |= dict(rotate_at=[])  # of sixteen utterances there is no one principal basis
     settings = {**small, "tracker": "none", "output": output, **settings}
     return [*(f"--{key}={value}" for key, value in settings.items()), *flags]
 
 
+def reset_accelerate():
+    """Accelerate keeps the first Accelerator's settings for the whole process; after this the next one sets its own."""
+    AcceleratorState._reset_state(True)  # noqa: SLF001 -- no public way, and Accelerate's own tests do the same
+    GradientState._reset_state()  # noqa: SLF001 -- as above
+
+
 def train_here(argv: list[str]):
     """The script's main in this process, as if it were the first run of it."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     try:
         train_hf.main(argv)
     finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
 
 
 def start(corpus: Path, argv: list[str], *, processes: int = 1, script: Path = SCRIPT) -> subprocess.Popen:

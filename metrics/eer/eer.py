@@ -1,6 +1,7 @@
 """EER of verification trials: `evaluate.load("./metrics/eer")`, with mrl-redimnet installed."""
 
-from mrl_redimnet import evaluate_metric, metrics
+from mrl_redimnet.evaluation import evaluate_module as evaluate_metric
+from mrl_redimnet.scoring import metrics
 
 
 class Eer(evaluate_metric.TrialMetric):

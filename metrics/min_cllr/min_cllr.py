@@ -1,6 +1,7 @@
 """minimum Cllr of verification trials: `evaluate.load("./metrics/min_cllr")`, with mrl-redimnet installed."""
 
-from mrl_redimnet import evaluate_metric, metrics
+from mrl_redimnet.evaluation import evaluate_module as evaluate_metric
+from mrl_redimnet.scoring import metrics
 
 
 class MinCllr(evaluate_metric.TrialMetric):

@@ -1,6 +1,7 @@
 """minDCF of verification trials: `evaluate.load("./metrics/min_dcf")`, with mrl-redimnet installed."""
 
-from mrl_redimnet import evaluate_metric, metrics
+from mrl_redimnet.evaluation import evaluate_module as evaluate_metric
+from mrl_redimnet.scoring import metrics
 
 
 class MinDcf(evaluate_metric.TrialMetric):

@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForAudioXVector,
 )
 
-from configuration_mrl_redimnet import MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig, MRLReDimNetError
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import (
     MRLReDimNetForSequenceClassification,
@@ -20,7 +20,9 @@ from modeling_mrl_redimnet import (
     MRLReDimNetModel,
 )
 from mrl_redimnet.convert import ConversionError, convert_checkpoint
+from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import rotate
+from mrl_redimnet.speed import speed_up
 
 AutoConfig.register(MRLReDimNetConfig.model_type, MRLReDimNetConfig, exist_ok=True)
 AutoFeatureExtractor.register(MRLReDimNetConfig, MRLReDimNetFeatureExtractor, exist_ok=True)
@@ -31,10 +33,13 @@ AutoModelForAudioClassification.register(MRLReDimNetConfig, MRLReDimNetForSequen
 __all__ = [
     "ConversionError",
     "MRLReDimNetConfig",
+    "MRLReDimNetError",
     "MRLReDimNetFeatureExtractor",
     "MRLReDimNetForSequenceClassification",
     "MRLReDimNetForXVector",
     "MRLReDimNetModel",
+    "SpeakerEncoder",
     "convert_checkpoint",
     "rotate",
+    "speed_up",
 ]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from configuration_mrl_redimnet import MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig, MRLReDimNetError
 from modeling_mrl_redimnet import MRLReDimNetModel
 
 
-class ConversionError(ValueError):
+class ConversionError(MRLReDimNetError, ValueError):
     """The checkpoint cannot be converted; the message lists what is wrong."""
 
 
@@ -488,7 +488,7 @@ def convert_state_dict(
     return {name: _bins_outermost(name, value, model.config, model_config) for name, value in converted.items()}
 
 
-def _refuse_prefix(state_dict: dict[str, torch.Tensor], keys: list[str]):
+def _refuse_prefix(state_dict: dict[str, torch.Tensor], keys: list[str]) -> None:
     """Raises ConversionError where the tensors have names that a wrapper has put something before."""
     present = [key for key in keys if any(name.endswith(f".{key}") for name in state_dict)]
     prefixes = {name.removesuffix(key) for key in present[:1] for name in state_dict if name.endswith(f".{key}")}

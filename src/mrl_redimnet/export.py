@@ -27,13 +27,14 @@ from torch.func import functional_call
 
 from configuration_mrl_redimnet import FFT_SIZE, SAMPLING_RATE
 from modeling_mrl_redimnet import MelFrontEnd, MRLReDimNetModel, MRLReDimNetPreTrainedModel
-from mrl_redimnet.adapters.facts import fingerprint, same_weights
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import read_adapter, scaling
-from mrl_redimnet.calibration import Thresholds
 from mrl_redimnet.extras import extra
-from mrl_redimnet.folders import replace_file
+from mrl_redimnet.files import replace_file
+from mrl_redimnet.fingerprints import fingerprint, same_weights
+from mrl_redimnet.scoring.calibration import Thresholds
+from mrl_redimnet.speed import speed_up
 
 if TYPE_CHECKING:
     import onnx
@@ -43,6 +44,7 @@ PRECISIONS = {"float32": 1e-4, "float16": 0.02, "int8": 0.2}
 ADAPTER_PLACEMENTS = tuple(name for name in PLACEMENTS if name not in ("conv", "all"))  # those of linear layers alone
 CHANNEL_BLOCK = 16  # channels that onnxruntime's convolutions take at a time on AVX-512 and NEON; 8 on AVX2
 FOLDED_BYTES = 2**30  # constants up to this size are computed at export
+TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter"}  # what can be written: its suffix
 FACTS_FILE = "mrl_redimnet.json"  # inside a torch.export file
 
 
@@ -62,7 +64,7 @@ def export_facts(
     """What a file says about itself, by name; every value is text, those of several numbers JSON.
 
     base, revision: the model's Hub id and commit, or its folder's name. adapter: the name of one merged into `model`.
-    weights: what answers, as `calibration.weights_of` names it, by default `model`'s fingerprint. thresholds: of the
+    weights: their name, as `SpeakerEncoder.fingerprint` has it, by default `model`'s fingerprint. thresholds: of the
     base or adapter; those of other weights are left out, but for those of adapters on this base where none is merged
     (`adapter_inputs` may put them on).
     """
@@ -113,7 +115,7 @@ class _ConvolutionalFrontEnd(MelFrontEnd):
         return (real.square() + imaginary.square()).transpose(1, 2)
 
     @classmethod
-    def adopt(cls, front_end: MelFrontEnd):
+    def adopt(cls, front_end: MelFrontEnd) -> None:
         """Turns a front end into one of this kind."""
         samples = torch.arange(FFT_SIZE, dtype=torch.float64)
         angle = 2 * math.pi / FFT_SIZE * torch.arange(FFT_SIZE // 2 + 1, dtype=torch.float64)[:, None] * samples
@@ -125,7 +127,7 @@ class _ConvolutionalFrontEnd(MelFrontEnd):
         front_end.register_buffer("basis", basis.float(), persistent=False)
 
 
-def _widen_groups(conv: nn.Conv2d):
+def _widen_groups(conv: nn.Conv2d) -> None:
     """The same convolution in fewer groups of `CHANNEL_BLOCK` channels, zeros between what were groups.
 
     onnxruntime has a fast kernel for groups of whole blocks, and none for groups of 4 channels: with four times the
@@ -160,17 +162,14 @@ def _encoder(model: MRLReDimNetPreTrainedModel) -> MRLReDimNetModel:
             f"export takes a plain model, got {type(model).__name__} or adapters inside it: "
             "AdapterBank.merged gives one with an adapter folded in."
         )
-    encoder = copy.deepcopy(getattr(model, "redimnet", model)).eval().requires_grad_(False).float().cpu()
-    for part in encoder.modules():
-        if isinstance(part, nn.Linear):
-            part.__class__ = nn.Linear  # ours choose a kernel by the input's size, and graphs are for all sizes
-    return encoder
+    # Their norms are folded into the layers before them.
+    return speed_up(copy.deepcopy(model.base_model).eval().requires_grad_(False).float().cpu())
 
 
 class _AdaptableLinear(nn.Module):
     """A linear layer with a place for LoRA factors: x (W + B A)^T + bias; A [r, in], B [out, r]."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.data.T.contiguous())
         self.bias = linear.bias
@@ -186,7 +185,7 @@ class _AdaptableLinear(nn.Module):
 class _Window(nn.Module):
     """input_values [B, T], lengths [B] or None -> embeddings [B, D] float32."""
 
-    def __init__(self, encoder: MRLReDimNetModel):
+    def __init__(self, encoder: MRLReDimNetModel) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -200,17 +199,18 @@ class _Exported(nn.Module):
     min_samples: the shortest T [the model's].
     """
 
-    def __init__(self, encoder: MRLReDimNetModel, min_samples: int | None = None):
+    def __init__(self, encoder: MRLReDimNetModel, min_samples: int | None = None) -> None:
         super().__init__()
         self.window = _Window(encoder)
         self.min_samples = encoder.config.min_samples if min_samples is None else min_samples
 
     def forward(self, input_values, attention_mask=None, factors=None):
-        torch._check(input_values.shape[1] >= self.min_samples)
+        require = torch._check  # noqa: SLF001 -- what torch.export's manual says to bound sizes by
+        require(input_values.shape[1] >= self.min_samples)
         lengths = None
         if attention_mask is not None:
-            torch._check(attention_mask.shape[0] == input_values.shape[0])
-            torch._check(attention_mask.shape[1] == input_values.shape[1])
+            require(attention_mask.shape[0] == input_values.shape[0])
+            require(attention_mask.shape[1] == input_values.shape[1])
             lengths = attention_mask.sum(1)
         if factors is None:
             return self.window(input_values, lengths)
@@ -221,7 +221,8 @@ class _Exported(nn.Module):
 def _example(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     """Arguments to trace with, and which of their dimensions are free."""
     free, samples = torch.export.Dim.DYNAMIC, 2 * encoder.config.min_samples + encoder.config.hop_length
-    arguments, shapes = {"input_values": torch.zeros(2, samples)}, {"input_values": {0: free, 1: free}}
+    arguments: dict = {"input_values": torch.zeros(2, samples)}
+    shapes: dict = {"input_values": {0: free, 1: free}}
     if mask:
         arguments["attention_mask"], shapes["attention_mask"] = torch.ones(2, samples).long(), {0: free, 1: free}
     if factors:
@@ -279,7 +280,7 @@ def export_onnx(
     for key, value in {"precision": precision, **(facts or {})}.items():
         graph.metadata_props.add(key=key, value=value)
 
-    def write(file: Path):
+    def write(file: Path) -> None:
         onnx.save(graph, file)
         if not (found := deviation(model, file)) <= PRECISIONS[precision]:  # also where it is no number
             raise ValueError(
@@ -327,7 +328,7 @@ def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, 
     with extra("export"):
         from onnxruntime import AdapterFormat, OrtValue
 
-    encoder = getattr(model, "redimnet", model)
+    encoder = model.base_model
     found = read_adapter(local_folder(adapter, None, None), encoder)
     if found.facts is not None:
         found.facts.check_base(encoder, model.config.name_or_path)
@@ -365,7 +366,7 @@ def _make_adaptable(encoder: MRLReDimNetModel, placement: str) -> dict[str, torc
     return {name: value.data for name, value in encoder.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
 
 
-def _halve(encoder: MRLReDimNetModel):
+def _halve(encoder: MRLReDimNetModel) -> None:
     """float16 weights; the front end computes in float32 whatever its dtype, but its constants are to stay exact."""
     for name, part in encoder.named_children():
         if name != "front_end":
@@ -402,7 +403,7 @@ def _traced(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tens
     return graph
 
 
-def _name_axes(value: "onnx.ValueInfoProto"):
+def _name_axes(value: "onnx.ValueInfoProto") -> None:
     """Free axes get names that people can read."""
     axes = value.type.tensor_type.shape.dim
     if value.name.endswith((".lora_A", ".lora_B")):

@@ -6,11 +6,16 @@ first d numbers keep as much of the embeddings' energy as any d numbers can (pri
 R is folded into the projection, so the rotated model is an ordinary one.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
 from modeling_mrl_redimnet import MatryoshkaProjection, MRLReDimNetPreTrainedModel
+from mrl_redimnet.audio.levels import refuse_silence
+from mrl_redimnet.audio.scan import AUDIO_SUFFIXES, drawn, files_below
+from mrl_redimnet.encoder import SpeakerEncoder
 
 ROTATION_UTTERANCES = 2000  # as many as are drawn from a larger corpus: enough for a 256 x 256 second moment
 
@@ -41,7 +46,7 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
     embedding. A batch norm behind the projection is folded in first. Under several processes all of them call this, and
     the first one's rotation is everybody's: on other processors the same embeddings may give other signs.
     """
-    encoder = getattr(model, model.base_model_prefix, model)
+    encoder = model.base_model
     projection = encoder.projection
     width = sum(segment.out_features for segment in projection.segments)
     if np.shape(embeddings)[1:] != (width,):
@@ -57,6 +62,26 @@ def rotate(model: MRLReDimNetPreTrainedModel, embeddings: np.ndarray) -> np.ndar
     return np.cumsum(energies) / energies.sum()
 
 
+def rotate_on_speech(
+    model: MRLReDimNetPreTrainedModel, folder: str | Path, progress: str | None = None
+) -> tuple[int, np.ndarray]:
+    """Rotates the model, in place, on up to `ROTATION_UTTERANCES` files drawn from below `folder`.
+
+    Returns how many utterances that were, and the share of their energy in each prefix [D], as `rotate` does. An
+    AudioWarning lists files that cannot be used.
+
+    Raises FileNotFoundError for fewer than two audio files, AudioError where none of them can be used.
+    """
+    files = files_below(folder)
+    if len(files) < 2:
+        raise FileNotFoundError(f"1 audio file ({', '.join(AUDIO_SUFFIXES)}) below {folder}: too few.")
+    found = SpeakerEncoder(model).embed_all(
+        drawn(files, ROTATION_UTTERANCES), progress=progress, prepare=refuse_silence
+    )
+    embeddings = found.usable("speech to rotate on")
+    return len(embeddings), rotate(model, embeddings)
+
+
 def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tensor]:
     """The projection (and the norm behind it, as it is in eval mode) as weight [D, P] and bias [D], float64."""
     weight = torch.cat([segment.weight for segment in projection.segments]).cpu().double()
@@ -69,7 +94,7 @@ def _affine(projection: MatryoshkaProjection) -> tuple[torch.Tensor, torch.Tenso
     return weight * scale[:, None], bias * scale + shift
 
 
-def _store(projection: MatryoshkaProjection, weight: torch.Tensor, bias: torch.Tensor):
+def _store(projection: MatryoshkaProjection, weight: torch.Tensor, bias: torch.Tensor) -> None:
     start = 0
     for segment in projection.segments:
         end = start + segment.out_features

@@ -7,36 +7,144 @@ from pathlib import Path
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
-def add_command(commands, name: str, help: str, **options) -> argparse.ArgumentParser:
-    """The parser of a new command, whose own help begins with what the list of commands says of it."""
-    return commands.add_parser(
-        name, help=help, description=f"{help[0].upper()}{help[1:]}.".replace("?.", "?"), **options
-    )
+def add_command(
+    commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, **options
+) -> argparse.ArgumentParser:
+    """The parser of a new command that `run` carries out. Its own help begins with what the list of commands says."""
+    description = f"{help[0].upper()}{help[1:]}.".replace("?.", "?")
+    parser = commands.add_parser(name, help=help, description=description, **options)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_model(parser: argparse.ArgumentParser):
     """Adds `model`, and --adapter."""
-    parser.add_argument("model", help="path or Hub id")
-    parser.add_argument("--adapter", help="path or Hub id of an adapter to put on the model")
+    parser.add_argument("model", help="the model: a path or Hub id")
+    parser.add_argument("--adapter", help="an adapter to put on the model: a path or Hub id")
     must_be_there(parser, model=source, adapter=source)
 
 
 def add_scoring(parser: argparse.ArgumentParser):
-    """Adds --scoring, --cohort and --top."""
-    top = VALUES["scoring.TOP"]
-    parser.add_argument("--scoring", choices=CHOICES["scoring.SCORERS"], default="cosine", help="[cosine]")
+    """Adds --scoring, --cohort and --top, which `check_scoring` checks."""
+    top = VALUES["scoring.scorers.TOP"]
     parser.add_argument(
-        "--cohort", type=Path, metavar="AUDIO_DIR", help="speech of other speakers, for all scoring but cosine"
+        "--scoring",
+        choices=CHOICES["scoring.scorers.SCORERS"],
+        default="cosine",
+        help="how embeddings are compared: cosine, with the cohort's mean subtracted (centred), with adaptive "
+        "symmetric score normalisation (as_norm), or both [cosine]",
     )
-    parser.add_argument("--top", type=int, default=top, help=f"of the cohort's scores, for as_norm [{top}]")
+    parser.add_argument(
+        "--cohort", type=Path, metavar="AUDIO_DIR", help="speech of other speakers, for every --scoring but cosine"
+    )
+    parser.add_argument(
+        "--top", type=int, default=top, help=f"how many of the highest cohort scores as_norm takes [{top}]"
+    )
     must_be_there(parser, cohort=folder)
+
+
+def check_scoring(arguments: argparse.Namespace):
+    """Raises ValueError for a --scoring without the cohort that it needs."""
+    if arguments.scoring != "cosine" and arguments.cohort is None:
+        raise ValueError(f"--scoring {arguments.scoring} needs --cohort, a folder with speech of other speakers.")
 
 
 def add_thresholds(parser: argparse.ArgumentParser):
     """Adds --thresholds."""
-    file = VALUES["calibration.THRESHOLDS_FILE"]
-    parser.add_argument("--thresholds", type=Path, metavar="FOLDER", help=f"where {file} lies [the model's folder]")
+    file = VALUES["scoring.calibration.THRESHOLDS_FILE"]
+    parser.add_argument("--thresholds", type=Path, metavar="FOLDER", help=f"the folder of {file} [the model's folder]")
     must_be_there(parser, thresholds=folder)
+
+
+def add_decision(parser: argparse.ArgumentParser):
+    """Adds --dim, --threshold and --thresholds."""
+    parser.add_argument(
+        "--dim", type=int, help="how many numbers of the embeddings are compared, from the first on [all]"
+    )
+    parser.add_argument("--threshold", type=float, help="accept scores from this one on [the saved threshold]")
+    add_thresholds(parser)
+
+
+def add_lists(parser: argparse.ArgumentParser):
+    """Adds --trials for several lists, how they are read, --domain and --noise."""
+    parser.add_argument(
+        "--trials",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="one trial list or several, of lines such as `1|0 path path`, see --format",
+    )
+    add_paths_of_lists(parser)
+    parser.add_argument(
+        "--domain",
+        choices=sorted(CHOICES["audio.domains.DOMAINS"]),
+        default="clean",
+        help="acoustic domain that is simulated from the audio [clean: the audio as it is]",
+    )
+    parser.add_argument("--noise", type=Path, metavar="AUDIO_DIR", help="noise files for the domain noisy")
+    must_be_there(parser, noise=folder)
+
+
+def domain_of(arguments: argparse.Namespace):
+    """The domain of --domain and --noise; None for audio as it is."""
+    from mrl_redimnet.audio.domains import make_domain
+
+    return None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
+
+
+def add_paths_of_lists(parser: argparse.ArgumentParser):
+    """Adds --folder, --format and --suffix; --enrolments is added by the commands, which differ in what it may be."""
+    formats = CHOICES["scoring.trials.FORMATS"]
+    parser.add_argument("--folder", type=Path, required=True, help="the folder that the lists' paths are relative to")
+    parser.add_argument(
+        "--format", choices=["auto", *formats], default="auto", help="format of the lists [recognised by their lines]"
+    )
+    parser.add_argument("--suffix", help="replaces the suffix of every path in the lists, such as .flac")
+    must_be_there(parser, trials=file, folder=folder)
+
+
+def add_enrolments(parser: argparse.ArgumentParser):
+    """Adds --enrolments FILE."""
+    parser.add_argument(
+        "--enrolments",
+        type=Path,
+        metavar="FILE",
+        help="for lists with named enrolments: their utterances, in lines `name path ...`",
+    )
+    must_be_there(parser, enrolments=file)
+
+
+def add_dims(parser: argparse.ArgumentParser, verb: str):
+    """Adds --dims."""
+    parser.add_argument(
+        "--dims",
+        type=int,
+        nargs="+",
+        help=f"numbers of dimensions to {verb} [those that the model was trained at]",
+    )
+
+
+def add_push_options(parser: argparse.ArgumentParser, what: str):
+    """Adds what `push` and `adapters push` take. what: is pushed."""
+    parser.add_argument("folder", type=Path, help=f"folder of {what}")
+    parser.add_argument("repository", help="Hub id of the repository, which is made if there is none")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
+    parser.add_argument("--revision", help="branch to push to, which is made if there is none [main]")
+    parser.add_argument("--tag", help="a tag for what was pushed, such as v1")
+    must_be_there(parser, folder=folder)
+
+
+def push_options(arguments: argparse.Namespace) -> dict:
+    """The options of `add_push_options`, as the library's functions take them."""
+    return {"private": arguments.private, "revision": arguments.revision, "tag": arguments.tag}
+
+
+def print_pushed(pushed):
+    """Prints what a push did. pushed: a `mrl_redimnet.adapters.hub.Pushed`."""
+    state = "pushed" if pushed.changed else "nothing new, no commit made"
+    print(f"{pushed.url}: {state}, at {pushed.commit[:12]}.")
+    if pushed.left_out:
+        print(f"Not for the Hub, left out: {', '.join(pushed.left_out)}.")
 
 
 # ---------------------------------------------------------------- paths
@@ -75,14 +183,14 @@ def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str
 
 def check_paths(arguments: argparse.Namespace):
     """Raises FileNotFoundError for arguments that name what is not there, all of them in one message."""
-    told = []
-    for name, wrong in arguments.paths.items():
+    wrong = []
+    for name, check in arguments.paths.items():
         value = getattr(arguments, name)
         values = [] if value is None else value if isinstance(value, list) else [value]
-        problems = [problem for problem in map(wrong, values) if problem is not None]
+        problems = [problem for problem in map(check, values) if problem is not None]
         if problems:
             count = f"{len(problems)} of {len(values)}: " if len(values) > 1 else ""
             more = " ..." if len(problems) > LISTED else ""
-            told.append(f"{name.upper().replace('_', '-')}: {count}{', '.join(problems[:LISTED])}{more}")
-    if told:
-        raise FileNotFoundError(f"{'; '.join(told)}.")
+            wrong.append(f"{name.upper().replace('_', '-')}: {count}{', '.join(problems[:LISTED])}{more}")
+    if wrong:
+        raise FileNotFoundError(f"{'; '.join(wrong)}.")

@@ -6,33 +6,33 @@ compares every entry with the package's own.
 
 # The choices of options, by the place in `mrl_redimnet` that defines them.
 CHOICES = {
-    "trials.FORMATS": ("voxceleb", "kaldi", "cnceleb", "sitw"),
-    "scoring.SCORERS": ("cosine", "centred", "as_norm", "centred_as_norm"),
-    "domains.DOMAINS": ("clean", "noisy", "telephony"),
-    "bulk.STORAGES": ("float32", "float16"),
+    "scoring.trials.FORMATS": ("voxceleb", "kaldi", "cnceleb", "sitw"),
+    "scoring.scorers.SCORERS": ("cosine", "centred", "as_norm", "centred_as_norm"),
+    "audio.domains.DOMAINS": ("clean", "noisy", "telephony"),
+    "extraction.bulk.STORAGES": ("float32", "float16"),
     "export.PRECISIONS": ("float32", "float16", "int8"),
     "export.ADAPTER_PLACEMENTS": ("attention", "attention+ffn", "pointwise", "projection", "linear"),
-    "export_commands.TARGETS": ("onnx", "torch", "onnx-adapter"),
+    "export.TARGETS": ("onnx", "torch", "onnx-adapter"),
     "adapters.combining.METHODS": (
         "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_linear_svd",
         "dare_ties_svd", "magnitude_prune_svd",
     ),
-    "prepare.EXPECTED": (
+    "data.prepare.EXPECTED": (
         "voxceleb1-dev", "voxceleb1-test", "voxceleb2-dev", "voxceleb2-test", "cnceleb2", "voxblink2",
     ),
-    "robustness.PERTURBATIONS": (
+    "evaluation.robustness.PERTURBATIONS": (
         "noise", "white_noise", "reverberation", "codec", "bandwidth", "speed", "duration", "clipping",
     ),
 }  # fmt: skip
 
 # Default values of options, and names of files, by the place that defines them.
 VALUES = {
-    "scoring.TOP": 300,
-    "bulk.PART_SIZE": 512,
-    "evaluation.BATCH_SECONDS": 60.0,
-    "robustness.RESAMPLES": 200,
-    "corpus.DEFAULT_LAYOUT": "speaker/session/utterance",
-    "calibration.THRESHOLDS_FILE": "thresholds.json",
-    "robustness_commands.REPORT": "robustness.json",
-    "robustness_commands.PICTURE": "robustness.png",
+    "scoring.scorers.TOP": 300,
+    "extraction.bulk.PART_SIZE": 512,
+    "encoder.BATCH_SECONDS": 60.0,
+    "evaluation.robustness.RESAMPLES": 200,
+    "data.corpus.DEFAULT_LAYOUT": "speaker/session/utterance",
+    "scoring.calibration.THRESHOLDS_FILE": "thresholds.json",
+    "evaluation.robustness.REPORT": "robustness.json",
+    "evaluation.robustness.PICTURE": "robustness.png",
 }

@@ -26,12 +26,13 @@ from conftest import (
 from peft import get_peft_model
 from torch import nn
 
-import modeling_mrl_redimnet
 import train_hf
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import BatchNorm, ChannelBatchNorm, MRLReDimNetForXVector, synchronise_batch_norms
+from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
 from mrl_redimnet.adapters import lora_config
-from mrl_redimnet.synthetic import make_corpus
+from mrl_redimnet.data.synthetic import make_corpus
+from mrl_redimnet.speed import speed_up
+from mrl_redimnet.speed.norms import synchronise_batch_norms
 
 LABELS = torch.tensor([0, 3, 1, 3])
 # Type of the weights, of autocast, and |ours - exact| / |exact| of all gradients together. Only float64 is exact (but
@@ -184,8 +185,8 @@ def norm_step(norm: BatchNorm, x: torch.Tensor, mask: torch.Tensor | None, norma
     return [tensor.detach().cpu().double() for tensor in tensors]
 
 
-def a_norm() -> ChannelBatchNorm:
-    norm = ChannelBatchNorm(6)
+def a_norm() -> BatchNorm:
+    norm = speed_up(BatchNorm(6))
     for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
         tensor.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
     return norm.train()
@@ -226,15 +227,13 @@ def test_a_joint_norm_of_one_process_is_a_plain_one(device):
     exact = norm_step(a_norm().double(), norm_input().double(), None)
     norm, x = a_norm().to(device), norm_input().to(device).requires_grad_()
     with alone_in("nccl" if device.type == "cuda" else "gloo"):
-        ours = norm_step(norm, x.detach(), None, lambda x: norm._composed_normaliser(x, None, joint=True)(x))
+        ours = norm_step(norm, x.detach(), None, lambda x: norm.normaliser_by_operators(x, None, joint=True)(x))
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def half_a_batch(rank: int, port: int, folder: str, device: torch.device):
     """One of two processes; both use the same GPU, which gloo allows."""
-    if device.type == "cpu":
-        modeling_mrl_redimnet._cpu_kernels = lambda x: False
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     norm = a_norm().to(device)
     synchronise_batch_norms(norm)
@@ -267,7 +266,9 @@ def test_the_training_script_takes_two_steps(precision, device, tmp_path):
     )
     tests = {"synthetic": {"trials": str(corpus / "test/trials.txt"), "folder": str(corpus / "test/wav")}}
     settings = dict(model_options=model, train=corpus / "train", tests=json.dumps(tests), dev_speakers=2)
-    settings |= dict(crop_seconds=0.5, batch_size=4, steps=2, workers=0, resamples=20, rotate_at=[], tracker="none")
+    settings |= dict(
+        crop_seconds=0.5, batch_size=4, steps=2, workers=0, bootstrap_samples=20, rotate_at=[], tracker="none"
+    )
     settings |= dict(output=tmp_path / "run", mixed_precision=precision)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}
     subprocess.run(

@@ -52,7 +52,7 @@ def test_padding_and_windows_change_nothing(size, device):
 
 @pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
 def test_a_compiled_model_answers_alike(variant, device):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = tiny_model(tiny_config(variant)).to(device)
     backend = "inductor" if device.type == "cuda" else "eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -96,7 +96,7 @@ def test_a_merged_adapter_and_the_base_again(folders, device):
 
 
 def test_hot_swap_into_a_compiled_model(folders, device):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     exact, _ = on_cpu_and_device(folders, device)
     bank = AdapterBank.load(tiny_model())
     bank.model.to(device)

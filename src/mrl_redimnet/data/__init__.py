@@ -1,0 +1,1 @@
+"""Training data: corpora, their preparation and streaming, crops, loaders, synthetic speech."""

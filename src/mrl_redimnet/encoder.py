@@ -1,0 +1,541 @@
+"""`SpeakerEncoder`: a model, with an adapter or without, as embeddings, scores, decisions and names.
+
+encoder = SpeakerEncoder.from_pretrained("me/redimnet-mrl-b2")
+embeddings = encoder.embed(["a.wav", "b.flac"])                      # [2, 256]
+encoder.similarity(embeddings, embeddings, dim=64)                   # [2, 2]
+(decision,) = encoder.verify(["enrolled.wav"], ["unknown.wav"])      # by the thresholds beside the model
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather_object
+from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from configuration_mrl_redimnet import MRLReDimNetConfig
+from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
+from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, sample_mask
+from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
+from mrl_redimnet.adapters.hub import local_folder
+from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
+from mrl_redimnet.audio.levels import refuse_silence, warn_of_silence
+from mrl_redimnet.audio.scan import drawn, files_below
+from mrl_redimnet.audio.waveforms import Prepare, length_batches, read_waveform
+from mrl_redimnet.data.utterances import Input, as_inputs, distinct
+from mrl_redimnet.fingerprints import fingerprint
+from mrl_redimnet.saving import load_model
+from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Thresholds
+from mrl_redimnet.scoring.decisions import Candidate, Decision, DecisionRule, Identification
+from mrl_redimnet.scoring.scorers import SCORERS, TOP, Scorer, enrolment_units, make_scorer
+from mrl_redimnet.speed import speed_up
+
+if TYPE_CHECKING:  # PEFT takes a second to import, and most uses do without
+    from mrl_redimnet.adapters.bank import AdapterBank
+
+BATCH_SECONDS = 60.0
+COHORT_UTTERANCES = 2000  # as many as are drawn from a larger folder
+LISTED = 20  # files that a message names
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of utterances some of which may be unusable.
+
+    Attributes:
+        embeddings: [N, D] float32, a row of NaN where there is a problem.
+        seconds: [N] of the audio that was embedded, NaN where there is a problem.
+        problems: {row: why it has no embedding}.
+    """
+
+    embeddings: NDArray
+    seconds: NDArray
+    problems: dict[int, str]
+
+    def usable(self, what: str) -> NDArray:
+        """Embeddings [n, D] without the problems, which an AudioWarning lists. what: the speech is, for the message.
+
+        For speech of which some is enough: cohorts, and what a basis is rotated on. Raises AudioError where none of it
+        has an embedding.
+        """
+        if self.problems:
+            message = f"{what}: {problems_text(self.problems, len(self.embeddings))}"
+            if len(self.problems) == len(self.embeddings):
+                raise AudioError(message)
+            warnings.warn(f"{message}. The others are used", AudioWarning, stacklevel=2)
+        return np.delete(self.embeddings, list(self.problems), axis=0)
+
+
+def problems_text(problems: Mapping[int, str], count: int) -> str:
+    """{row: why} of `count` utterances in one line."""
+    more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+    return f"{len(problems):,} of {count:,} files cannot be used: {'; '.join([*problems.values()][:LISTED])}{more}"
+
+
+class SpeakerEncoder:
+    """A ReDimNet-MRL model that embeds, compares, verifies and identifies speakers.
+
+    Speech ("inputs" below) is a list, and each utterance in it one of
+
+    - the path of an audio file of any common format, or `Encoded`, the bytes of one;
+    - a mono array or tensor [samples] at 16 kHz, or a pair (array, sampling rate in Hz), which is resampled;
+
+    or a data set of `datasets` with one audio column, or such a column of it.
+
+    Attributes:
+        model: the model in memory, with any head. It may go on training: embedding leaves it as it is.
+        name: what files and messages call it.
+    """
+
+    def __init__(
+        self,
+        model: MRLReDimNetPreTrainedModel,
+        name: str | None = None,
+        *,
+        adapter: str | None = None,
+        fingerprint: str | None = None,
+        source: str | Path | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ):
+        """Args:
+        model: stays on its device and in its mode; its modules get their faster forms (`mrl_redimnet.speed_up`).
+        name: by default what the model's configuration says.
+        adapter, fingerprint: of a model with an adapter merged into its weights, the adapter's name and what names the
+            weights of both, as `from_pretrained` finds them.
+        source, revision, token: path or Hub id where saved thresholds lie; without one there are none.
+        """
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
+        self.model = speed_up(model)
+        self.name = name or model.config.name_or_path or "a model in memory"
+        self._encoder: MRLReDimNetModel = getattr(model, model.base_model_prefix, model)
+        self._merged, self._fingerprint = adapter, fingerprint
+        self._source, self._revision, self._token = source, revision, token
+        self._bank: AdapterBank | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        adapter: str | Path | None = None,
+        device: torch.device | str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "SpeakerEncoder":
+        """A saved model, with an adapter merged into its weights where one is given.
+
+        Args:
+            model, adapter: path or Hub id. (For several adapters, load the model alone and use `adapters`.)
+            device: by default an accelerator where there is one.
+            revision: of a model on the Hub, a branch, tag or commit. token: for the Hub, where not logged in.
+
+        Raises:
+            FileNotFoundError: what is not there.
+            OSError: what cannot be read from the Hub.
+            WeightsError: weights that are not wholly the model's.
+            WrongBaseError: an adapter of another base.
+            ValueError: an adapter that does not fit.
+        """
+        name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+        loaded, merged, weights = load_model(model, revision, token), None, None
+        if adapter is not None:
+            from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
+
+            folder = local_folder(adapter, None, token)
+            # Before the two are merged: on another machine merging may round otherwise.
+            weights = f"{fingerprint(loaded)}+{adapter_digest(folder)}"
+            facts = AdapterFacts.load(folder)
+            merged = facts.domain if facts else Path(adapter).name
+            loaded = AdapterBank.load(loaded, {"adapter": adapter}, token=token).merged("adapter")
+        loaded = loaded.to(PartialState().device if device is None else device)
+        return cls(loaded, name, adapter=merged, fingerprint=weights, source=model, revision=revision, token=token)
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def config(self) -> MRLReDimNetConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._encoder.device
+
+    @property
+    def adapters(self) -> "AdapterBank":
+        """Adapters that are swapped on this model in memory, an `AdapterBank`: add and choose them here, and all
+        methods use the chosen one.
+
+            encoder.adapters.add("telephony", "me/redimnet-mrl-b2-telephony")
+            encoder.adapters.set_adapter("telephony")
+
+        The first use puts the model into evaluation mode, freezes its weights and wraps layers of it. Raises ValueError
+        for a model with an adapter merged into its weights.
+        """
+        if self._bank is None:
+            if self._merged is not None:
+                raise ValueError(
+                    f"{self.name} has the adapter {self._merged} merged into its weights: load it without, then add "
+                    "adapters"
+                )
+            from mrl_redimnet.adapters.bank import AdapterBank
+
+            self._bank = AdapterBank(self._encoder, self.name, self._revision, self._token)
+        return self._bank
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that is in use, by its domain where its folder says it; None: the model itself."""
+        if self._bank is None or self._bank.active is None:
+            return self._merged
+        facts = self._bank.facts(self._bank.active)
+        return facts.domain if facts else self._bank.active
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights that embed, for thresholds and files of embeddings: a hash of the model's weights and
+        configuration and, with an adapter, one of its tensors."""
+        if self._bank is not None:
+            return self._bank.fingerprint(self._bank.active)
+        return self._fingerprint or fingerprint(self._encoder)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a model from the Hub; None for others."""
+        if self._source is None:
+            return None
+        return extract_commit_hash(self._cached(CONFIG_NAME), None)
+
+    def dims(self, asked: Sequence[int] | None = None) -> list[int]:
+        """The dimensions asked for, sorted, by default those that the model was trained at. ValueError for ones it
+        cannot have."""
+        size = self.config.embedding_size
+        if wrong := [dim for dim in asked or [] if not 1 <= dim <= size]:
+            raise ValueError(f"{wrong} are not between 1 and the embedding's {size} dimensions.")
+        return sorted(set(asked or self.config.matryoshka_dims))
+
+    def dim(self, asked: int | None = None) -> int:
+        """The dimension asked for, by default the whole embedding. Raises as `dims`."""
+        return self.dims([self.config.embedding_size if asked is None else asked])[0]
+
+    # ------------------------------------------------------------ embeddings
+
+    def embed(
+        self,
+        inputs: Sequence,
+        dim: int | None = None,
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+        progress: str | None = None,
+        prepare: Prepare | None = None,
+        longest: float | None = None,
+    ) -> NDArray:
+        """Embeddings of whole utterances, batched by length with exact padding.
+
+        Args:
+            inputs: N utterances, see the class. A path that comes several times is read once.
+            dim: how many numbers of each embedding [all].
+            batch_seconds: padded audio in a batch, which bounds memory.
+            progress: title of a progress bar on a terminal; None: no bar.
+            prepare: changes or checks the audio of each utterance as it was read, see `mrl_redimnet.audio.waveforms`.
+            longest: seconds beyond which an utterance is cut.
+
+        Returns:
+            [N, dim] float32 in the order of the inputs. Under several processes each embeds a share, and all get the
+            whole.
+
+        Raises:
+            AudioError: an utterance that cannot be read or embedded; names the file or the row.
+            ValueError: a dimension that the model cannot have, inputs that are no list.
+        """
+        return self._embedded(as_inputs(inputs), dim, batch_seconds, progress, prepare, longest).embeddings
+
+    def embed_all(
+        self,
+        inputs: Sequence,
+        dim: int | None = None,
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+        progress: str | None = None,
+        prepare: Prepare | None = None,
+        longest: float | None = None,
+        strict: bool = False,
+    ) -> Embedded:
+        """As `embed`, with durations, and with problems in place of AudioErrors. strict: a problem is an AudioError."""
+        items = as_inputs(inputs)
+        return self._embedded(items, dim, batch_seconds, progress, prepare, longest, keep_problems=not strict)
+
+    @torch.inference_mode()
+    def embed_batch(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
+        """Waveforms [B, T] at 16 kHz, padded with anything behind their lengths [B] in samples -> [B, D] float32.
+
+        For callers that read and batch speech themselves. The model should be in evaluation mode.
+        """
+        padding = bool((lengths != waveforms.shape[1]).any())
+        waveforms = waveforms.to(self.device)
+        mask = sample_mask(lengths.to(self.device), waveforms.shape[1]) if padding else None
+        if self._bank is not None:
+            embeddings = self._bank.embed(waveforms, mask)
+        else:
+            embeddings = self._encoder(waveforms, attention_mask=mask).embeddings
+        return embeddings.float().cpu().numpy()
+
+    def extractor(self) -> MRLReDimNetFeatureExtractor:
+        """What checks waveforms for this model."""
+        return MRLReDimNetFeatureExtractor(min_samples=self.config.min_samples)
+
+    @torch.inference_mode()
+    def _embedded(
+        self,
+        items: list[Input],
+        dim: int | None = None,
+        batch_seconds: float = BATCH_SECONDS,
+        progress: str | None = None,
+        prepare: Prepare | None = None,
+        longest: float | None = None,
+        keep_problems: bool = False,
+    ) -> Embedded:
+        dim, extractor, problems = self.dim(dim), self.extractor(), {}
+        first: dict[object, int] = {}  # of each file, the row that is read
+        source = [first.setdefault(item.key, row) if item.key else row for row, item in enumerate(items)]
+        state, training = PartialState(), self._encoder.training
+        own = sorted(set(source))[state.process_index :: state.num_processes]
+
+        def waveforms() -> Iterator[tuple[int, NDArray]]:
+            for row in own:
+                try:
+                    yield row, read_waveform(items[row].load(), items[row].name, extractor, prepare, longest)
+                except AudioError as error:
+                    if not keep_problems:
+                        raise
+                    problems[row] = str(error)
+                    bar.update()
+
+        embedded = []
+        broadcast(list(self._encoder.buffers()))  # running statistics differ between processes; the first's are saved
+        self._encoder.eval()
+        hidden = True if progress is None or not state.is_main_process else None  # None: shown where it is a terminal
+        with tqdm(total=len(own), desc=progress, disable=hidden, leave=False, unit=" files") as bar:
+            try:
+                for batch in length_batches(waveforms(), batch_seconds):
+                    rows, lengths = list(batch), torch.tensor([len(wave) for wave in batch.values()])
+                    embedded.append((rows, self.embed_batch(padded(batch.values()), lengths)[:, :dim], lengths.numpy()))
+                    bar.update(len(rows))
+            finally:
+                self._encoder.train(training)
+        result = np.full((len(items), dim), np.nan, dtype=np.float32)
+        seconds = np.full(len(items), np.nan)
+        for rows, embeddings, lengths in gather_object(embedded):
+            result[rows], seconds[rows] = embeddings, lengths / SAMPLING_RATE
+        reasons = dict(gather_object([*problems.items()]))
+        found = {row: reasons[origin] for row, origin in enumerate(source) if origin in reasons}
+        return Embedded(result[source], seconds[source], found)
+
+    # ------------------------------------------------------------ scores
+
+    def similarity(self, a: ArrayLike, b: ArrayLike, dim: int | None = None) -> NDArray:
+        """Cosines of embeddings a [N, D] and b [M, D], of their first `dim` numbers [all] -> [N, M] float64 in -1 .. 1.
+
+        Raises ValueError for other shapes, a dimension out of range, and embeddings that are zero or not finite.
+        """
+        a, b = np.asarray(a), np.asarray(b)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise ValueError(f"expected embeddings [N, D] and [M, D], got shapes {a.shape} and {b.shape}")
+        if dim is not None and not 1 <= dim <= a.shape[1]:
+            raise ValueError(f"dim must be from 1 to the embeddings' {a.shape[1]} numbers, got {dim}")
+        cosine, dim = make_scorer("cosine"), dim or a.shape[1]
+        return cosine.units(a, dim) @ cosine.units(b, dim).T
+
+    def scorer(
+        self,
+        name: str = "cosine",
+        cohort: str | Path | None = None,
+        top: int = TOP,
+        prepare: Prepare = warn_of_silence,
+        progress: str | None = None,
+    ) -> Scorer:
+        """A way to score, one of `SCORERS`, with the embeddings of a cohort where it takes one.
+
+        cohort: folder with speech of other speakers, of which up to `COHORT_UTTERANCES` files are drawn. prepare: as of
+        `embed`, such as the domain of the trials. top: as of `make_scorer`. Raises as that, FileNotFoundError for a
+        folder without audio, AudioError where none of it can be used; an AudioWarning lists files that cannot.
+        """
+        if name not in SCORERS or cohort is None or not SCORERS[name].needs_cohort:
+            return make_scorer(name, top=top)
+        files = drawn(files_below(cohort), COHORT_UTTERANCES)
+        return make_scorer(name, self.embed_all(files, prepare=prepare, progress=progress).usable("cohort"), top)
+
+    # ------------------------------------------------------------ decisions
+
+    def thresholds(self, folder: str | Path | None = None) -> Thresholds | None:
+        """The thresholds saved in `folder`, by default beside the model; None where there are none beside it.
+
+        Raises FileNotFoundError for a folder without them, ValueError for a file that holds none.
+        """
+        if folder is None:
+            file = None if self._source is None else self._cached(THRESHOLDS_FILE)
+            if file is None:
+                return None
+            folder = Path(file).parent
+        return Thresholds.load(folder)
+
+    def decision_rule(
+        self,
+        enrolments: Iterable[int] = (1,),
+        dim: int | None = None,
+        *,
+        threshold: float | None = None,
+        thresholds: str | Path | None = None,
+        scorer: Scorer | None = None,
+        speakers: int = 1,
+    ) -> DecisionRule:
+        """How `verify` and `identify` decide.
+
+        Args:
+            enrolments: how many utterances are averaged for each enrolment.
+            dim: of the embeddings that are compared [all].
+            threshold: accept scores from this one on; None: by saved thresholds.
+            thresholds: folder with them [the model's].
+            scorer: how is scored [cosine].
+            speakers: how many enrolled speakers are searched.
+
+        Raises:
+            ValueError: thresholds are saved, but none for this dimension, adapter, scorer and weights.
+        """
+        saved = self.thresholds(thresholds)
+        weights = self.fingerprint if saved else ""
+        return DecisionRule.of(
+            saved,
+            self.dim(dim),
+            self.adapter,
+            make_scorer("cosine") if scorer is None else scorer,
+            weights,
+            enrolments,
+            given=threshold,
+            speakers=speakers,
+        )
+
+    def verify(
+        self,
+        enrol: Sequence,
+        test: Sequence,
+        dim: int | None = None,
+        *,
+        threshold: float | DecisionRule | None = None,
+        scorer: Scorer | None = None,
+        progress: str | None = None,
+    ) -> list[Decision]:
+        """Whether each of `test` is the speaker of `enrol`.
+
+        Args:
+            enrol: utterances of one speaker, averaged; a file that comes twice counts once. test: utterances.
+            dim: how many numbers of the embeddings are compared [all].
+            threshold: accept scores from this one on, or a `decision_rule`; None: the rule of the saved thresholds.
+            scorer: from the method `scorer` [cosine].
+            progress: title of a progress bar on a terminal.
+
+        Returns:
+            A `Decision` on each utterance of `test`.
+
+        Raises:
+            AudioError: an utterance that cannot be read, or in which nobody can be heard.
+            ValueError: nobody is enrolled, or as `decision_rule`.
+        """
+        enrolled, tested = distinct(as_inputs(enrol, "enrolled utterance")), as_inputs(test, "test utterance")
+        if not enrolled:
+            raise ValueError("enrol: got no utterance, expected at least one.")
+        dim, count = self.dim(dim), len(enrolled)
+        scorer = make_scorer("cosine") if scorer is None else scorer
+        rule = threshold
+        if not isinstance(rule, DecisionRule):
+            rule = self.decision_rule([count], dim, threshold=threshold, scorer=scorer)
+        found = self._embedded([*enrolled, *tested], progress=progress, prepare=refuse_silence)
+        units = scorer.units(found.embeddings, dim, [item.name for item in (*enrolled, *tested)])
+        enrolment = enrolment_units(units[:count], {"the enrolment": range(count)})
+        scores = scorer.compare(enrolment, units[count:], (np.zeros(len(tested), int), np.arange(len(tested))))
+        seconds = np.column_stack([np.full(len(tested), found.seconds[:count].sum()), found.seconds[count:]])
+        return rule.decide(scores, [count] * len(tested), seconds)
+
+    def identify(
+        self,
+        enrolled: Mapping[str, Sequence],
+        test: Sequence,
+        dim: int | None = None,
+        *,
+        top: int = 3,
+        threshold: float | DecisionRule | None = None,
+        progress: str | None = None,
+    ) -> list[Identification]:
+        """Which of the enrolled speakers each of `test` is, by cosine.
+
+        Args:
+            enrolled: {speaker: utterances of this speaker, averaged}. test: utterances.
+            dim: how many numbers of the embeddings are compared [all].
+            top: how many speakers to name for each.
+            threshold: as of `verify`; saved thresholds are for the search among all of the speakers.
+            progress: title of a progress bar on a terminal.
+
+        Returns:
+            An `Identification` of each utterance of `test`.
+
+        Raises:
+            AudioError: utterances that cannot be read, or in which nobody can be heard; it lists them all.
+            ValueError: nobody is enrolled, a speaker without an utterance, or as `decision_rule`.
+        """
+        if top < 1:
+            raise ValueError(f"top: got {top}, expected at least 1.")
+        speech = {name: distinct(as_inputs(enrolled[name], f"{name}, utterance")) for name in sorted(enrolled)}
+        if not speech or not all(speech.values()):
+            raise ValueError("enrolled: expected at least one speaker, and at least one utterance of each.")
+        dim, counts = self.dim(dim), {name: len(items) for name, items in speech.items()}
+        rule = threshold
+        if not isinstance(rule, DecisionRule):
+            rule = self.decision_rule(counts.values(), dim, threshold=threshold, speakers=len(counts))
+        items, rows = [], {}
+        for name, utterances in speech.items():
+            rows[name] = range(len(items), len(items) + len(utterances))
+            items += utterances
+        first = len(items)
+        items += as_inputs(test, "test utterance")
+        found = self._embedded(items, progress=progress, prepare=refuse_silence, keep_problems=True)
+        if found.problems:
+            raise AudioError(problems_text(found.problems, len(items)))
+        cosine, names = make_scorer("cosine"), list(speech)
+        units = cosine.units(found.embeddings, dim, [item.name for item in items])
+        similarities = units[first:] @ enrolment_units(units, rows).T  # [tests, speakers]
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :top]
+        spoken = {name: found.seconds[rows[name]].sum() for name in names}
+        result = []
+        for row, best in enumerate(order):
+            ranked = [names[column] for column in best]
+            seconds = np.array([[spoken[name], found.seconds[first + row]] for name in ranked])
+            decisions = rule.decide(similarities[row, best], [counts[name] for name in ranked], seconds)
+            pairs = zip(ranked, decisions, strict=True)
+            result.append(Identification(tuple(Candidate(**asdict(each), speaker=name) for name, each in pairs)))
+        return result
+
+    def _cached(self, file: str) -> str | None:
+        """A file of the saved model, None where there is none."""
+        return cached_file(
+            self._source,
+            file,
+            revision=self._revision,
+            token=self._token,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+
+def padded(waveforms: Iterable[NDArray]) -> torch.Tensor:
+    """Waveforms [samples] of some lengths -> [B, T] float32, with zeros behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waveforms], batch_first=True)

@@ -1,0 +1,1 @@
+"""Embeddings of whole corpora, and search among them."""

@@ -1,0 +1,1 @@
+"""From embeddings to decisions: trial lists, scorers, error measures, calibrated thresholds."""

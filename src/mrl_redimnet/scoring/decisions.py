@@ -1,0 +1,192 @@
+"""Accept or reject: decisions on scores by saved thresholds, or by one that is given."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrl_redimnet.scoring.calibration import RULE_OF, THRESHOLDS_FILE, Threshold, Thresholds
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided on one comparison.
+
+    Attributes:
+        score: of the comparison, higher means more alike.
+        accepted: whether it is the same speaker; None where there is no threshold to decide by.
+        threshold: accepted from it on; a score, or an LLR where the saved calibration has duration terms. None without.
+        llr: natural-log likelihood ratio of "the same speaker"; None where no calibration is saved.
+    """
+
+    score: float
+    accepted: bool | None = None
+    threshold: float | None = None
+    llr: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate(Decision):
+    """An enrolled speaker whom a test utterance was compared with."""
+
+    speaker: str = ""
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The enrolled speakers that a test utterance is most alike, the best one first."""
+
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def accepted(self) -> bool | None:
+        """Whether the best one is accepted; None where nothing is decided."""
+        return self.candidates[0].accepted
+
+    @property
+    def speaker(self) -> str | None:
+        """The best one, None where it is rejected: then it is nobody who is enrolled."""
+        return None if self.accepted is False else self.candidates[0].speaker
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """Accepts or rejects scores by a given threshold, else by saved ones; with neither, it does not decide.
+
+    `str()` says in words from which score on is accepted, what that rests on, or why nothing is decided.
+
+    Attributes:
+        given: accept scores from this one on, whatever is saved.
+        saved: {number of enrolment utterances: the threshold saved for that number, or for the nearest there is}.
+        speakers: how many enrolled speakers are compared in one decision, 1 for verification.
+        lowest: {number of enrolment utterances: accepted from here on}; empty where `problem` says why the saved
+            thresholds cannot decide.
+        rests_on: how many accepted impostor trials the lowest thresholds were set by, at least.
+    """
+
+    given: float | None
+    saved: dict[int, Threshold]
+    speakers: int
+    lowest: dict[int, float]
+    rests_on: int = 0
+    problem: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        thresholds: Thresholds | None,
+        dim: int,
+        adapter: str | None,
+        scorer: object,
+        weights: str,
+        enrolments: Iterable[int],
+        *,
+        given: float | None = None,
+        speakers: int = 1,
+    ) -> "DecisionRule":
+        """The rule for enrolments of so many utterances each.
+
+        thresholds: the saved ones. dim, adapter, scorer, weights: which of them, see `Thresholds.find_nearest`.
+        given, speakers: as the attributes.
+
+        Raises ValueError where thresholds are saved, but none for this dimension, adapter, scorer and weights, unless
+        a threshold is given.
+        """
+        saved: dict[int, Threshold] = {}
+        try:
+            if thresholds:
+                for count in sorted(set(enrolments)):
+                    saved[count] = thresholds.find_nearest(dim, adapter, scorer, weights, count)
+        except ValueError:
+            if given is None:
+                raise
+            saved = {}
+        try:
+            found = {count: entry.for_search(speakers) for count, entry in saved.items()}
+        except ValueError as error:
+            return cls(given, saved, speakers, {}, problem=str(error))
+        lowest = {count: threshold for count, (threshold, _) in found.items()}
+        return cls(given, saved, speakers, lowest, min((each for _, each in found.values()), default=0))
+
+    @property
+    def uses_seconds(self) -> bool:
+        """Whether a saved calibration depends on the durations of both sides."""
+        return any(entry.calibration.uses_seconds for entry in self.saved.values())
+
+    def decide(self, scores: NDArray, enrolments: Sequence[int], seconds: NDArray | None = None) -> list[Decision]:
+        """A decision on each of some comparisons.
+
+        Args:
+            scores: [T]. enrolments: [T], how many utterances were averaged for each enrolment.
+            seconds: [T, 2] durations of both sides, not needed unless `uses_seconds`.
+        """
+        return [
+            self._decide(float(score), count, None if seconds is None else seconds[row : row + 1])
+            for row, (score, count) in enumerate(zip(scores, enrolments, strict=True))
+        ]
+
+    def _decide(self, score: float, count: int, seconds: NDArray | None) -> Decision:
+        accepted = llr = None
+        if self.saved:
+            entry = self.saved[count]
+            llr = float(entry.calibration(np.array([score]), seconds)[0])
+            value = llr if entry.calibration.uses_seconds else score
+            accepted = value >= self.lowest[count] if self.lowest else None
+        if self.given is not None:
+            accepted = score >= self.given
+        return Decision(score, accepted, self.lowest.get(count) if self.given is None else self.given, llr)
+
+    def __str__(self) -> str:
+        if self.given is not None:
+            return f"accepted from a score of {self.given:g} on, as given{self._not_calibrated()}"
+        if self.problem:
+            search = f"{self.speakers} speakers are searched, and " if self.speakers > 1 else ""
+            return f"no decision: {search}{self.problem}"
+        if not self.saved:
+            return (
+                f"no decision: there is no {THRESHOLDS_FILE} beside the model. `mrl-redimnet calibrate` makes one from "
+                "labelled trials, or give --threshold"
+            )
+        return (self._of_one() if self.speakers == 1 else self._of_search()) + self._not_calibrated()
+
+    def _from(self) -> str:
+        unit = "an LLR" if self.uses_seconds else "a score"
+        low, high = min(self.lowest.values()), max(self.lowest.values())
+        return f"accepted from {unit} of {low:.4f}{'' if low == high else f' to {high:.4f}'} on"
+
+    def _of_one(self) -> str:
+        (entry,) = self.saved.values()
+        return (
+            f"{self._from()}, set on {entry.trials} for {100 * entry.wanted:g} % false accepts "
+            f"({100 * entry.misses:.1f} % misses there) with {_utterances(entry.enrolments)}"
+        )
+
+    def _of_search(self) -> str:
+        entry = next(iter(self.saved.values()))
+        rate = -100 * np.expm1(np.log1p(-entry.wanted) / self.speakers)
+        uncertain = ": uncertain" if self.rests_on < RULE_OF else ""
+        meant = "meant " if self._not_calibrated() else ""
+        return (
+            f"{self._from()}, {meant}so that about {100 * entry.wanted:g} % of strangers, or fewer, are taken for one "
+            f"of the {self.speakers} ({rate:.2g} % in each comparison, {self.rests_on} of {entry.impostors:,} impostor "
+            f"trials of {entry.trials}{uncertain})"
+        )
+
+    def _not_calibrated(self) -> str:
+        """Says where a threshold for another number of enrolment utterances is used."""
+        other = {count: entry.enrolments for count, entry in self.saved.items() if entry.enrolments != count}
+        if not other:
+            return ""
+        wanted = " ".join(map(str, other))
+        used = ", ".join(
+            f"for {_utterances(count)} the threshold of {nearest} is used" for count, nearest in other.items()
+        )
+        return (
+            f". Not calibrated: {used}; how many false accepts that lets through, and what the LLRs are worth, is not "
+            f"known. `mrl-redimnet calibrate --enrolments {wanted}` sets what is missing"
+        )
+
+
+def _utterances(count: int) -> str:
+    return f"{count} enrolled utterance{'' if count == 1 else 's'}"

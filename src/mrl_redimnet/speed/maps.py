@@ -1,0 +1,29 @@
+"""Sums of feature maps in place, from the fewest frames to the most: coarse sums are repeated, not coarse maps."""
+
+import itertools
+
+import torch
+
+from modeling_mrl_redimnet import MapMix
+
+
+class FastMapMix(MapMix):
+    """`MapMix` in one pass over each map."""
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        weights = self.logits.softmax(0)
+        repeats = [later // earlier for earlier, later in itertools.pairwise(self.strides)] + [1]
+        mixed, split = None, ()
+        for x, weight, repeat in reversed(list(zip(maps, weights, repeats, strict=True))):
+            split = (*split, repeat) if repeat > 1 else split
+            x, weight = x.unflatten(1, (-1, *split)) if split else x, weight.to(x.dtype)
+            if mixed is None:
+                mixed = x * weight
+            elif repeat > 1:
+                mixed = torch.addcmul(mixed.unsqueeze(-2), x, weight)
+            else:
+                mixed.addcmul_(x, weight)  # in place: nothing needs the partial sums again
+        return mixed.flatten(1, -2)
+
+
+FAST = {MapMix: FastMapMix}

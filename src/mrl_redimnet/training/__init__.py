@@ -1,0 +1,1 @@
+"""Training: recipe, tasks, schedules, optimiser, checkpoints and what a run may add."""

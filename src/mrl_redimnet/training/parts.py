@@ -1,0 +1,304 @@
+"""The features of training that a recipe asks for, each a part of the run with the hooks of `Part`."""
+
+import json
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import ModelOutput
+
+from mrl_redimnet.adapters import AdapterFacts, adapter_report
+from mrl_redimnet.adapters.publishing import save_adapter
+from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe
+from mrl_redimnet.audio.levels import refuse_silence
+from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
+from mrl_redimnet.saving import save_model
+from mrl_redimnet.training.averaging import Ema, LastWeights
+from mrl_redimnet.training.checkpoints import Progress, newest_step
+from mrl_redimnet.training.distillation import Teacher, similarity_loss
+from mrl_redimnet.training.guards import ChanceGuard, chance_loss
+from mrl_redimnet.training.history import History
+from mrl_redimnet.training.optimizer import freeze
+from mrl_redimnet.training.run import Part, Run, Trained
+from mrl_redimnet.training.sampled_classifier import SampledRows
+from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
+from mrl_redimnet.training.tasks import Attribute, Verification
+
+ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: training makes up for what is approximate
+PROBE_BATCHES = 8  # training batches that data-driven ranks and initialisations look at
+
+
+def parts_of(run: Run, facts: AdapterFacts | None, fresh_classifier: bool) -> list[Part]:
+    """The parts that the recipe asks for, in the order in which their hooks are called.
+
+    facts: what an adapter's folder says, None where the model itself is trained. fresh_classifier: no row of it comes
+    from an earlier model. Checkpoints hold the parts' states in this order.
+    """
+    recipe = run.recipe
+    parts: list[Part] = [TrainedModel() if facts is None else TrainedAdapter(facts)]
+    if recipe.loss.classifier_sample:
+        parts.append(SampledClassifier(run))
+    if recipe.loss.teacher is not None:
+        parts.append(Distillation())
+    if recipe.optimizer.ema:
+        parts.append(MovingAverage())
+    if recipe.optimizer.weight_averaging:
+        parts.append(CheckpointAverage(run))
+    if rotations_of(run):
+        parts.append(Rotation(rotations_of(run)))
+    if isinstance(run.task, Verification):
+        parts.append(Learning(run, fresh_classifier))
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+class TrainedModel(Trained):
+    """The model, or a part of it; the trunk may wait."""
+
+    def phases(self, run: Run) -> set[int]:
+        """Where the trunk begins to be trained."""
+        return {int(run.recipe.schedule.trunk_frozen_until * run.steps)}
+
+    def begin_phase(self, run: Run, step: int):
+        """Freezes what is not trained."""
+        freeze(run.model, run.recipe, step, run.steps)
+
+    def save(self, run: Run, folder: Path):
+        """The whole model, with its classes."""
+        save_model(run.model, folder, run.task.classes, name=run.output.name)
+
+
+class TrainedAdapter(Trained):
+    """An adapter on the encoder or, for an attribute, on the model with its head. facts: what its folder says."""
+
+    def __init__(self, facts: AdapterFacts):
+        self.facts, self.strategy = facts, None
+
+    def start(self, run: Run, step: int, resumed: bool):
+        """Puts the adapter in, as it is at `step`."""
+        recipe, known = run.recipe.adapter, run.output / "ranks.json"
+        plan = AdapterPlan(
+            steps=run.steps,
+            placement=recipe.placement,
+            rank=recipe.rank,
+            segment_ranks=recipe.segment_ranks,
+            start_rank=recipe.start_rank,
+            cut_step=int(recipe.cut_at * run.steps),
+            first_step=step,
+            norms=recipe.adapter_norms,
+            task_type=run.task.adapter_task,
+            options=recipe.peft_options,
+            known_ranks=json.loads(known.read_text()) if resumed and known.is_file() else None,
+        )
+        host = run.model if isinstance(run.task, Attribute) else run.model.redimnet
+        run.model.to(run.accelerator.device)
+        probe = Probe(lambda: _probe_batches(run), lambda batch: run.model(**batch).loss)
+        self.strategy = STRATEGIES[recipe.strategy](host, plan, probe)
+        if run.accelerator.is_main_process:  # which alone saves adapters
+            self.strategy.keep_start(run.output / "adapter_at_start")
+            if self.strategy.ranks_from_data:
+                known.write_text(json.dumps(self.strategy.ranks(), indent=1))
+        if self.strategy.state() is not None:
+            run.accelerator.register_for_checkpointing(self.strategy.state())
+
+    def phases(self, run: Run) -> set[int]:
+        """Where ranks are cut."""
+        return {self.strategy.plan.cut_step} if self.strategy.changes_ranks else set()
+
+    def begin_phase(self, run: Run, step: int):
+        """Cuts the ranks where it is time to."""
+        if self.strategy.changes_ranks and step == self.strategy.plan.cut_step:
+            run.accelerator.print(self.strategy.cut())
+
+    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor | float:
+        """The strategy's penalty."""
+        return self.strategy.penalty()
+
+    def after_optimizer(self, run: Run, step: int, skipped: bool):
+        """Ranks may change."""
+        self.strategy.after_step(step, skipped)
+
+    def may_be_best(self, run: Run, step: int) -> bool:
+        """Once ranks are what they will be."""
+        return self.strategy.settled(step)
+
+    def save(self, run: Run, folder: Path):
+        """The adapter alone."""
+        save_adapter(self.strategy, self.facts, folder)
+
+    def report(self) -> str:
+        """The layers that train."""
+        return adapter_report(self.strategy.peft)
+
+
+def _probe_batches(run: Run) -> list[dict]:
+    """The same few training batches in every process, none of which is trained on."""
+    keys = ("input_values", "labels")
+    return [{key: batch[key].to(run.accelerator.device) for key in keys} for batch in run.crops.probe(PROBE_BATCHES)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+class SampledClassifier(Part):
+    """A step uses a sample of the classifier's rows."""
+
+    def __init__(self, run: Run):
+        classifier = run.model.to(run.accelerator.device).classifier
+        self.rows = SampledRows(classifier, run.recipe.loss.classifier_sample, run.recipe.run.seed)
+
+    def start(self, run: Run, step: int, resumed: bool):
+        """All rows are in a checkpoint."""
+        run.accelerator.register_for_checkpointing(self.rows)
+
+    def labels(self, run: Run, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """Puts the step's rows in, and gives their labels."""
+        return self.rows.begin(labels, step, run.optimizer)
+
+    def after_optimizer(self, run: Run, step: int, skipped: bool):
+        """Takes the rows back."""
+        self.rows.end(run.optimizer)
+
+    def saving(self, run: Run) -> AbstractContextManager:
+        """All rows in the classifier."""
+        return self.rows.gathered()
+
+
+class Distillation(Part):
+    """A teacher's embeddings of the batch, whose cosines every prefix is to have."""
+
+    def __init__(self):
+        self.teacher: Teacher | None = None
+
+    def start(self, run: Run, step: int, resumed: bool):
+        """Loads the teacher."""
+        self.teacher = Teacher(run.recipe.loss.teacher, run.accelerator.device, run.accelerator.autocast)
+
+    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor:
+        """The weighted difference to the teacher's cosines."""
+        dims, weights = run.model.config.matryoshka_dims, options["prefix_weights"]
+        likeness = similarity_loss(answer.embeddings, self.teacher(inputs), dims, weights)
+        return run.recipe.loss.teacher_weight * likeness
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+class MovingAverage(Part):
+    """An exponential moving average of the weights, which is evaluated and saved in the model's place."""
+
+    def __init__(self):
+        self.ema: Ema | None = None
+
+    def start(self, run: Run, step: int, resumed: bool):
+        """Begins with the model's weights."""
+        self.ema = Ema(run.model, run.recipe.optimizer.ema)
+        run.accelerator.register_for_checkpointing(self.ema)
+
+    def after_optimizer(self, run: Run, step: int, skipped: bool):
+        """Takes in the new weights; there are none after a step that was left out."""
+        if not skipped:
+            self.ema.update(run.model)
+
+    def evaluating(self, run: Run) -> AbstractContextManager:
+        """The average in the model."""
+        return self.ema.applied(run.model)
+
+
+class CheckpointAverage(Part):
+    """The weights at the last evaluations, whose mean is one of the models to choose from at the end."""
+
+    def __init__(self, run: Run):
+        self.weights = LastWeights(run.output / "last_weights", run.timing.averaged)
+
+    def go_on(self, run: Run, step: int):
+        """Drops later weights."""
+        if run.accelerator.is_main_process:
+            self.weights.begin(step)
+
+    def evaluated(self, run: Run, progress: Progress):
+        """Keeps the weights."""
+        if run.accelerator.is_main_process:
+            self.weights.add(progress.step, run.model, newest_step(run.checkpoints))
+
+    def mean_into(self, run: Run, model: torch.nn.Module, last_step: int):
+        """Puts the mean of the kept weights that share one basis into the model; last_step: of the run."""
+        run.accelerator.wait_for_everyone()  # the main process writes its last weights
+        turns = [step for step in rotations_of(run) if step < last_step]
+        self.weights.mean_into(model, since=max(turns, default=-1) + 1)
+
+
+def rotations_of(run: Run) -> set[int]:
+    """The steps before which the basis is rotated; not the first, when there is nothing to be rotated yet."""
+    ratios = [] if run.model.config.embedding_norm else run.recipe.rotations
+    return {int(ratio * run.steps) for ratio in ratios} - {0}
+
+
+class Rotation(Part):
+    """Rotates the embedding's basis to its principal axes before some steps."""
+
+    def __init__(self, steps: set[int]):
+        self.steps = steps
+
+    def before_step(self, run: Run, step: int):
+        """Rotates the model and its average; the optimiser forgets the moments of the rotated tensors.
+
+        SphereFace2's bias of each prefix stays: that of the full width is still right, and the others are soon learnt.
+        """
+        if step not in self.steps:
+            return
+        turn = partial(rotate, embeddings=training_embeddings(run, run.model, *ROTATION_IN_TRAINING))
+        if (average := run.part(MovingAverage)) is not None:
+            average.ema.transform(run.model, turn)
+        turn(run.model)
+        for parameter in (*run.model.redimnet.projection.segments.parameters(), run.model.classifier.weight):
+            run.optimizer.state.pop(parameter, None)
+
+
+def training_embeddings(
+    run: Run, model: torch.nn.Module, most: int = ROTATION_UTTERANCES, longest: float | None = None
+) -> np.ndarray:
+    """Embeddings of `most` drawn training utterances (of each the first `longest` seconds), for a rotation, [N, D]."""
+    sources = run.crops.sources(most, run.recipe.run.seed)
+    found = SpeakerEncoder(model).embed_all(sources, progress="rotation", prepare=refuse_silence, longest=longest)
+    return found.usable("training speech to rotate on")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+class Learning(Part):
+    """Stops a run whose classifier is not set up right, or does not learn."""
+
+    def __init__(self, run: Run, fresh: bool):
+        """fresh: the classifier has no rows of the model that the run starts from."""
+        self.guard: ChanceGuard | None = ChanceGuard(*chance_at(0, run), deadline=run.timing.chance_until, fresh=fresh)
+
+    def after_step(self, run: Run, step: int, answer: ModelOutput, history: History):
+        """Looks at the first loss, and at the first one after the deadline."""
+        if self.guard is None:
+            return
+        if step == 0 and (warning := self.guard.check_start(float(answer.loss.detach()))):
+            run.accelerator.print(f"Note: {warning}")
+        if history.loss is not None and step >= self.guard.deadline:
+            chance, _ = chance_at(step, run)
+            self.guard.check_progress(step, history.loss, chance - self.guard.mean)
+            self.guard = None
+
+
+def chance_at(step: int, run: Run) -> tuple[float, float]:
+    """The loss at chance level, and its spread over batches, with a step's margin and prefixes."""
+    recipe, model = run.recipe, run.model
+    crops = min(recipe.data.batch_size, 64)  # what more of them would change is small
+    margin = margin_at(step, recipe, run.steps, model.config.margin)
+    weights = prefix_weights_at(step, recipe, run.steps, model.config)
+    return chance_loss(model.classifier, margin, crops, weights)
