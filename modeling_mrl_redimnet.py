@@ -1051,12 +1051,6 @@ class MRLReDimNetPreTrainedModel(CheckedModel):
                 init.copy_(getattr(module, name), value)
 
 
-def _share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
-    Trainer, accumulating gradients); as it is for None."""
-    return loss if num_items is None else loss * (len(labels) / num_items)
-
-
 class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
     """Speaker embeddings from waveforms: front end, trunk, pooling, Matryoshka projection."""
 
@@ -1088,8 +1082,9 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         in front of audio; TypeError for arguments it has no use for.
         """
         self.refuse_extras(kwargs)
-        self._check_input(input_values, truncate_dim)
-        lengths = self._lengths(input_values, attention_mask)
+        self.check_waveforms(input_values)
+        self.check_prefix(truncate_dim)
+        lengths = self.lengths_of(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
         if input_values.shape[1] > window:
             embeddings = self._embed_windows(input_values, lengths, window, truncate_dim)
@@ -1120,44 +1115,6 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
             ]
             embeddings.append(torch.cat(parts).mean(0))
         return torch.stack(embeddings)
-
-    def _check_input(self, input_values, truncate_dim):
-        if input_values.dim() != 2 or not input_values.is_floating_point():
-            raise ValueError(
-                f"input_values: expected floating point [batch, samples], got {input_values.dtype} of shape "
-                f"{tuple(input_values.shape)}. MRLReDimNetFeatureExtractor makes such a batch from arrays."
-            )
-        if input_values.shape[1] < self.config.min_samples:
-            raise ValueError(
-                f"input_values: {input_values.shape[1]} samples, the model needs at least {self.config.min_samples}."
-            )
-        if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
-            raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
-
-    def _lengths(self, input_values, attention_mask) -> torch.Tensor | None:
-        """Samples per utterance [B], or None when nothing is padded (the fast path)."""
-        if attention_mask is None:
-            return None
-        if attention_mask.shape != input_values.shape:
-            raise ValueError(
-                f"attention_mask: shape {tuple(attention_mask.shape)} differs from input_values' "
-                f"{tuple(input_values.shape)}."
-            )
-        lengths = attention_mask.to(torch.long).sum(1)
-        if torch.compiler.is_compiling():
-            return lengths  # looking at values would break the graph; the mask is then always used
-        in_order = (attention_mask.bool() == sample_mask(lengths, input_values.shape[1])).all()
-        *ends, in_order = torch.cat([lengths, in_order[None]]).tolist()  # the one time that a GPU is waited for
-        if min(ends, default=input_values.shape[1]) == input_values.shape[1]:
-            return None
-        if not in_order:
-            raise ValueError("attention_mask: padding must follow the audio (ones, then zeros, in every row).")
-        if min(ends) < self.config.min_samples:
-            raise ValueError(
-                f"attention_mask: utterance {ends.index(min(ends))} has {min(ends)} samples, the model needs "
-                f"{self.config.min_samples}."
-            )
-        return lengths
 
 
 class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
@@ -1191,7 +1148,7 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         if labels is None:
             return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
         loss, prefix_losses, logits = self.classifier(embeddings, labels, margin, prefix_weights)
-        loss = _share_of_items(loss, labels, num_items_in_batch)
+        loss = self.share_of_items(loss, labels, num_items_in_batch)
         return MatryoshkaXVectorOutput(loss=loss, logits=logits, embeddings=embeddings, prefix_losses=prefix_losses)
 
 
@@ -1224,7 +1181,7 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
         elif labels is not None:
             loss = F.cross_entropy(logits.float(), labels)
         if loss is not None:
-            loss = _share_of_items(loss, labels, num_items_in_batch)
+            loss = self.share_of_items(loss, labels, num_items_in_batch)
         return SpeakerClassifierOutput(loss=loss, logits=logits, embeddings=embeddings)
 
 

@@ -1,5 +1,6 @@
 """What the models have from transformers, and what is different: weights that are wholly those of the model, checked
-when they are read and before they are written; gradient checkpointing that batch norms can take.
+when they are read and before they are written; gradient checkpointing that batch norms can take; inputs that are
+checked before the network sees them.
 
 This file travels beside the weights to the Hub, as `modeling_mrl_redimnet.py` does, which is the network itself.
 """
@@ -238,6 +239,58 @@ class CheckedModel(PreTrainedModel):
     def is_gradient_checkpointing(self) -> bool:
         """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def check_waveforms(self, input_values: torch.Tensor):
+        """Raises ValueError for anything but waveforms [B, T] that are long enough."""
+        if input_values.dim() != 2 or not input_values.is_floating_point():
+            raise ValueError(
+                f"input_values: expected floating point [batch, samples], got {input_values.dtype} of shape "
+                f"{tuple(input_values.shape)}. MRLReDimNetFeatureExtractor makes such a batch from arrays."
+            )
+        if input_values.shape[1] < self.config.min_samples:
+            raise ValueError(
+                f"input_values: {input_values.shape[1]} samples, the model needs at least {self.config.min_samples}."
+            )
+
+    def check_prefix(self, truncate_dim: int | None):
+        """Raises ValueError for a prefix that the model was not built for; None is the whole embedding."""
+        if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
+            raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
+
+    def lengths_of(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """input_values [B, T], attention_mask [B, T] -> samples of each utterance [B], or None when nothing is padded.
+
+        Raises ValueError for another shape, for padding in front of audio, and for too short an utterance.
+        """
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != input_values.shape:
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)} differs from input_values' "
+                f"{tuple(input_values.shape)}."
+            )
+        mask = attention_mask.bool()
+        lengths = mask.sum(1)
+        if torch.compiler.is_compiling():
+            return lengths  # looking at values would break the graph; the mask is then always used
+        in_order = (mask[:, 1:] <= mask[:, :-1]).all()
+        *ends, in_order = torch.cat([lengths, in_order[None]]).tolist()  # the one time that a GPU is waited for
+        if min(ends, default=input_values.shape[1]) == input_values.shape[1]:
+            return None
+        if not in_order:
+            raise ValueError("attention_mask: padding must follow the audio (ones, then zeros, in every row).")
+        if min(ends) < self.config.min_samples:
+            raise ValueError(
+                f"attention_mask: utterance {ends.index(min(ends))} has {min(ends)} samples, the model needs "
+                f"{self.config.min_samples}."
+            )
+        return lengths
+
+    @staticmethod
+    def share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
+        Trainer, accumulating gradients); as it is for None."""
+        return loss if num_items is None else loss * (len(labels) / num_items)
 
     @staticmethod
     def refuse_extras(kwargs: dict):

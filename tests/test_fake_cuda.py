@@ -109,7 +109,7 @@ def test_a_step_with_padding_looks_at_its_mask_once(variant, learning):
         model.redimnet.requires_grad_(False)
     with FakeCuda(answers=[[16_000, 9_000, 8_000, 16_000, 1]]) as cuda:
         train_step(cuda, cuda.moved(model), mask=True)
-        assert cuda.log == {"waiting for tolist in modeling_mrl_redimnet.py, _lengths": 1}
+        assert cuda.log == {"waiting for tolist in pretrained_mrl_redimnet.py, lengths_of": 1}
 
 
 @pytest.mark.parametrize("variant", ["convnext_convatt", "redimnet2_dual"])
