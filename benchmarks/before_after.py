@@ -3,8 +3,10 @@
     python benchmarks/before_after.py OTHER_CHECKOUT --out docs/results/before_after
 
 Each checkout works in processes of its own, with the same random weights and noise. For every case the two take turns,
-one call each, so that what else happens on the machine meets both. Memory is the peak of a fresh process's resident
-memory above what it had with the model built. This checkout's models run with `mrl_redimnet.speed_up`, where it exists.
+one call each, so that what else happens on the machine meets both. Where memory lies differs from one start of a
+process to the next and moves a time by up to a tenth, so each case is started several times. Memory is the peak of a
+fresh process's resident memory above what it had with the model built. This checkout's models run with
+`mrl_redimnet.speed_up`, where it exists.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -39,7 +42,8 @@ def main():
     parser.add_argument("other", type=Path, help="a checkout of another commit")
     parser.add_argument("--out", type=Path, help="OUT.json and OUT.md [only printed]")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help="some of the cases")
-    parser.add_argument("--rounds", type=int, default=20, help="calls of each, for every case [20]")
+    parser.add_argument("--starts", type=int, default=5, help="how often both are started, for every case [5]")
+    parser.add_argument("--rounds", type=int, default=8, help="calls of each after a start [8]")
     parser.add_argument("--plain", action="store_true", help="without speed_up here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -55,26 +59,30 @@ def main():
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         head = (
             f"# Speed and memory before and after\n\n```bash\n{record['command']}\n```\n\n{record['machine']}, torch "
-            f"{record['torch']}. Both take turns, {arguments.rounds} calls each: medians [quartiles], of the ratio "
-            "too. Random weights and noise. Memory: the peak above that with the model built.\n\n"
+            f"{record['torch']}. {arguments.starts} starts; in each both take turns, {arguments.rounds} calls each. "
+            "Times: medians [quartiles] of all calls. Ratio: of each start the median over its turns; of these the "
+            "median [lowest, highest]. Random weights and noise. Memory: the peak above that with the model built, "
+            "median over starts.\n\n"
         )
         arguments.out.with_suffix(".md").write_text(head + table(record["cases"]) + "\n")
 
 
 def compare(case: str, arguments) -> dict:
-    """Milliseconds of every call and peak memory in MiB, of both."""
-    workers = [start(folder, case, arguments.plain) for folder in (arguments.other.resolve(), HERE)]
-    times: list[list[float]] = [[], []]
-    for _ in range(arguments.rounds):
-        for worker, calls in zip(workers, times, strict=True):
-            worker.stdin.write("call\n")
-            worker.stdin.flush()
-            calls.append(float(worker.stdout.readline()))
-    memory = []
-    for worker in workers:
-        peak, _ = worker.communicate("stop\n")
-        memory.append(float(peak))
-    return {"before_ms": times[0], "after_ms": times[1], "before_mib": memory[0], "after_mib": memory[1]}
+    """Milliseconds of every call and peak memory in MiB of both, in a list for each start."""
+    found: dict[str, list] = {"before_ms": [], "after_ms": [], "before_mib": [], "after_mib": []}
+    for _ in range(arguments.starts):
+        workers = [start(folder, case, arguments.plain) for folder in (arguments.other.resolve(), HERE)]
+        times: list[list[float]] = [[], []]
+        for _ in range(arguments.rounds):
+            for worker, calls in zip(workers, times, strict=True):
+                worker.stdin.write("call\n")
+                worker.stdin.flush()
+                calls.append(float(worker.stdout.readline()))
+        for name, worker, calls in zip(("before", "after"), workers, times, strict=True):
+            peak, _ = worker.communicate("stop\n")
+            found[f"{name}_ms"].append(calls)
+            found[f"{name}_mib"].append(float(peak))
+    return found
 
 
 def start(folder: Path, case: str, plain: bool) -> subprocess.Popen:
@@ -163,22 +171,25 @@ def make_call(case: str, plain: bool):
 
 
 def table(cases: dict[str, dict]) -> str:
-    """Medians with quartiles, and the ratio of each round's two calls."""
+    """Medians and spreads of both, and the ratio of each start."""
     lines = ["| case | before, ms | after, ms | after / before | before, MiB | after, MiB |", "|---" * 6 + "|"]
     for case, found in cases.items():
-        ratios = [after / before for before, after in zip(found["before_ms"], found["after_ms"], strict=True)]
-        lines.append(
-            f"| {case} | {quartiles(found['before_ms'], 1)} | {quartiles(found['after_ms'], 1)} | "
-            f"{quartiles(ratios, 3)} | {found['before_mib']:,.0f} | {found['after_mib']:,.0f} |"
-        )
+        before, after = (quartiles(sum(found[f"{name}_ms"], [])) for name in ("before", "after"))
+        memory = [f"{statistics.median(found[f'{name}_mib']):,.0f}" for name in ("before", "after")]
+        ratios = [
+            statistics.median(b / a for a, b in zip(*calls, strict=True))
+            for calls in zip(found["before_ms"], found["after_ms"], strict=True)
+        ]
+        ratio = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+        lines.append(f"| {case} | {before} | {after} | {ratio} | {' | '.join(memory)} |")
     return "\n".join(lines)
 
 
-def quartiles(values: list[float], digits: int) -> str:
+def quartiles(values: list[float]) -> str:
     """Median [quartiles]."""
     ordered = sorted(values)
     low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
-    return f"{middle:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{middle:,.1f} [{low:,.1f}, {high:,.1f}]"
 
 
 if __name__ == "__main__":
