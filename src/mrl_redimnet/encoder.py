@@ -105,7 +105,7 @@ class SpeakerEncoder:
         source: str | Path | None = None,
         revision: str | None = None,
         token: str | None = None,
-    ):
+    ) -> None:
         """Args:
         model: stays on its device and in its mode; its modules get their faster forms (`mrl_redimnet.speed_up`).
         name: by default what the model's configuration says.

@@ -9,7 +9,7 @@ from mrl_redimnet_cli.arguments import add_command, add_model, must_be_there
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
-def add(commands):
+def add(commands) -> None:
     """Adds the command to the subparsers `commands`."""
     part_size, batch_seconds = VALUES["extraction.bulk.PART_SIZE"], VALUES["encoder.BATCH_SECONDS"]
     parser = add_command(

@@ -15,7 +15,7 @@ from mrl_redimnet_cli.arguments import (
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
-def add(commands):
+def add(commands) -> None:
     """Adds the command to the subparsers `commands`."""
     report, picture = VALUES["evaluation.robustness.REPORT"], VALUES["evaluation.robustness.PICTURE"]
     parser = add_command(
@@ -34,7 +34,7 @@ def add(commands):
     )
 
 
-def add_grid(parser: argparse.ArgumentParser):
+def add_grid(parser: argparse.ArgumentParser) -> None:
     """The options of the grid, the bootstrap and the seed, which `grid_of` takes."""
     names, resamples = CHOICES["evaluation.robustness.PERTURBATIONS"], VALUES["evaluation.robustness.RESAMPLES"]
     parser.add_argument(
@@ -67,7 +67,7 @@ def grid_of(arguments: argparse.Namespace):
     return make_grid(arguments.noise, arguments.noise_types, arguments.perturbations, arguments.quick_grid)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Prints the table of all kinds and the one number of each side, and writes the report and its picture."""
     from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.evaluation.robustness import (

@@ -16,7 +16,7 @@ from mrl_redimnet_cli.arguments import (
 ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status; 2 is that of an error
 
 
-def add(commands):
+def add(commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands,

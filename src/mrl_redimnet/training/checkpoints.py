@@ -55,7 +55,7 @@ FREE_SETTINGS = {
 
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, progress: Progress, recipe: Recipe, steps: int, keep: int = 2
-):
+) -> None:
     """Writes `folder`/step-NNNNNNNN whole or not at all: into a temporary folder first, then renamed."""
     temporary, final = folder / f"writing-{progress.step:08d}", folder / f"step-{progress.step:08d}"
     if accelerator.is_main_process:

@@ -33,10 +33,10 @@ KINDS = ("train", "evaluation")
 class Record:
     """The lines of `folder`/history.jsonl. Under several processes the main one writes."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.file = Path(folder) / HISTORY
 
-    def begin(self, step: int):
+    def begin(self, step: int) -> None:
         """Drops what was written after `step`, from which a run is resumed and writes it anew (0: all, it is new).
 
         So does it drop a last line that a kill cut short. The file is replaced whole or not at all.
@@ -46,7 +46,7 @@ class Record:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.file, text)
 
-    def add(self, step: int, kind: str, values: dict):
+    def add(self, step: int, kind: str, values: dict) -> None:
         """Appends a line. values: numbers (NaN and infinity become null), text, and dictionaries of them.
 
         Raises ValueError for another kind than "train" and "evaluation", and for values named "step" or "kind".
@@ -97,7 +97,7 @@ RATES = {"loader_crops_per_s": "loader", "step_crops_per_s": "step", "crops_per_
 class Lines:
     """Recorded lines as curves."""
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record) -> None:
         self.train, self.evaluation = record.lines("train"), record.lines("evaluation")
         self.last = max((line["step"] for line in (*self.train, *self.evaluation)), default=0)
         sets = dict.fromkeys(line.get("set", "development") for line in self.evaluation)

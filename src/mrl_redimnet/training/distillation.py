@@ -28,7 +28,7 @@ class Teacher:
         model: str | Path,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ):
+    ) -> None:
         loaded = load_model(model)
         encoder = getattr(loaded, loaded.base_model_prefix, loaded)
         self.encoder = encoder.to(device).eval().requires_grad_(False)

@@ -26,7 +26,7 @@ class History:
         task: Verification | Attribute,
         config,
         first_step: int,
-    ):
+    ) -> None:
         self.recipe, self.steps = recipe, steps
         self.accelerator, self.task, self.config = accelerator, task, config
         self.record = Record(recipe.run.output) if accelerator.is_main_process else None
@@ -60,7 +60,7 @@ class History:
         rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
         return {**rates, "loader_to_step": loader / step}
 
-    def add(self, step: int, answer):
+    def add(self, step: int, answer) -> None:
         """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
         self.bar.update()
         prefixes = answer.get("prefix_losses")
@@ -89,7 +89,7 @@ class History:
         self.pending = []
         self.check_finite()
 
-    def check_finite(self):
+    def check_finite(self) -> None:
         """Raises FloatingPointError when a loss since the last log line was no number."""
         losses = torch.stack([losses[0] for losses in self.pending]).tolist() if self.pending else []  # one device sync
         if not all(map(math.isfinite, losses if self.loss is None else [self.loss, *losses])):
@@ -98,7 +98,7 @@ class History:
                 "if it comes back at the same step, look at that batch's audio."
             )
 
-    def report(self, step: int, tables: dict):
+    def report(self, step: int, tables: dict) -> None:
         """Prints tables of development results, logs their scores and draws the curves."""
         scores = {f"score/{title}": self.task.score(rows) for title, rows in tables.items()}
         self.accelerator.log(scores, step=step)
@@ -109,6 +109,6 @@ class History:
             draw(self.recipe.run.output)
         self._restart_clock()
 
-    def close(self):
+    def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()

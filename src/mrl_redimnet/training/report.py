@@ -49,7 +49,7 @@ def what_is_left(run: Run, progress: Progress) -> str:
     )
 
 
-def report_unreadable(run: Run, progress: Progress):
+def report_unreadable(run: Run, progress: Progress) -> None:
     """Lists the crops that could not be read so far; too large a share of them stops the run."""
     recipe = run.recipe
     if progress.problems:
@@ -58,7 +58,7 @@ def report_unreadable(run: Run, progress: Progress):
         print(check_problems(progress.problems, crops, recipe.data.max_unusable_ratio, listing))
 
 
-def final_report(run: Run, progress: Progress):
+def final_report(run: Run, progress: Progress) -> None:
     """Evaluates the best model beside what it came from, writes best/ and results.json, and prints the tables."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     systems, saved, scores = final_systems(run, progress)

@@ -74,7 +74,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def refuse_lost_processes(accelerator: Accelerator):
+def refuse_lost_processes(accelerator: Accelerator) -> None:
     """`accelerate launch --num_processes 2` starts one process where there is no accelerator, and says nothing.
 
     Raises ValueError when this process was launched so.
@@ -202,7 +202,7 @@ def build_crops(
     return DrawnCrops(dataset, loading)
 
 
-def check_fit(recipe: Recipe, config: MRLReDimNetConfig):
+def check_fit(recipe: Recipe, config: MRLReDimNetConfig) -> None:
     """Raises ValueError for settings that this model cannot meet."""
     wrong = [dim for dim in recipe.evaluation.report_dims if not 1 <= dim <= config.embedding_size]
     if wrong:
@@ -245,7 +245,7 @@ def make_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     return run
 
 
-def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
+def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool) -> None:
     """An earlier run's checkpoints are never overwritten, nor continued with other classes."""
     checkpoints = Path(recipe.run.output) / "checkpoints"
     earlier = checkpoints.exists() and any(checkpoints.iterdir())
@@ -274,7 +274,7 @@ def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
             table.save(file)
 
 
-def describe(run: Run):
+def describe(run: Run) -> None:
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     saved_in = None if recipe.model.start in SIZES else MRLReDimNetConfig.from_pretrained(recipe.model.start).dtype
@@ -300,7 +300,7 @@ def describe(run: Run):
         accelerator.print(adapter.report())
 
 
-def prepare_training(run: Run, resume: bool):
+def prepare_training(run: Run, resume: bool) -> None:
     """Freezes what stays, puts an adapter in, builds the optimiser, and says what is about to be trained."""
     resumed_at = newest_step(run.checkpoints) if resume else 0
     step = max(0, resumed_at - 1)  # where what is trained changes, the checkpoint is still of what was before

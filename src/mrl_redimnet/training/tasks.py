@@ -81,7 +81,7 @@ class Verification:
     labels: tuple[str, ...] = ()
     targets = None  # what is learnt are the speakers
 
-    def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents):
+    def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents) -> None:
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
         base = base_speakers(recipe)
         if recipe.evaluation.dev_trials is not None:
@@ -171,7 +171,7 @@ class Attribute:
 
     adapter_task = "SEQ_CLS"  # the head travels with the adapter
 
-    def __init__(self, recipe: Recipe, corpus: Dataset):
+    def __init__(self, recipe: Recipe, corpus: Dataset) -> None:
         """corpus: the usable training rows; the label file must know them all."""
         table = read_labels(recipe.data.label_file, recipe.data.label_column, recipe.data.label_key)
         found = {label_of(table, key, recipe) for key in corpus[recipe.data.label_key]}
@@ -280,11 +280,11 @@ class Attribute:
 class Unreadable:
     """Files of development and test speech that cannot be read: each is told once."""
 
-    def __init__(self, recipe: Recipe, utterances: int):
+    def __init__(self, recipe: Recipe, utterances: int) -> None:
         """utterances: of the training speech."""
         self.most, self.utterances, self.told = recipe.data.max_unusable_ratio, utterances, set()
 
-    def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool):
+    def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool) -> None:
         """problems: {path: message} of the `files` files of a test.
 
         Raises ValueError where development speech, which is judged early in the run, has more than the recipe's
@@ -313,7 +313,7 @@ def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification 
     return Verification(recipe, corpus) if recipe.data.label_column is None else Attribute(recipe, corpus)
 
 
-def check_files(recipe: Recipe):
+def check_files(recipe: Recipe) -> None:
     """Raises FileNotFoundError or ValueError for files and folders of the recipe that are not there, or not as said.
 
     To be called before any speech is read, which may take long.
