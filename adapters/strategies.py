@@ -169,6 +169,7 @@ class WarmUp(Vanilla):
 
     @property
     def changes_ranks(self) -> bool:
+        """Whether the ranks are still those of the start, with the step of the cut to come."""
         return self.plan.first_step < self.plan.cut_step and self.config.r == self.plan.start_rank
 
     def _config(self) -> LoraConfig:
@@ -237,6 +238,7 @@ class Dynamic(Vanilla):
         )
 
     def settled(self, step: int) -> bool:
+        """Whether AdaLoRA has done its last pruning by `step`."""
         return step > self.config.total_step - self.config.tfinal
 
     def penalty(self) -> torch.Tensor:
@@ -249,15 +251,18 @@ class Dynamic(Vanilla):
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
     def after_step(self, step: int, skipped: bool = False) -> None:
+        """Lets AdaLoRA weigh the singular directions by their gradients, and prune them where it is time to."""
         # Gradients that are not finite would stay in PEFT's running averages for good. From the last allocation on it
         # looks at the averages alone, and must not miss that step.
         if not skipped or step >= self.config.total_step - self.config.tfinal:
             self.peft.base_model.update_and_allocate(step)
 
     def state(self) -> object:
+        """AdaLoRA's running averages of the directions' importance."""
         return _AllocatorState(self.peft)
 
     def ranks(self) -> dict[str, int]:
+        """How many directions of every adapted layer are in use, by the layer's name in the encoder."""
         return {name: int(self._kept(layer).sum()) for name, layer in adapted_layers(self.peft).items()}
 
     @staticmethod

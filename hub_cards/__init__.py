@@ -58,7 +58,7 @@ def base_card(
         network=network,
         paper=paper,
         dims=config.matryoshka_dims,
-        parameters=f"{getattr(model, model.base_model_prefix, model).num_parameters():,}",
+        parameters=f"{model.base_model.num_parameters():,}",
         hop_ms=f"{config.hop_ms:g}",
         provenance=_provenance(training, licence, datasets),
         results=results_section(evaluation),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ FEATURE_NORMS = {"mn": "mean", "mvn": "mean_variance", "bn": "batch"}
 # Keys of the wrappers that do not change what the network answers.
 IGNORED_CONFIG = {"num_classes", "class_dropout", "head_activation", "return_all_outputs"}
 # The reference wrappers' defaults, for keys a file leaves out: what both have, what each has.
-SHARED_DEFAULTS = {
+SHARED_DEFAULTS: dict[str, Any] = {
     "F": 72,
     "out_channels": None,
     "embed_dim": 192,
@@ -36,7 +37,7 @@ SHARED_DEFAULTS = {
     "emb_bn": False,
     "spec_params": {"do_spec_aug": False, "freq_mask_width": [0, 6], "time_mask_width": [0, 8]},
 }
-REFERENCE_DEFAULTS = {
+REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
     "redimnet": {  # IDRnD/redimnet, dd9f519
         **SHARED_DEFAULTS,
         "C": 16,
@@ -75,7 +76,7 @@ REFERENCE_DEFAULTS = {
     },
 }
 # Options of the reference that no published file uses: the values that leave them out.
-UNUSED_OPTIONS = {
+UNUSED_OPTIONS: dict[str, dict[str, tuple]] = {
     "redimnet": {"tf_optimized_arch": (False, None)},
     "redimnet2": {
         "causal": (False, None, "none"),
@@ -119,7 +120,10 @@ def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None
 
 
 def which_network(model_config: dict) -> str:
-    """ "redimnet2" where a stage strides over two axes or, without stages, a key is of that network alone."""
+    """The name "redimnet2" where a stage strides over two axes or, without stages, a key is of that network alone.
+
+    Else "redimnet".
+    """
     if "stages_setup" in model_config:
         pairs = any(isinstance(row[0], (list, tuple)) for row in model_config["stages_setup"])
         return "redimnet2" if pairs else "redimnet"
@@ -215,7 +219,8 @@ def _whole(numbers) -> bool:
 
 
 def _convert_spec_params(spec_params: dict, front_end: str) -> tuple[dict, list[str]]:
-    ours, problems = {"front_end": front_end}, []
+    ours: dict[str, Any] = {"front_end": front_end}
+    problems = []
     for name, (field, default) in SPEC_PARAMS.items():
         value = spec_params.get(name, default)
         ours[field] = list(value) if isinstance(value, (list, tuple)) else value
@@ -408,21 +413,21 @@ def _head(config, embed_dim: int) -> Iterator[Rule]:
 
         return place
 
+    def embedding_norm(name: str, value: float) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        return lambda t: {f"projection.embedding_norm.{name}": grown(t, value)}
+
     yield from _batch_norm("bn", "projection.norm")
     yield Rule("linear.weight", segments("weight"))
     yield Rule("linear.bias", segments("bias"))
     if config.embedding_norm:
         fill = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of rows that are zero
         for name, value in fill.items():
-            yield Rule(
-                f"bn2.{name}",
-                lambda t, name=name, value=value: {f"projection.embedding_norm.{name}": grown(t, value)},
-            )
+            yield Rule(f"bn2.{name}", embedding_norm(name, value))
         yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
 
 
 def _rules(config, model_config: dict) -> Iterator[Rule]:
-    embed_dim = model_config.get("embed_dim", SHARED_DEFAULTS["embed_dim"])
+    embed_dim: int = {**SHARED_DEFAULTS, **model_config}["embed_dim"]
     if config.feature_norm == "batch":
         yield from _batch_norm("spec.spec_norm", "front_end.norm")
     yield from _both(_image, "backbone.stem.0", "trunk.stem.conv")

@@ -3,8 +3,12 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.names import CHOICES, VALUES
+
+if TYPE_CHECKING:
+    from mrl_redimnet.audio.domains import Domain
 
 
 def add_command(
@@ -85,7 +89,7 @@ def add_lists(parser: argparse.ArgumentParser) -> None:
     must_be_there(parser, noise=folder)
 
 
-def domain_of(arguments: argparse.Namespace):
+def domain_of(arguments: argparse.Namespace) -> "Domain | None":
     """The domain of --domain and --noise; None for audio as it is."""
     from mrl_redimnet.audio.domains import make_domain
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.arguments import (
     add_command,
@@ -13,6 +14,9 @@ from mrl_redimnet_cli.arguments import (
     must_be_there,
 )
 from mrl_redimnet_cli.names import CHOICES, VALUES
+
+if TYPE_CHECKING:
+    from mrl_redimnet.evaluation.robustness import Condition
 
 
 def add(commands) -> None:
@@ -60,7 +64,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     must_be_there(parser, noise=folder)
 
 
-def grid_of(arguments: argparse.Namespace):
+def grid_of(arguments: argparse.Namespace) -> "list[Condition]":
     """The grid that the command line describes; errors as of `make_grid`."""
     from mrl_redimnet.evaluation.robustness import make_grid
 
@@ -102,7 +106,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{len(grid)} conditions, {report.trials:,} trials of {report.utterances:,} utterances.")
     for side, what in (("test", "test side alone"), ("both", "enrolment and test")):
         row = report.number(side, max(report.dims))
-        interval = "" if row.change_low is None else f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+        interval = ""
+        if row.change_low is not None and row.change_high is not None:
+            interval = f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
         print(f"Robustness, {what} perturbed, {row.dim} dimensions: {100 * row.change:+.0f} % EER{interval}.")
     if arguments.out is not None:
         save_reports([report], arguments.out / REPORT)

@@ -65,7 +65,9 @@ def load_corpus(
     num_proc: int | None = None,
     columns: dict[str, str] | None = None,
 ) -> datasets.Dataset:
-    """Speech as a data set, one row an utterance. `source` is one of
+    """Speech as a data set, one row an utterance.
+
+    `source` is one of
 
     - a folder of audio files, laid out as `layout` says; rows are sorted by path;
     - parquet files: a folder of them (as `mrl-redimnet prepare` writes it), one file, or a pattern with `*`, also in
@@ -179,8 +181,8 @@ def labels_of(dataset: datasets.Dataset, speakers: "SpeakerTable") -> np.ndarray
 
 
 def speakers_of(dataset: datasets.Dataset) -> list[str]:
-    """The distinct speakers of all rows, sorted. (`Dataset.unique` copies all columns of selected rows first.)"""
-    names: set[str] = set()
+    """The distinct speakers of all rows, sorted."""
+    names: set[str] = set()  # `Dataset.unique` would copy all columns of selected rows first
     for block in blocks_of(dataset, "speaker"):
         names.update(block.unique().to_pylist())
     return sorted(names)

@@ -70,7 +70,8 @@ class Ema:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """`with ema.applied(model):` the model holds the averages; then the trained tensors again, bit for bit,
-        whatever happened in between."""
+        whatever happened in between.
+        """
         trained = {name: value.clone() for name, value in model.state_dict().items()}
         try:
             self.copy_to(model)

@@ -61,7 +61,8 @@ class Record:
 
     def lines(self, kind: str | None = None) -> list[dict]:
         """The lines of one kind, or of both, oldest first; none where nothing was recorded. A last line that was cut
-        short is left out. Raises ValueError for any other line that cannot be read."""
+        short is left out. Raises ValueError for any other line that cannot be read.
+        """
         if not self.file.is_file():
             return []
         texts = self.file.read_text(errors="replace").splitlines()  # a cut may fall within a letter

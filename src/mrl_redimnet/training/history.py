@@ -53,7 +53,8 @@ class History:
 
     def rates(self) -> dict[str, float]:
         """Crops a second since the last log line, of all processes: altogether, of the loader alone (its workers side
-        by side) and of the step alone (without waiting for crops), and the ratio of the two."""
+        by side) and of the step alone (without waiting for crops), and the ratio of the two.
+        """
         crops, seconds = self.crops * self.accelerator.num_processes, time.perf_counter() - self.clock
         loader = crops / max(1e-9, self.made_in / max(1, self.recipe.data.workers))
         step = crops / max(1e-9, seconds - self.waited)

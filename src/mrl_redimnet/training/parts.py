@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from mrl_redimnet.adapters import AdapterFacts, adapter_report
 from mrl_redimnet.adapters.publishing import save_adapter
-from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe
+from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
@@ -77,8 +77,10 @@ class TrainedModel(Trained):
 class TrainedAdapter(Trained):
     """An adapter on the encoder or, for an attribute, on the model with its head. facts: what its folder says."""
 
+    strategy: Vanilla  # from `start` on
+
     def __init__(self, facts: AdapterFacts) -> None:
-        self.facts, self.strategy = facts, None
+        self.facts = facts
 
     def start(self, run: Run, step: int, resumed: bool) -> None:
         """Puts the adapter in, as it is at `step`."""
@@ -174,8 +176,7 @@ class SampledClassifier(Part):
 class Distillation(Part):
     """A teacher's embeddings of the batch, whose cosines every prefix is to have."""
 
-    def __init__(self) -> None:
-        self.teacher: Teacher | None = None
+    teacher: Teacher  # from `start` on
 
     def start(self, run: Run, step: int, resumed: bool) -> None:
         """Loads the teacher."""
@@ -195,8 +196,7 @@ class Distillation(Part):
 class MovingAverage(Part):
     """An exponential moving average of the weights, which is evaluated and saved in the model's place."""
 
-    def __init__(self) -> None:
-        self.ema: Ema | None = None
+    ema: Ema  # from `start` on
 
     def start(self, run: Run, step: int, resumed: bool) -> None:
         """Begins with the model's weights."""

@@ -98,7 +98,9 @@ def read_recipe(file: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 
 def make_recipe(**settings: Any) -> Recipe:
-    """A recipe of the defaults and `settings`, by the last parts of their names: make_recipe(steps=10, rank=4).
+    """A recipe of the defaults and `settings`, which are called by the last parts of their names.
+
+        make_recipe(steps=10, rank=4)
 
     Raises ValueError as `read_recipe` does.
     """

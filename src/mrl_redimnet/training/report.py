@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from mrl_redimnet.training.tasks import Attribute, Verification
 
 
 @contextmanager
-def with_place_to_resume(run: Run, progress: Progress):
+def with_place_to_resume(run: Run, progress: Progress) -> Iterator[None]:
     """An error that ends the run says at its end what is left of it."""
     try:
         yield

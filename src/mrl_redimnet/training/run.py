@@ -104,8 +104,8 @@ class Run:
     model: torch.nn.Module
     timing: Timing
     parts: list[Part] = field(default_factory=list)
-    prepared: torch.nn.Module | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    prepared: torch.nn.Module = field(init=False, repr=False)  # these two exist from the first `begin_phase` on
+    optimizer: torch.optim.Optimizer = field(init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -150,8 +150,9 @@ class Run:
 
     def save(self, name: str) -> None:
         """Writes what is trained as it now is to `output`/`name`."""
+        trained = next(part for part in self.parts if isinstance(part, Trained))
         with _together(part.saving(self) for part in self.parts):
-            self.part(Trained).save(self, self.output / name)
+            trained.save(self, self.output / name)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ needs the rows of the batch's own speakers; of the others a random sample gives 
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,7 +39,9 @@ class SampledRows:
     Raises ValueError for a sample that does not fit the classifier.
     """
 
-    def __init__(self, classifier: MatryoshkaMarginClassifier, sample: int, seed: int, device=None) -> None:
+    def __init__(
+        self, classifier: MatryoshkaMarginClassifier, sample: int, seed: int, device: torch.device | str | None = None
+    ) -> None:
         self.num_speakers, self.centers = classifier.num_speakers, classifier.config.sub_centers
         if not 1 <= sample <= self.num_speakers:
             raise ValueError(f"sample: got {sample}, expected 1 to the classifier's {self.num_speakers} speakers.")
@@ -102,7 +105,7 @@ class SampledRows:
         self.rows_in_use = None
 
     @contextlib.contextmanager
-    def gathered(self):
+    def gathered(self) -> Iterator[None]:
         """All rows in the classifier, where they are kept, to be saved or looked at; within, nothing is trained.
 
         Raises RuntimeError within a step.

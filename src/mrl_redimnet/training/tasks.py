@@ -2,9 +2,11 @@
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +15,13 @@ from datasets import Dataset
 from transformers.utils import cached_file
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from modeling_mrl_redimnet import (
+    MRLReDimNetForSequenceClassification,
+    MRLReDimNetForXVector,
+    MRLReDimNetPreTrainedModel,
+)
 from mrl_redimnet.audio.augmentation import FileTalkers, Sources, make_augmentations
-from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.domains import Domain, make_domain
 from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.audio.waveforms import into_domain
 from mrl_redimnet.data.corpus import (
@@ -40,7 +46,7 @@ from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 
-Rows = list[VerificationRow] | list[AttributeRow]
+M = TypeVar("M", bound=MRLReDimNetPreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class TrialTest:
 
     trials: Trials
     folder: Path
-    domain: object = None
+    domain: Domain | None = None
     group_of: dict[str, str] | None = None
 
     def __len__(self) -> int:
@@ -62,12 +68,13 @@ class TrialTest:
 @dataclass(frozen=True)
 class LabelledTest:
     """Labelled speech: rows of a corpus with their targets, the folder of their paths, and the domain their audio is
-    brought into."""
+    brought into.
+    """
 
     corpus: Dataset
     targets: np.ndarray
     folder: Path
-    domain: object = None
+    domain: Domain | None = None
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -119,7 +126,7 @@ class Verification:
         model, headless = start_model(MRLReDimNetForXVector, recipe)
         old = None if headless or not recipe.model.reuse_classifier else saved_speakers(recipe.model.start)
         carried = carry_classifier(model, old, self.classes)
-        if carried:
+        if old is not None and carried:
             self.notes["classifier"] = (
                 f"classifier: {carried:,} of its {len(self.classes):,} rows are taken over from {recipe.model.start}, "
                 f"whose speakers.json has {len(old):,} names, because names are the same. If they are those of other "
@@ -135,7 +142,14 @@ class Verification:
             "prefix_weights": prefix_weights_at(step, recipe, steps, config),
         }
 
-    def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
+    def evaluate(
+        self,
+        model: MRLReDimNetForXVector,
+        test: TrialTest,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[VerificationRow]:
         """Error rates of one test at each of `dims`."""
         problems: dict[str, str] = {}
         rows = evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain, problems)
@@ -143,7 +157,7 @@ class Verification:
         self.unreadable.check(test, problems, len(test.trials.utterances), development)
         return rows
 
-    def by_group(self, model, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
+    def by_group(self, model: MRLReDimNetForXVector, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
         """Error rates by group of speakers, at the whole embedding; none where the test has no groups."""
         if test.group_of is None:
             return []
@@ -156,12 +170,12 @@ class Verification:
         return error_rates(trials, scores, test.group_of, resamples, dim=dim)
 
     @staticmethod
-    def score(rows: Rows) -> float:
+    def score(rows: list[VerificationRow]) -> float:
         """What models are chosen by, lower is better: the mean EER over dimensions, all of which are to be good."""
         return sum(row.eer for row in rows) / len(rows)
 
     @staticmethod
-    def curve(rows: Rows) -> dict:
+    def curve(rows: list[VerificationRow]) -> dict:
         """What the run's record keeps of an evaluation."""
         return {"eer": {str(row.dim): row.eer for row in rows}}
 
@@ -221,7 +235,7 @@ class Attribute:
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForSequenceClassification, bool]:
         """The model to train; its head is fresh unless the start had one for the same labels."""
-        names = {"num_labels": max(1, len(self.labels))}
+        names: dict[str, Any] = {"num_labels": max(1, len(self.labels))}
         if self.labels:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, **names)
@@ -245,7 +259,14 @@ class Attribute:
         return {}
 
     @torch.no_grad()
-    def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
+    def evaluate(
+        self,
+        model: MRLReDimNetForSequenceClassification,
+        test: LabelledTest,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[AttributeRow]:
         """Accuracy, or mean absolute error, of whole utterances; no `dims`: heads take the whole embedding."""
         files = [test.folder / path for path in test.corpus["path"]]
         prepare = into_domain(test.folder, test.domain)
@@ -262,17 +283,19 @@ class Attribute:
         targets, speakers = test.targets[read], np.array(test.corpus["speaker"])[read]
         return [attribute_row(answers, targets, speakers, bool(self.labels), resamples)]
 
-    def by_group(self, model, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
+    def by_group(
+        self, model: MRLReDimNetForSequenceClassification, test: LabelledTest, resamples: int = 0
+    ) -> list[GroupRow]:
         """None: the groups are those of trials."""
         return []
 
     @staticmethod
-    def score(rows: Rows) -> float:
+    def score(rows: list[AttributeRow]) -> float:
         """What models are chosen by, lower is better: the share of errors, or the mean absolute error."""
         return 1 - rows[0].value if rows[0].metric == "accuracy" else rows[0].value
 
     @staticmethod
-    def curve(rows: Rows) -> dict:
+    def curve(rows: list[AttributeRow]) -> dict:
         """What the run's record keeps of an evaluation."""
         return {row.metric: row.value for row in rows}
 
@@ -282,7 +305,8 @@ class Unreadable:
 
     def __init__(self, recipe: Recipe, utterances: int) -> None:
         """utterances: of the training speech."""
-        self.most, self.utterances, self.told = recipe.data.max_unusable_ratio, utterances, set()
+        self.most, self.utterances = recipe.data.max_unusable_ratio, utterances
+        self.told: set[str] = set()
 
     def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool) -> None:
         """problems: {path: message} of the `files` files of a test.
@@ -348,7 +372,7 @@ def start_config(recipe: Recipe) -> MRLReDimNetConfig:
     return MRLReDimNetConfig.from_pretrained(recipe.model.start, **recipe.config_changes)
 
 
-def start_model(kind: type, recipe: Recipe, **config):
+def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
     """A model of `kind` from a size or a saved one, and whether its head is new; nothing else may be.
 
     In float32, whatever it is saved in: in bfloat16 most steps of an optimiser are too small to change a weight.
@@ -434,8 +458,8 @@ def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> 
             f"dev_speakers: {recipe.evaluation.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed), []
-    is_known = np.array([speakers.name(label) in (known or ()) for label in eligible])
+    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed), list[int]()
+    is_known = np.array([speakers.name(int(label)) in (known or ()) for label in eligible])
     for some in (eligible[~is_known], eligible[is_known]):
         count = min(recipe.evaluation.dev_speakers - len(chosen), len(some))
         chosen += rng.choice(some, count, replace=False).tolist() if count else []
@@ -492,7 +516,7 @@ def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new
     config.num_speakers = len(new)
     model.classifier = type(before)(config)
     shared = sorted(set(known) & set(new.names))
-    if not shared:
+    if old is None or not shared:
         return 0
     with torch.no_grad():
         rows_of = [
@@ -504,7 +528,7 @@ def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new
     return len(shared)
 
 
-def training_domain(recipe: Recipe):
+def training_domain(recipe: Recipe) -> Domain:
     """The domain of the training crops; its noise is the recipe's."""
     options = dict(recipe.augmentation.domain_options)
     if recipe.augmentation.domain == "noisy":
@@ -512,7 +536,7 @@ def training_domain(recipe: Recipe):
     return make_domain(recipe.augmentation.domain, **options)
 
 
-def development_domains(recipe: Recipe) -> dict[str, object]:
+def development_domains(recipe: Recipe) -> dict[str, Domain | None]:
     """What development speech is judged in: the recipe's domain first, and beside it as it is."""
     if recipe.augmentation.domain == "clean":
         return {"development": None}
@@ -530,7 +554,7 @@ def trial_test(trials: Trials, test: EvaluationSet) -> TrialTest:
     return TrialTest(trials, Path(test.folder), test_domain(test), group_of)
 
 
-def test_domain(test: EvaluationSet):
+def test_domain(test: EvaluationSet) -> Domain | None:
     """The domain of a test's audio, None where it stays as it is."""
     return None if test.domain == "clean" else make_domain(test.domain, **test.domain_options)
 
