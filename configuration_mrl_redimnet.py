@@ -356,7 +356,8 @@ class MRLReDimNetConfig(PretrainedConfig):
     @classmethod
     def from_size(cls, size: str, **overrides) -> "MRLReDimNetConfig":
         """A ready-made size by name ("nano", "b0" ... "b6", "redimnet2-nano", "redimnet2-b3", "redimnet2-b6"), single
-        fields replaced by `overrides`."""
+        fields replaced by `overrides`.
+        """
         if size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}.")
         return cls(**{**SIZES[size], **overrides})
@@ -387,7 +388,8 @@ class MRLReDimNetConfig(PretrainedConfig):
     @property
     def min_samples(self) -> int:
         """Shortest waveform in samples: two frames (and one of the last stage, which may span more), and more than half
-        an FFT window to reflect."""
+        an FFT window to reflect.
+        """
         frames = max(2, self.time_strides()[-1])
         if self.front_end == "tf_mel":
             least = WINDOW_LENGTH + (frames - 1) * self.hop_length - 2 * (self.hop_length // 2)

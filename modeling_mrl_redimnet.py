@@ -71,7 +71,8 @@ class SpeakerEmbeddingOutput(ModelOutput):
 @dataclass
 class MatryoshkaXVectorOutput(ModelOutput):
     """`loss` [] when labels were given, `logits` [B, speakers] (scaled cosines, no margin), `embeddings` [B, D],
-    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0."""
+    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0.
+    """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -115,7 +116,8 @@ def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | No
 
 def whole_frames(features: torch.Tensor, mask: torch.Tensor | None, stride: int):
     """features [B, frames, bins] and mask cut to what frames of `stride` features fill: the batch's number of frames,
-    and each utterance's own."""
+    and each utterance's own.
+    """
     if stride == 1:
         return features, mask
     if mask is not None:  # so many frames are whole where the last of them is valid
@@ -158,7 +160,8 @@ def _mel_filters(config) -> torch.Tensor:
 
 def _analysis_window(config) -> torch.Tensor:
     """Hamming window of 400 samples in an FFT frame of 512, [512] float32: periodic and centred for "mel",
-    symmetric and at the frame's start for "tf_mel"."""
+    symmetric and at the frame's start for "tf_mel".
+    """
     tf_style = config.front_end == "tf_mel"
     window = torch.hamming_window(WINDOW_LENGTH, periodic=not tf_style, dtype=torch.float64)
     left = 0 if tf_style else (FFT_SIZE - WINDOW_LENGTH) // 2
@@ -320,7 +323,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor):
         """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
-        least."""
+        least.
+        """
         wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
         x = zero_padding(x, mask)  # padding may be NaN
         count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
@@ -337,7 +341,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What it does while it does not learn: x * scale [C] + shift [C], in float32 at least, because float16 could
-        not hold what lies between."""
+        not hold what lies between.
+        """
         wide = torch.promote_types(self.running_var.dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         return scale, self.bias.to(wide) - self.running_mean.to(wide) * scale
@@ -349,7 +354,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def next_momentum(self) -> float:
         """By how much the running statistics move towards the next batch, which is counted here. Without a momentum
-        they are the mean over all batches."""
+        they are the mean over all batches.
+        """
         if self.keeps_statistics:
             return 0.0
         if self.num_batches_tracked is None:
@@ -533,7 +539,8 @@ class TransformerLayer(nn.Module):
 
     def attend(self, q, k, v, keys: torch.Tensor | None) -> torch.Tensor:
         """q, k, v [B, heads, frames, size] -> the same shape; keys [B, 1, 1, frames] true where a key counts, or
-        None."""
+        None.
+        """
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
 
 
@@ -835,7 +842,8 @@ def _sine(cosine: torch.Tensor) -> torch.Tensor:
 
 def harder_negatives(logits, labels, count: int, margin: float, scale: float) -> torch.Tensor:
     """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): logits [R, N] with `angular_gain` on the `count` largest of
-    each row's wrong speakers (all of them, where there are fewer)."""
+    each row's wrong speakers (all of them, where there are fewer).
+    """
     nearest = nearest_wrong(logits.detach(), labels, count)
     if nearest is None or margin == 0:
         return logits
@@ -1053,7 +1061,8 @@ class MRLReDimNetPreTrainedModel(CheckedModel):
 
 def _share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
-    Trainer, accumulating gradients); as it is for None."""
+    Trainer, accumulating gradients); as it is for None.
+    """
     return loss if num_items is None else loss * (len(labels) / num_items)
 
 
@@ -1214,7 +1223,8 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
         **kwargs,
     ) -> SpeakerClassifierOutput:
         """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1;
-        num_items_in_batch: as in MRLReDimNetForXVector."""
+        num_items_in_batch: as in MRLReDimNetForXVector.
+        """
         self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)
