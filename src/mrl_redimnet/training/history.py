@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers.utils import ModelOutput
 
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from mrl_redimnet.evaluation.results import format_table
 from mrl_redimnet.training.curves import Record, draw
 from mrl_redimnet.training.recipe import Recipe
 from mrl_redimnet.training.schedules import learning_rate_at, margin_at
-from mrl_redimnet.training.tasks import Attribute, Verification
+from mrl_redimnet.training.tasks import Task
 
 
 class History:
@@ -23,8 +25,8 @@ class History:
         recipe: Recipe,
         steps: int,
         accelerator: Accelerator,
-        task: Verification | Attribute,
-        config,
+        task: Task,
+        config: MRLReDimNetConfig,
         first_step: int,
     ) -> None:
         self.recipe, self.steps = recipe, steps
@@ -61,7 +63,7 @@ class History:
         rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
         return {**rates, "loader_to_step": loader / step}
 
-    def add(self, step: int, answer) -> None:
+    def add(self, step: int, answer: ModelOutput) -> None:
         """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
         self.bar.update()
         prefixes = answer.get("prefix_losses")

@@ -21,7 +21,7 @@ from mrl_redimnet.training.history import History
 from mrl_redimnet.training.optimizer import build_optimizer
 from mrl_redimnet.training.recipe import Recipe
 from mrl_redimnet.training.schedules import Timing
-from mrl_redimnet.training.tasks import Attribute, Verification
+from mrl_redimnet.training.tasks import Task
 
 
 class Part:
@@ -99,7 +99,7 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    task: Verification | Attribute
+    task: Task
     crops: DrawnCrops | StreamedCrops
     model: torch.nn.Module
     timing: Timing

@@ -2,11 +2,12 @@
 
 import csv
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -80,13 +81,87 @@ class LabelledTest:
         return len(self.corpus)
 
 
-class Verification:
+Test = TypeVar("Test", TrialTest, LabelledTest)
+Row = TypeVar("Row", VerificationRow, AttributeRow)
+
+
+class Task(ABC, Generic[Test, Row]):
+    """What a run learns from its training speech, and how models are judged.
+
+    Attributes:
+        name: of the task, for cards.
+        adapter_task: PEFT's name for it, which an adapter's folder holds.
+        labels: the classes of an attribute; none where speakers or numbers are learnt.
+        targets: [utterances] what is learnt of each; None where it is the speaker.
+        classes: what the rows of the classifier stand for; None where the configuration has the labels.
+        corpus: the utterances that are trained on; utterances: how many; speakers: theirs; speech: both in words.
+        development: tests that are judged during the run, by title; the first one chooses the best model.
+        tests: those of the run's end, by name.
+        development_speakers: the speakers that are held out.
+        notes: sentences to be printed before the run, by what they are about.
+    """
+
+    name: str
+    adapter_task: str
+    labels: tuple[str, ...]
+    targets: np.ndarray | None
+    classes: SpeakerTable | None
+    corpus: Dataset | StreamContents
+    utterances: int
+    speakers: SpeakerTable
+    speech: str
+    development: dict[str, Test]
+    tests: dict[str, Test]
+    development_speakers: set[str]
+    notes: dict[str, str]
+
+    @abstractmethod
+    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetPreTrainedModel, bool]:
+        """The model to train, and whether it has a classifier of speakers that knows none of them yet."""
+
+    @staticmethod
+    @abstractmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """What the model's forward pass gets for its loss at a step of `steps`."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: MRLReDimNetPreTrainedModel,
+        test: Test,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[Row]:
+        """Results of one test.
+
+        dims: of the embeddings, where the task compares them (None: the model's). resamples: for intervals over
+        speakers, 0 for none. progress: title of a progress bar.
+        """
+
+    @abstractmethod
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: Test, resamples: int = 0) -> list[GroupRow]:
+        """Results of one test by group of speakers; none where there are no groups."""
+
+    @staticmethod
+    @abstractmethod
+    def score(rows: list[Row]) -> float:
+        """What models are chosen by, lower is better."""
+
+    @staticmethod
+    @abstractmethod
+    def curve(rows: list[Row]) -> dict:
+        """What the run's record keeps of an evaluation."""
+
+
+class Verification(Task[TrialTest, VerificationRow]):
     """Speakers are told apart by a margin classifier over every prefix; models are judged by the EER of trials."""
 
     name = "verification"
     adapter_task = "FEATURE_EXTRACTION"  # the classifier stays behind: adapters are the encoder's
-    labels: tuple[str, ...] = ()
-    targets = None  # what is learnt are the speakers
+    labels = ()
+    targets = None
+    classes: SpeakerTable
 
     def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents) -> None:
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
@@ -144,7 +219,7 @@ class Verification:
 
     def evaluate(
         self,
-        model: MRLReDimNetForXVector,
+        model: MRLReDimNetPreTrainedModel,
         test: TrialTest,
         dims: Sequence[int] | None = None,
         resamples: int = 0,
@@ -157,7 +232,7 @@ class Verification:
         self.unreadable.check(test, problems, len(test.trials.utterances), development)
         return rows
 
-    def by_group(self, model: MRLReDimNetForXVector, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
         """Error rates by group of speakers, at the whole embedding; none where the test has no groups."""
         if test.group_of is None:
             return []
@@ -180,10 +255,11 @@ class Verification:
         return {"eer": {str(row.dim): row.eer for row in rows}}
 
 
-class Attribute:
+class Attribute(Task[LabelledTest, AttributeRow]):
     """Classes (or, where the labels are numbers, a value) from labelled speech; judged on speakers held out."""
 
     adapter_task = "SEQ_CLS"  # the head travels with the adapter
+    targets: np.ndarray
 
     def __init__(self, recipe: Recipe, corpus: Dataset) -> None:
         """corpus: the usable training rows; the label file must know them all."""
@@ -261,7 +337,7 @@ class Attribute:
     @torch.no_grad()
     def evaluate(
         self,
-        model: MRLReDimNetForSequenceClassification,
+        model: MRLReDimNetPreTrainedModel,
         test: LabelledTest,
         dims: Sequence[int] | None = None,
         resamples: int = 0,
@@ -283,9 +359,7 @@ class Attribute:
         targets, speakers = test.targets[read], np.array(test.corpus["speaker"])[read]
         return [attribute_row(answers, targets, speakers, bool(self.labels), resamples)]
 
-    def by_group(
-        self, model: MRLReDimNetForSequenceClassification, test: LabelledTest, resamples: int = 0
-    ) -> list[GroupRow]:
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
         """None: the groups are those of trials."""
         return []
 
@@ -332,7 +406,7 @@ def told(contents: StreamContents) -> str:
     return f"{contents.rows:,} utterances of {len(contents.speakers):,} speakers{hours}"
 
 
-def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification | Attribute:
+def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Task:
     """The task a recipe describes."""
     return Verification(recipe, corpus) if recipe.data.label_column is None else Attribute(recipe, corpus)
 
