@@ -597,7 +597,7 @@ def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new
             weight.view(-1, config.sub_centers, weight.shape[1]) for weight in (before.weight, model.classifier.weight)
         ]
         rows_of[1][[new.id(name) for name in shared]] = rows_of[0][[old.id(name) for name in shared]].float()
-        if before.bias is not None:
+        if before.bias is not None and model.classifier.bias is not None:
             model.classifier.bias.copy_(before.bias)
     return len(shared)
 
