@@ -246,7 +246,7 @@ Turns = dict[int, tuple[int, int]]  # of a shard: the first block, and the step 
 
 def whole(inputs: Inputs) -> Turns:
     """All blocks of all shards."""
-    return {number: (0, 1) for number in range(len(inputs.shards))}
+    return dict.fromkeys(range(len(inputs.shards)), (0, 1))
 
 
 def share(turns: Turns, sequential: Sequence[bool], taker: int, takers: int) -> Turns:
