@@ -116,7 +116,7 @@ class Vanilla:
     def _config(self) -> LoraConfig:
         return self._lora(self.plan.rank)
 
-    def _lora(self, rank: int, **options) -> LoraConfig:
+    def _lora(self, rank: int, **options: Any) -> LoraConfig:
         plan = self.plan
         options = {"task_type": plan.task_type, **plan.options, **options}
         if isinstance(options.get("eva_config"), dict):
@@ -266,7 +266,7 @@ class Dynamic(Vanilla):
         return {name: int(self._kept(layer).sum()) for name, layer in adapted_layers(self.peft).items()}
 
     @staticmethod
-    def _kept(layer) -> torch.Tensor:
+    def _kept(layer: nn.Module) -> torch.Tensor:
         """Which of a layer's directions are in use: pruned ones have a singular value of exactly zero."""
         return layer.lora_E[ADAPTER].detach()[:, 0] != 0
 
@@ -340,7 +340,7 @@ def with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
     return changed
 
 
-def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options) -> LoraConfig:
+def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options: Any) -> LoraConfig:
     """LoRA of scaling 1 at the layers of `ranks`, each with its rank."""
     top = max(ranks.values())
     return with_ranks(LoraConfig(task_type=task_type, r=top, lora_alpha=top, inference_mode=True, **options), ranks)

@@ -6,7 +6,7 @@ ends the conversion with the list of what is wrong.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ def _convert_stages(known: dict, network: str) -> tuple[list[dict], list[str]]:
     return stages, problems
 
 
-def _whole(numbers) -> bool:
+def _whole(numbers: Iterable) -> bool:
     return all(isinstance(number, int) for number in numbers)
 
 
@@ -285,7 +285,7 @@ def _batch_norm(key: str, ours: str) -> Iterator[Rule]:
         yield _same(f"{key}.{name}", f"{ours}.{name}")
 
 
-def _block_2d(config, kernels: int, key: str, ours: str) -> Iterator[Rule]:
+def _block_2d(config: MRLReDimNetConfig, kernels: int, key: str, ours: str) -> Iterator[Rule]:
     if config.block_2d.startswith("convnext"):
         yield from _both(_image, f"{key}.dwconvs.0", f"{ours}.conv")
         for i in range(1, kernels):
@@ -319,7 +319,7 @@ def _transformer(key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_same, f"{key}.final_layer_norm", f"{ours}.ffn_norm")
 
 
-def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
+def _block_1d(config: MRLReDimNetConfig, key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_linear, f"{key}.red_dim_conv.0", f"{ours}.reduce")
     yield from _both(_same, f"{key}.red_dim_conv.1", f"{ours}.norm")
     tcm, layers = f"{key}.tcm", f"{ours}.layers"
@@ -339,7 +339,7 @@ def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_linear, f"{key}.exp_dim_conv", f"{ours}.expand")
 
 
-def _stage(config, index: int) -> Iterator[Rule]:
+def _stage(config: MRLReDimNetConfig, index: int) -> Iterator[Rule]:
     key, ours, stage = f"backbone.stage{index}", f"trunk.stages.{index}", config.stages[index]
     dual = config.dual_maps and stage["reduction"] is not None
     position = yield from _stage_2d(config, index, f"{key}_pre" if dual else key, ours)
@@ -353,7 +353,7 @@ def _stage(config, index: int) -> Iterator[Rule]:
             yield from _both(_same, norm, f"{ours}.norms.{i}")
 
 
-def _stage_2d(config, index: int, key: str, ours: str) -> Generator[Rule, None, int]:
+def _stage_2d(config: MRLReDimNetConfig, index: int, key: str, ours: str) -> Generator[Rule, None, int]:
     """Rules up to the reshape to 1-D, whose position is returned."""
     stage = config.stages[index]
     if index == 0:
@@ -378,12 +378,12 @@ def _stage_2d(config, index: int, key: str, ours: str) -> Generator[Rule, None, 
     return position
 
 
-def _pooling(config) -> Iterator[Rule]:
+def _pooling(config: MRLReDimNetConfig) -> Iterator[Rule]:
     if config.pooling != "ASTP":
         return
     width = config.pooling_input
 
-    def split_context(t):  # the columns of (frame, mean, deviation)
+    def split_context(t: torch.Tensor) -> dict[str, torch.Tensor]:  # the columns of (frame, mean, deviation)
         flat = t.flatten(1)
         ours = {"pooling.attention_in.weight": flat[:, :width].contiguous()}
         if config.pooling_context:
@@ -395,16 +395,16 @@ def _pooling(config) -> Iterator[Rule]:
     yield from _both(_linear, "pool.linear2", "pooling.attention_out")
 
 
-def _head(config, embed_dim: int) -> Iterator[Rule]:
+def _head(config: MRLReDimNetConfig, embed_dim: int) -> Iterator[Rule]:
     starts = [0, *config.matryoshka_dims[:-1]]
 
-    def grown(t, value):
+    def grown(t: torch.Tensor, value: float) -> torch.Tensor:
         if t.shape[:1] != (embed_dim,):
             raise IndexError("not the number of rows that model_config says")
         return torch.cat([t, t.new_full((config.embedding_size - embed_dim, *t.shape[1:]), value)])
 
-    def segments(kind):
-        def place(t):  # rows the checkpoint does not have start at zero
+    def segments(kind: str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        def place(t: torch.Tensor) -> dict[str, torch.Tensor]:  # rows the checkpoint does not have start at zero
             rows = grown(t, 0.0)
             return {
                 f"projection.segments.{i}.{kind}": rows[start:end].clone()
@@ -426,7 +426,7 @@ def _head(config, embed_dim: int) -> Iterator[Rule]:
         yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
 
 
-def _rules(config, model_config: dict) -> Iterator[Rule]:
+def _rules(config: MRLReDimNetConfig, model_config: dict) -> Iterator[Rule]:
     embed_dim: int = {**SHARED_DEFAULTS, **model_config}["embed_dim"]
     if config.feature_norm == "batch":
         yield from _batch_norm("spec.spec_norm", "front_end.norm")
@@ -523,7 +523,7 @@ POOLED_AXES = (
 )
 
 
-def _bins_outermost(name: str, value: torch.Tensor, config, model_config: dict) -> torch.Tensor:
+def _bins_outermost(name: str, value: torch.Tensor, config: MRLReDimNetConfig, model_config: dict) -> torch.Tensor:
     """The reference pools 2-D maps with channels outermost; ours are what they are in memory, bins outermost."""
     axis = next((axis for names, axis in POOLED_AXES if re.fullmatch(names, name)), None)
     if axis is None or not model_config.get("return_2d_output"):
@@ -562,7 +562,7 @@ def _read(checkpoint: str | Path | dict) -> dict:
     return checkpoint
 
 
-def _told(checkpoint) -> str:
+def _told(checkpoint: object) -> str:
     """What was found in the place of a published checkpoint, and where the weights may be."""
     if not isinstance(checkpoint, dict):
         return type(checkpoint).__name__

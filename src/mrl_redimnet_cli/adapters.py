@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_push_options,
     file,
@@ -16,7 +17,7 @@ from mrl_redimnet_cli.arguments import (
 from mrl_redimnet_cli.names import CHOICES
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the commands to the subparsers `commands`."""
     parser = commands.add_parser(
         "adapters",

@@ -3,16 +3,24 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 if TYPE_CHECKING:
+    from mrl_redimnet.adapters.hub import Pushed
     from mrl_redimnet.audio.domains import Domain
 
 
+class Commands(Protocol):
+    """The subparsers of `argparse`, whose own class has no public name."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        """The parser of a new command, which takes the options of ArgumentParser and `help`."""
+
+
 def add_command(
-    commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, **options
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, **options: Any
 ) -> argparse.ArgumentParser:
     """The parser of a new command that `run` carries out. Its own help begins with what the list of commands says."""
     description = f"{help[0].upper()}{help[1:]}.".replace("?.", "?")
@@ -143,8 +151,8 @@ def push_options(arguments: argparse.Namespace) -> dict:
     return {"private": arguments.private, "revision": arguments.revision, "tag": arguments.tag}
 
 
-def print_pushed(pushed) -> None:
-    """Prints what a push did. pushed: a `mrl_redimnet.adapters.hub.Pushed`."""
+def print_pushed(pushed: "Pushed") -> None:
+    """Prints what a push did."""
     state = "pushed" if pushed.changed else "nothing new, no commit made"
     print(f"{pushed.url}: {state}, at {pushed.commit[:12]}.")
     if pushed.left_out:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_dims,
     add_enrolments,
@@ -20,7 +21,7 @@ from mrl_redimnet_cli.arguments import (
 )
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands,

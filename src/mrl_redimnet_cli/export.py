@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, add_model, add_thresholds
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, add_thresholds
 from mrl_redimnet_cli.names import CHOICES
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands, "export", run, help="export a model as an ONNX or torch.export file, or an adapter for an ONNX file"

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, add_decision, add_model, anything, folder, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, add_decision, add_model, anything, folder, must_be_there
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(commands, "identify", run, help="which of the enrolled speakers is it?")
     add_model(parser)

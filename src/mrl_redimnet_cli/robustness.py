@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_dims,
     add_enrolments,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mrl_redimnet.evaluation.robustness import Condition
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     report, picture = VALUES["evaluation.robustness.REPORT"], VALUES["evaluation.robustness.PICTURE"]
     parser = add_command(

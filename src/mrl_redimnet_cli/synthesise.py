@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command
+from mrl_redimnet_cli.arguments import Commands, add_command
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(commands, "synthesise", run, help="make a small synthetic corpus in VoxCeleb's folder layout")
     parser.add_argument("out", type=Path, help="a new folder")

@@ -505,7 +505,7 @@ def check_range(name: str, limits: Sequence[float], lowest: float, highest: floa
         raise ValueError(f"{name}: got {low} to {high}, expected values from {lowest:g} to {highest:g}, low first.")
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 

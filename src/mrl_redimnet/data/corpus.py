@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -228,7 +229,7 @@ def dataset_arguments(source: str | os.PathLike) -> dict | None:
     return None
 
 
-def load_tables(source: str | os.PathLike, **options) -> datasets.Dataset | datasets.IterableDataset | None:
+def load_tables(source: str | os.PathLike, **options: Any) -> datasets.Dataset | datasets.IterableDataset | None:
     """`datasets.load_dataset` of parquet files or a Hub data set, with `options`; None for a folder of audio files.
 
     Raises FileNotFoundError where there is no such data, or it cannot be reached.
@@ -287,11 +288,11 @@ def _usual(features: datasets.Features, role: str) -> str | None:
     return None
 
 
-def _type_name(feature) -> str:
+def _type_name(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def speaker_names(feature) -> list[str] | None:
+def speaker_names(feature: object) -> list[str] | None:
     """The classes of a speaker column that holds their numbers, None for one that holds names."""
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 

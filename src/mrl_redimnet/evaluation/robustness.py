@@ -71,7 +71,7 @@ Level = float | str
 
 
 def _white_noise(snr: float, noise: str | Path | None) -> Perturb:
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return mix_at_snr(audio, rng.standard_normal(len(audio)), snr)
 
     return perturb
@@ -87,7 +87,7 @@ def _reverberation(rt60: float, noise: str | Path | None) -> Perturb:
     off = [abs(draw_room(0, index).rt60 - rt60) for index in range(_ROOMS_DRAWN)]
     rooms = np.argsort(off)[:_ROOMS_OF_A_LEVEL].tolist()
 
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return reverberate(audio, simulated_response(0, rooms[rng.integers(len(rooms))]))
 
     return perturb
@@ -102,7 +102,7 @@ def _bandwidth(cutoff: float, noise: str | Path | None) -> Perturb:
 
 
 def _speed(speed: float, noise: str | Path | None) -> Perturb:
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return resample(torch.from_numpy(audio), round(SAMPLING_RATE * speed), SAMPLING_RATE).numpy()
 
     return perturb
@@ -111,7 +111,7 @@ def _speed(speed: float, noise: str | Path | None) -> Perturb:
 def _duration(seconds: float, noise: str | Path | None) -> Perturb:
     samples = round(seconds * SAMPLING_RATE)
 
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         start = int(rng.random() * (max(0, len(audio) - samples) + 1))
         return audio[start : start + samples]
 

@@ -11,7 +11,7 @@ import json
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -365,7 +365,7 @@ class BinaryShortlist:
         return np.packbits((prefixes - self.mean.astype(np.float32)) @ self._basis > 0, axis=1)
 
 
-def _view(codes, count: int) -> NDArray:
+def _view(codes: Any, count: int) -> NDArray:
     """A Faiss index's codes [count, bytes] uint8 where they lie: for use while the index lives."""
     return faiss.rev_swig_ptr(codes.data(), codes.size()).reshape(count, -1)
 

@@ -53,7 +53,7 @@ def convolve_then_normalise(
     kernel = (conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))).to(conv.weight.dtype)
     bias = (shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)).to(conv.weight.dtype)
 
-    def folded(x):
+    def folded(x: torch.Tensor) -> torch.Tensor:
         if isinstance(conv, nn.Linear):
             return linear(x, kernel, bias)
         return F.conv2d(x, kernel, bias, padding=conv.padding, groups=conv.groups)

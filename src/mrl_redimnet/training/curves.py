@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class Record:
         return [line for line in lines if kind in (None, line["kind"])]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """The value as JSON has it: keys are text, numbers of any library are Python's."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -157,7 +157,7 @@ def curve_of(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[n
     return steps, values
 
 
-def add_line(ax: "Axes", curve: tuple[np.ndarray, np.ndarray], **style) -> None:
+def add_line(ax: "Axes", curve: tuple[np.ndarray, np.ndarray], **style: Any) -> None:
     """Draws steps [N] and values [N] into a panel; few of them are marked."""
     marker = "o" if len(curve[0]) <= 20 else ""  # a lone point has no line
     ax.plot(*curve, marker=marker, markersize=3, **style)
