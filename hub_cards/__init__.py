@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.hub_cards.report import NO_RESULTS, PICTURE, eer_plot, eval_results, results_section
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation
 
-if TYPE_CHECKING:  # importing it would import PEFT, which a base's card does without
+if TYPE_CHECKING:  # a base's card does without PEFT, and no card needs the network
+    from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
     from mrl_redimnet.adapters.facts import AdapterFacts
 
 UNKNOWN_TRAINING = "How these weights were trained is not recorded here."
@@ -27,7 +27,7 @@ SPEAKER_TAGS = ("speaker-verification", "speaker-embedding")
 
 
 def base_card(
-    model: MRLReDimNetPreTrainedModel,
+    model: "MRLReDimNetPreTrainedModel",
     name: str = "ReDimNet-MRL",
     repository: str = PLACEHOLDER,
     training: str = UNKNOWN_TRAINING,
@@ -150,7 +150,7 @@ def _metadata(
     )
 
 
-def _pipeline(model: MRLReDimNetPreTrainedModel) -> str | None:
+def _pipeline(model: "MRLReDimNetPreTrainedModel") -> str | None:
     """The transformers pipeline that runs the model, if there is one: "feature-extraction" is for text, and an adapter
     lacks the feature extractor.
     """
