@@ -167,7 +167,8 @@ class Embedder:
         self, utterances: Sequence[Utterance], batch_seconds: float = BATCH_SECONDS
     ) -> tuple[pa.Table, list[Problem]]:
         """Rows (id, path, seconds, embedding) of utterances in their order, and the `Problem`s of those without."""
-        block, unread = Block(), list[Problem]()
+        block = Block()
+        unread: list[Problem] = []
         for item in batches_of([Task((0, 0), list(utterances), len(utterances))], self.extractor, batch_seconds):
             if isinstance(item, Batch):
                 for (_, row), *facts in item.rows(self(item)):
@@ -313,7 +314,7 @@ class Made:
                 )
 
 
-_PART = re.compile(r"part-([0-9a-f]{8})-(\d{5,})-(\d{6,})\.parquet")
+_PART = re.compile(r"part-[0-9a-f]{8}-\d{5,}-\d{6,}\.parquet")
 
 
 @dataclass

@@ -291,7 +291,7 @@ class Table:
         return self.ids
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
-        """The wanted blocks of the file's rows; rows of other blocks are read, but not decoded."""
+        """The wanted blocks of the file's rows; the rows of other blocks are read, and dropped."""
         # `iter` reads all of the one file also in a DataLoader's worker, where `__iter__` would share it out again.
         block, rows = -1, size
         for block, table in enumerate(self.data.shard(self.count, self.number).iter(size)):

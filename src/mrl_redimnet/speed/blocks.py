@@ -84,7 +84,7 @@ class FastConvNeXtBlock2d(ConvNeXtBlock2d):
     """The norm is folded into the convolution, or computed again in the backward pass."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `ConvNeXtBlock2d.forward`; of the feature maps the backward pass keeps those before the norm alone."""
+        """As `ConvNeXtBlock2d.forward`; what follows the norm is an `activated_linear`."""
         convs = [self.conv, *self.other_convs]
         y, normalise = convolve_then_normalise(conv_image, convs, self.norm, x, mask)
         return residual(x, activated_linear(self.pointwise, self.act, y, normalise))
@@ -111,7 +111,7 @@ class FastSqueeze2d(Squeeze2d):
     """As `FastConvNeXtBlock2d`."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `Squeeze2d.forward`; the backward pass keeps the map before the norm alone."""
+        """As `Squeeze2d.forward`; what follows the norm is an `activated_linear`."""
         y, normalise = convolve_then_normalise(conv_image, [self.conv], self.norm, x, mask)
         return activated_linear(self.pointwise, F.gelu, y, normalise)
 
@@ -129,7 +129,7 @@ class FastConvNeXtBlock1d(ConvNeXtBlock1d):
     """As `FastConvNeXtBlock2d`."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `ConvNeXtBlock1d.forward`; the backward pass keeps the map before the norm alone."""
+        """As `ConvNeXtBlock1d.forward`; what follows the norm is an `activated_linear`."""
         y, normalise = convolve_then_normalise(conv_time, list(self.convs), self.norm, x, mask)
         return residual(x, activated_linear(self.pointwise, F.gelu, y, normalise))
 
@@ -182,7 +182,7 @@ class FastStage(Stage):
     """Nothing is computed again where gradient checkpointing does so already."""
 
     def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
-        """As `Stage.forward`, with `recomputing` off in a checkpointed backward pass."""
+        """As `Stage.forward`; gradient checkpointing turns `recomputing` off."""
         with recomputing(not (self.gradient_checkpointing and self.training)):
             return super().forward(maps, mask)
 

@@ -532,7 +532,8 @@ def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> 
             f"dev_speakers: {recipe.evaluation.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed), list[int]()
+    rng = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed)
+    chosen: list[int] = []
     is_known = np.array([speakers.name(int(label)) in (known or ()) for label in eligible])
     for some in (eligible[~is_known], eligible[is_known]):
         count = min(recipe.evaluation.dev_speakers - len(chosen), len(some))
