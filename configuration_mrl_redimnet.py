@@ -8,7 +8,9 @@ import difflib
 import itertools
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import field, fields
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -344,7 +346,7 @@ class MRLReDimNetConfig(PretrainedConfig):
     hard_negative_margin: float = 0.06
     prefix_weights: list[float] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_misspelt(kwargs)
         self._check_choices()
         self._check_numbers()
@@ -354,9 +356,10 @@ class MRLReDimNetConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_size(cls, size: str, **overrides) -> "MRLReDimNetConfig":
+    def from_size(cls, size: str, **overrides: Any) -> "MRLReDimNetConfig":
         """A ready-made size by name ("nano", "b0" ... "b6", "redimnet2-nano", "redimnet2-b3", "redimnet2-b6"), single
-        fields replaced by `overrides`."""
+        fields replaced by `overrides`.
+        """
         if size not in SIZES:
             raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}.")
         return cls(**{**SIZES[size], **overrides})
@@ -387,7 +390,8 @@ class MRLReDimNetConfig(PretrainedConfig):
     @property
     def min_samples(self) -> int:
         """Shortest waveform in samples: two frames (and one of the last stage, which may span more), and more than half
-        an FFT window to reflect."""
+        an FFT window to reflect.
+        """
         frames = max(2, self.time_strides()[-1])
         if self.front_end == "tf_mel":
             least = WINDOW_LENGTH + (frames - 1) * self.hop_length - 2 * (self.hop_length // 2)
@@ -422,7 +426,7 @@ class MRLReDimNetConfig(PretrainedConfig):
             strides += [stride] * (2 if self.dual_maps and stage["reduction"] is not None else 1)
         return strides
 
-    def _refuse_misspelt(self, kwargs: dict):
+    def _refuse_misspelt(self, kwargs: dict) -> None:
         """PretrainedConfig takes any keyword; one that nearly is a field of ours is a slip, not an extra."""
         own = [f.name for f in fields(self) if f.name in MRLReDimNetConfig.__annotations__]
         for name in kwargs:
@@ -430,7 +434,7 @@ class MRLReDimNetConfig(PretrainedConfig):
             if near:
                 raise ValueError(f"{name}: no such field in MRLReDimNetConfig, did you mean {near[0]}?")
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         for name, allowed in (
             ("network", NETWORKS),
             ("front_end", FRONT_ENDS),
@@ -450,7 +454,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         if self.loss == "sphereface2" and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing: loss {self.loss!r} has none, got {self.label_smoothing!r}, expected 0.")
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         for name, least in (
             ("num_mel_bins", 1),
             ("hop_length", 1),
@@ -517,7 +521,7 @@ class MRLReDimNetConfig(PretrainedConfig):
             raise ValueError(f"{where}.reduction: got {reduction!r}, expected 1 to {self.trunk_width}, or None.")
         return stage
 
-    def _checked_kernels(self, where: str, kernels) -> list[list[int]]:
+    def _checked_kernels(self, where: str, kernels: Iterable) -> list[list[int]]:
         try:
             kernels = [[bins, frames] for bins, frames in kernels]
         except (TypeError, ValueError):
@@ -528,7 +532,7 @@ class MRLReDimNetConfig(PretrainedConfig):
             raise ValueError(f"{where}: block_2d {self.block_2d!r} has [[3, 3]] alone, got {kernels}.")
         return kernels
 
-    def _check_shapes(self):
+    def _check_shapes(self) -> None:
         if not self.stages:
             raise ValueError("stages: empty, expected at least one record.")
         for i, (stage, (_, bins_in, channels, _)) in enumerate(zip(self.stages, self.stage_shapes(), strict=True)):
@@ -559,7 +563,7 @@ class MRLReDimNetConfig(PretrainedConfig):
         if self.window_seconds * SAMPLING_RATE < 2 * self.min_samples:
             raise ValueError(f"window_seconds: {self.window_seconds} s is too short to cut utterances into.")
 
-    def _check_matryoshka(self):
+    def _check_matryoshka(self) -> None:
         dims = list(self.matryoshka_dims)
         if not dims or any(not isinstance(d, int) or d < 1 for d in dims) or sorted(set(dims)) != dims:
             raise ValueError(f"matryoshka_dims: got {dims}, expected increasing whole numbers.")

@@ -1,7 +1,11 @@
 """Waveforms of any length to a padded batch for ReDimNet-MRL. Travels beside the weights to the Hub."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
@@ -19,7 +23,7 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
     model_input_names = ["input_values", "attention_mask"]
 
     def __init__(
-        self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs
+        self, sampling_rate: int = 16_000, min_samples: int = 257, padding_value: float = 0.0, **kwargs: Any
     ) -> None:
         kwargs.pop("feature_size", None)  # saved by the parent class; a waveform has one value per step
         super().__init__(feature_size=1, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
@@ -28,11 +32,11 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
 
     def __call__(
         self,
-        raw_speech,
+        raw_speech: ArrayLike | torch.Tensor | Sequence[ArrayLike | torch.Tensor],
         sampling_rate: int | None = None,
         padding: bool | str = True,
         return_tensors: str = "pt",
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """raw_speech: one waveform or a list of them, each a mono array, tensor or list [samples] (or [1, samples]),
         floating point (any precision) in -1 .. 1, or int16/int32 (scaled to it); sampling_rate in Hz: pass it, a wrong
@@ -48,8 +52,11 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
                 f"sampling_rate: the audio has {sampling_rate} Hz, the model needs {self.sampling_rate} Hz. "
                 f"Resample first: torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})."
             )
-        single = not isinstance(raw_speech, (list, tuple)) or (len(raw_speech) > 0 and np.isscalar(raw_speech[0]))
-        waveforms = [raw_speech] if single else list(raw_speech)
+        waveforms: list[ArrayLike | torch.Tensor]
+        if isinstance(raw_speech, (list, tuple)) and not (len(raw_speech) > 0 and np.isscalar(raw_speech[0])):
+            waveforms = list(raw_speech)
+        else:
+            waveforms = [raw_speech]
         if not waveforms:
             raise ValueError("raw_speech: an empty list, expected at least one waveform.")
         checked = [self.checked(waveform, f"raw_speech[{i}]") for i, waveform in enumerate(waveforms)]
@@ -57,7 +64,7 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
             BatchFeature({"input_values": checked}), padding=padding, return_tensors=return_tensors, **kwargs
         )
 
-    def checked(self, waveform, where: str) -> np.ndarray:
+    def checked(self, waveform: ArrayLike | torch.Tensor, where: str) -> np.ndarray:
         """One waveform, as for a call, as float32 [samples]; raises ValueError that begins with `where`, its name."""
         if isinstance(waveform, torch.Tensor):
             waveform = waveform.detach().cpu()

@@ -17,9 +17,9 @@ forms of the same modules are in the package (`mrl_redimnet.speed`).
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,8 @@ class SpeakerEmbeddingOutput(ModelOutput):
 @dataclass
 class MatryoshkaXVectorOutput(ModelOutput):
     """`loss` [] when labels were given, `logits` [B, speakers] (scaled cosines, no margin), `embeddings` [B, D],
-    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0."""
+    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0.
+    """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -113,9 +114,12 @@ def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | No
     return squares / (frames - 1)
 
 
-def whole_frames(features: torch.Tensor, mask: torch.Tensor | None, stride: int):
+def whole_frames(
+    features: torch.Tensor, mask: torch.Tensor | None, stride: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """features [B, frames, bins] and mask cut to what frames of `stride` features fill: the batch's number of frames,
-    and each utterance's own."""
+    and each utterance's own.
+    """
     if stride == 1:
         return features, mask
     if mask is not None:  # so many frames are whole where the last of them is valid
@@ -129,10 +133,10 @@ def whole_frames(features: torch.Tensor, mask: torch.Tensor | None, stride: int)
 # Front end
 
 
-def _mel_filters(config) -> torch.Tensor:
+def _mel_filters(config: MRLReDimNetConfig) -> torch.Tensor:
     """Triangular HTK-mel filters without area norm, [FFT_SIZE // 2 + 1, bins] float32."""
 
-    def to_mel(hz):
+    def to_mel(hz: torch.Tensor) -> torch.Tensor:
         return 2595.0 * torch.log10(1.0 + hz / 700.0)
 
     edges_mel = torch.linspace(
@@ -156,9 +160,10 @@ def _mel_filters(config) -> torch.Tensor:
     return filters.float()
 
 
-def _analysis_window(config) -> torch.Tensor:
+def _analysis_window(config: MRLReDimNetConfig) -> torch.Tensor:
     """Hamming window of 400 samples in an FFT frame of 512, [512] float32: periodic and centred for "mel",
-    symmetric and at the frame's start for "tf_mel"."""
+    symmetric and at the frame's start for "tf_mel".
+    """
     tf_style = config.front_end == "tf_mel"
     window = torch.hamming_window(WINDOW_LENGTH, periodic=not tf_style, dtype=torch.float64)
     left = 0 if tf_style else (FFT_SIZE - WINDOW_LENGTH) // 2
@@ -168,7 +173,7 @@ def _analysis_window(config) -> torch.Tensor:
 class MelFrontEnd(nn.Module):
     """Waveform [B, T] at 16 kHz to log-mel features [B, frames, bins], in float32 whatever the model's dtype."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.config = config
         # Constants. Built on the CPU even where the model is built on the meta device; `_init_weights` refills them
@@ -182,7 +187,7 @@ class MelFrontEnd(nn.Module):
         with torch.device("cpu"):
             return {"window": _analysis_window(self.config), "mel_filters": _mel_filters(self.config)}
 
-    def num_frames(self, num_samples):
+    def num_frames(self, num_samples: int | torch.Tensor) -> int | torch.Tensor:
         """Frames of a waveform of `num_samples` (an int or an integer tensor)."""
         hop = self.config.hop_length
         if self.config.front_end == "tf_mel":
@@ -318,9 +323,10 @@ class BatchNorm(nn.BatchNorm1d):
         y = torch.addcmul(self.bias - mean * scale, zero_padding(x, mask), scale)
         return zero_padding(y.to(x.dtype), mask)
 
-    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor):
+    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
-        least."""
+        least.
+        """
         wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
         x = zero_padding(x, mask)  # padding may be NaN
         count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
@@ -329,7 +335,7 @@ class BatchNorm(nn.BatchNorm1d):
         return mean, squares.sum(dims) / count.clamp(min=1), count
 
     @torch.no_grad()
-    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
+    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         """Moves the running statistics towards a batch's, as torch's own norm: by the unbiased variance."""
         momentum = self.next_momentum()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -337,19 +343,21 @@ class BatchNorm(nn.BatchNorm1d):
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What it does while it does not learn: x * scale [C] + shift [C], in float32 at least, because float16 could
-        not hold what lies between."""
+        not hold what lies between.
+        """
         wide = torch.promote_types(self.running_var.dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         return scale, self.bias.to(wide) - self.running_mean.to(wide) * scale
 
-    def check_count(self, x: torch.Tensor):
+    def check_count(self, x: torch.Tensor) -> None:
         """Raises ValueError where there is a single value per channel, which has no variance."""
         if x.numel() < 2 * self.num_features:
             raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
 
     def next_momentum(self) -> float:
         """By how much the running statistics move towards the next batch, which is counted here. Without a momentum
-        they are the mean over all batches."""
+        they are the mean over all batches.
+        """
         if self.keeps_statistics:
             return 0.0
         if self.num_batches_tracked is None:
@@ -391,8 +399,13 @@ class ConvNeXtBlock2d(nn.Module):
     """
 
     def __init__(
-        self, config, channels: int, bins: int, kernels: list[tuple[int, int]] = ((3, 3),), activation=nn.GELU
-    ):
+        self,
+        config: MRLReDimNetConfig,
+        channels: int,
+        bins: int,
+        kernels: Sequence[tuple[int, int]] = ((3, 3),),
+        activation: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
         super().__init__()
         self.conv, *others = (image_conv(channels, channels, config.group_divisor, kernel=k) for k in kernels)
         self.other_convs = nn.ModuleList(others)
@@ -400,7 +413,7 @@ class ConvNeXtBlock2d(nn.Module):
         self.act = activation()
         self.pointwise = nn.Linear(channels * len(kernels), channels)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = torch.cat([conv_image(conv, x, mask) for conv in (self.conv, *self.other_convs)], dim=-1)
         return x + self.pointwise(self.act(self.norm(y, mask)))
 
@@ -408,12 +421,12 @@ class ConvNeXtBlock2d(nn.Module):
 class BinSqueezeExcitation(nn.Module):
     """Scales each frequency bin of x [B, frames, bins, C] by a gate computed from the means of all bins ("_fwse")."""
 
-    def __init__(self, bins: int, hidden: int):
+    def __init__(self, bins: int, hidden: int) -> None:
         super().__init__()
         self.squeeze = nn.Linear(bins, hidden)
         self.excite = nn.Linear(hidden, bins)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         mean = masked_mean(x.mean(-1), mask)  # [B, 1, bins]
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
         return x * gate[..., None]
@@ -425,7 +438,7 @@ class ResNetBlock2d(nn.Module):
     The published networks put ReLU before the first norm. Ungrouped blocks have no pointwise layers.
     """
 
-    def __init__(self, config, channels: int, bins: int, bin_gate: bool = False):
+    def __init__(self, config: MRLReDimNetConfig, channels: int, bins: int, bin_gate: bool = False) -> None:
         super().__init__()
         grouped = config.group_divisor is not None
         self.conv1 = image_conv(channels, channels, config.group_divisor, bias=False)
@@ -436,7 +449,7 @@ class ResNetBlock2d(nn.Module):
         self.norm2 = BatchNorm(channels)
         self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if bin_gate else None
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = F.relu(self.pointwise1(conv_image(self.conv1, x, mask)))
         y = self.pointwise2(conv_image(self.conv2, self.norm1(y, mask), mask))
         y = self.norm2(y, mask)
@@ -445,7 +458,7 @@ class ResNetBlock2d(nn.Module):
         return F.relu(x + y)
 
 
-BLOCKS_2D = {
+BLOCKS_2D: dict[str, Callable[..., nn.Module]] = {
     "convnext_like": ConvNeXtBlock2d,
     "convnext_like_relu": functools.partial(ConvNeXtBlock2d, activation=nn.ReLU),
     "basic_resnet": ResNetBlock2d,
@@ -456,41 +469,41 @@ BLOCKS_2D = {
 class Squeeze2d(nn.Module):
     """Back from an expanded stage's channels to the width of the 1-D view, x [B, frames, bins, C] ("redimnet")."""
 
-    def __init__(self, config, channels_in: int, channels_out: int):
+    def __init__(self, config: MRLReDimNetConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.conv = image_conv(channels_in, channels_out, config.group_divisor)
         self.norm = BatchNorm(channels_out, eps=NORM_EPS)
         self.pointwise = nn.Linear(channels_out, channels_out)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.pointwise(F.gelu(self.norm(conv_image(self.conv, x, mask), mask)))
 
 
 class LinearSqueeze2d(nn.Module):
     """The same by a 1x1 layer and a norm, without a 3x3 convolution or an activation ("redimnet2")."""
 
-    def __init__(self, config, channels_in: int, channels_out: int):
+    def __init__(self, config: MRLReDimNetConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.pointwise = nn.Linear(channels_in, channels_out)
         self.norm = BatchNorm(channels_out, eps=NORM_EPS)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.norm(self.pointwise(x), mask)
 
 
-SQUEEZES = {"redimnet": Squeeze2d, "redimnet2": LinearSqueeze2d}
+SQUEEZES: dict[str, Callable[..., nn.Module]] = {"redimnet": Squeeze2d, "redimnet2": LinearSqueeze2d}
 
 
 class ConvNeXtBlock1d(nn.Module):
     """x + pointwise(gelu(norm(depthwise convolutions of x, side by side))), x [B, frames, C]."""
 
-    def __init__(self, channels: int, kernels: tuple[int, ...]):
+    def __init__(self, channels: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(depthwise_time_conv(channels, kernel) for kernel in kernels)
         self.norm = BatchNorm(channels * len(kernels))
         self.pointwise = nn.Linear(channels * len(kernels), channels)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
         return x + self.pointwise(F.gelu(self.norm(y, mask)))
 
@@ -498,19 +511,19 @@ class ConvNeXtBlock1d(nn.Module):
 class ConvPosition(nn.Module):
     """x + norm(depthwise convolution over 59 frames), x [B, frames, C]: what attention has for positions."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = depthwise_time_conv(channels, 59)
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return x + self.norm(conv_time(self.conv, x, mask))
 
 
 class TransformerLayer(nn.Module):
     """Post-norm transformer layer of 4 heads, x [B, frames, C]; padded frames are no keys."""
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
@@ -521,7 +534,7 @@ class TransformerLayer(nn.Module):
         self.ffn_out = nn.Linear(hidden, channels)
         self.ffn_norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         # [B, frames, C] -> [B, heads, frames, C / heads]
         q, k, v = (
             proj(x).unflatten(-1, (ATTENTION_HEADS, -1)).transpose(1, 2)
@@ -531,22 +544,23 @@ class TransformerLayer(nn.Module):
         x = self.attention_norm(x + self.out_proj(attended.transpose(1, 2).flatten(2)))
         return self.ffn_norm(x + self.ffn_out(F.gelu(self.ffn_in(x), approximate="tanh")))
 
-    def attend(self, q, k, v, keys: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """q, k, v [B, heads, frames, size] -> the same shape; keys [B, 1, 1, frames] true where a key counts, or
-        None."""
+        None.
+        """
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
 
 
 class FeedForward1d(nn.Module):
     """Frame by frame: linear to twice the width, norm, GELU, linear back, x [B, frames, C] ("fc")."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.widen = nn.Linear(channels, 2 * channels)
         self.norm = nn.LayerNorm(2 * channels, eps=NORM_EPS)
         self.narrow = nn.Linear(2 * channels, channels)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.narrow(F.gelu(self.norm(self.widen(x))))
 
 
@@ -562,7 +576,7 @@ BLOCKS_1D = {
 class TimeContext(nn.Module):
     """The 1-D block: reduce the width, look along time, expand, add; x [B, frames, width]."""
 
-    def __init__(self, config, reduction: int):
+    def __init__(self, config: MRLReDimNetConfig, reduction: int) -> None:
         super().__init__()
         hidden = config.trunk_width // reduction
         self.reduce = nn.Linear(config.trunk_width, hidden)
@@ -570,7 +584,7 @@ class TimeContext(nn.Module):
         self.layers = nn.ModuleList(BLOCKS_1D[config.block_1d](hidden))
         self.expand = nn.Linear(hidden, config.trunk_width)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = self.norm(self.reduce(x))
         for layer in self.layers:
             y = layer(y, mask)
@@ -599,7 +613,7 @@ class NoMapNorm(nn.Module):
         return x
 
 
-def map_norm(config) -> nn.Module:
+def map_norm(config: MRLReDimNetConfig) -> nn.Module:
     """The norm of a feature map, if the network's maps have one."""
     groups = config.map_norm_groups
     return NoMapNorm() if groups is None else MapNorm(groups, config.trunk_width)
@@ -611,7 +625,7 @@ class MapMix(nn.Module):
     strides: how many of the sum's frames a frame of each map stands for; such a frame is repeated.
     """
 
-    def __init__(self, strides: list[int], width: int):
+    def __init__(self, strides: list[int], width: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(len(strides), width))
         self.strides = strides
@@ -630,7 +644,7 @@ class Stage(GradientCheckpointingLayer):
     There is no residual connection here: later stages mix the maps of all earlier ones.
     """
 
-    def __init__(self, config, index: int):
+    def __init__(self, config: MRLReDimNetConfig, index: int) -> None:
         super().__init__()
         stage = config.stages[index]
         self.channels_in, _, channels, self.bins = config.stage_shapes()[index]
@@ -683,13 +697,13 @@ class Stage(GradientCheckpointingLayer):
 class Stem(nn.Module):
     """Features [B, frames, bins] to map 0 [B, frames, width]."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, config.base_channels, 3, padding="same")
         self.norm = nn.LayerNorm(config.base_channels, eps=NORM_EPS)
         self.map_norm = map_norm(config)
 
-    def forward(self, features, mask) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         x = features.to(self.conv.weight.dtype)[..., None]
         return self.map_norm(self.norm(conv_image(self.conv, x, mask)).flatten(2), mask)
 
@@ -700,7 +714,7 @@ class ReDimNetTrunk(nn.Module):
     Takes as many frames as `whole_frames` leaves for config.time_strides().
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.stem = Stem(config)
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.stages)))
@@ -731,11 +745,11 @@ class ReDimNetTrunk(nn.Module):
 class StatisticsPooling(nn.Module):
     """Mean ("TAP"), deviation ("TSDP") or both ("TSTP") over time: [B, frames, C] -> [B, P] float32."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.kind = config.pooling
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         x = x.float()  # sums over thousands of frames
         mean = masked_mean(x, mask)
         if self.kind == "TAP":
@@ -747,7 +761,7 @@ class StatisticsPooling(nn.Module):
 class AttentiveStatisticsPooling(nn.Module):
     """Attention-weighted mean and deviation per channel (arXiv 1803.10963): [B, frames, C] -> [B, 2 C] float32."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         channels = config.pooling_input
         self.attention_in = nn.Linear(channels, config.pooling_bottleneck)
@@ -757,7 +771,7 @@ class AttentiveStatisticsPooling(nn.Module):
         )
         self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         hidden = self.attention_in(x)
         stats_x = x.float()  # sums over thousands of frames, differences of squares
         if self.context_in is not None:
@@ -781,7 +795,7 @@ class MatryoshkaProjection(nn.Module):
     own segments, and an adapter can give each segment its own rank.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.dims = config.matryoshka_dims
         starts = [0, *self.dims[:-1]]
@@ -833,22 +847,27 @@ def _sine(cosine: torch.Tensor) -> torch.Tensor:
     return (1.0 - cosine.square()).clamp(min=1e-7).sqrt()
 
 
-def harder_negatives(logits, labels, count: int, margin: float, scale: float) -> torch.Tensor:
+def harder_negatives(
+    logits: torch.Tensor, labels: torch.Tensor, count: int, margin: float, scale: float
+) -> torch.Tensor:
     """Inter-top-k (Zhao et al. 2022, arXiv 2110.05042): logits [R, N] with `angular_gain` on the `count` largest of
-    each row's wrong speakers (all of them, where there are fewer)."""
+    each row's wrong speakers (all of them, where there are fewer).
+    """
     nearest = nearest_wrong(logits.detach(), labels, count)
     if nearest is None or margin == 0:
         return logits
     return logits.scatter(-1, nearest, scale * angular_gain(logits.gather(-1, nearest) / scale, margin))
 
 
-def nearest_wrong(logits, labels, count: int) -> torch.Tensor | None:
+def nearest_wrong(logits: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor | None:
     """Which wrong speakers have the `count` largest of logits [..., N], labels [...] -> [..., count]; None for none."""
     count = min(count, logits.shape[-1] - 1)
     return None if count == 0 else logits.scatter(-1, labels[..., None], -torch.inf).topk(count, dim=-1).indices
 
 
-def aam_loss(logits, labels, margin: float, scale: float, bias: None, config) -> torch.Tensor:
+def aam_loss(
+    logits: torch.Tensor, labels: torch.Tensor, margin: float, scale: float, bias: None, config: MRLReDimNetConfig
+) -> torch.Tensor:
     """Additive angular margin softmax (Deng et al. 2019, arXiv 1801.07698), with label smoothing."""
     own = labels[:, None]
     logits = logits.scatter(1, own, scale * angular_margin(logits.gather(1, own) / scale, margin))
@@ -860,7 +879,14 @@ def sphereface2_similarity(cosine: torch.Tensor, exponent: float) -> torch.Tenso
     return 2.0 * ((cosine + 1.0) / 2.0).clamp(min=0.0).pow(exponent) - 1.0
 
 
-def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Tensor, config) -> torch.Tensor:
+def sphereface2_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    margin: float,
+    scale: float,
+    bias: torch.Tensor,
+    config: MRLReDimNetConfig,
+) -> torch.Tensor:
     """SphereFace2-C: is it this speaker, yes or no, asked of every speaker; summed over these.
 
     lambda log(1 + exp(-s (g(cos_y) - m) - b)) + (1 - lambda) sum_{i != y} log(1 + exp(s (g(cos_i) + m) + b)): the
@@ -874,7 +900,7 @@ def sphereface2_loss(logits, labels, margin: float, scale: float, bias: torch.Te
     return config.sphereface2_balance * positive + (1.0 - config.sphereface2_balance) * negative
 
 
-def sphereface2_start_bias(config) -> float:
+def sphereface2_start_bias(config: MRLReDimNetConfig) -> float:
     """The bias at which a fresh classifier's loss has no slope in it: all cosines 0, the configured margin.
 
     With z = lambda / ((1 - lambda) (N - 1)), p = exp(s (g(0) - m) + b), n = exp(s (g(0) + m) + b) that is where
@@ -914,7 +940,7 @@ class MatryoshkaMarginClassifier(nn.Module):
     their cosines, at each prefix anew. Computed in float32 whatever the dtype around it.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.config = config
         self.dims = config.matryoshka_dims
@@ -946,7 +972,7 @@ class MatryoshkaMarginClassifier(nn.Module):
         labels: torch.Tensor,
         margin: float | None = None,
         prefix_weights: list[float] | None = None,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """embeddings [B, D], labels [B] -> loss [], prefix losses [len(dims)], full-width logits [B, speakers].
 
         margin: replaces the configured one (a schedule's value at this step), in its unit; the one of hard negatives
@@ -963,7 +989,9 @@ class MatryoshkaMarginClassifier(nn.Module):
         loss = sum(loss * share for loss, share in zip(losses, shares, strict=True) if share > 0)
         return loss, torch.stack([loss.detach() for loss in losses]), logits
 
-    def prefix_losses(self, embeddings, labels, margin: float, shares: list[float]) -> list[torch.Tensor]:
+    def prefix_losses(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, margin: float, shares: list[float]
+    ) -> list[torch.Tensor]:
         """The mean loss of each prefix, embeddings [B, D] float32, labels [B]; NaN for a share of 0."""
         losses, weight = [], self.weight.float()
         for k, (dim, share) in enumerate(zip(self.dims, shares, strict=True)):
@@ -1026,7 +1054,7 @@ class MRLReDimNetPreTrainedModel(CheckedModel):
     }
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own initialisation (as the published networks were trained from), and the front end's constants."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -1056,7 +1084,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # of a model saved with its head
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__(config)
         self.front_end = MelFrontEnd(config)
         self.trunk = ReDimNetTrunk(config)
@@ -1071,7 +1099,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         truncate_dim: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SpeakerEmbeddingOutput:
         """input_values [B, T] mono at 16 kHz, attention_mask [B, T] 1 = audio, 0 = padding behind it.
 
@@ -1099,10 +1127,14 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
         return self.pooling(self.trunk(features, mask), mask)
 
-    def _embed(self, input_values, lengths, truncate_dim):
+    def _embed(
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None, truncate_dim: int | None
+    ) -> torch.Tensor:
         return self.projection(self.pooled(input_values, lengths), truncate_dim)
 
-    def _embed_windows(self, input_values, lengths, window, truncate_dim):
+    def _embed_windows(
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None, window: int, truncate_dim: int | None
+    ) -> torch.Tensor:
         """One window at a time, so that memory is bounded by a window whatever the utterance's length."""
         ends = [input_values.shape[1]] * len(input_values) if lengths is None else lengths.tolist()
         embeddings = []
@@ -1120,7 +1152,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
 class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
     """The speaker encoder with its margin classifier: what training from speaker labels needs."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__(config)
         self.redimnet = MRLReDimNetModel(config)
         self.classifier = MatryoshkaMarginClassifier(config)
@@ -1135,7 +1167,7 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         margin: float | None = None,
         prefix_weights: list[float] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MatryoshkaXVectorOutput:
         """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin, prefix_weights as in the
         classifier's forward.
@@ -1155,7 +1187,7 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
 class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
     """A classifier (gender, language) or, with one label, a regressor (age) on the embedding."""
 
-    def __init__(self, config):
+    def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__(config)
         self.redimnet = MRLReDimNetModel(config)
         self.classifier = nn.Linear(config.embedding_size, config.num_labels)
@@ -1168,10 +1200,11 @@ class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SpeakerClassifierOutput:
         """input_values [B, T], attention_mask [B, T], labels [B]: class ids, or numbers when num_labels is 1;
-        num_items_in_batch: as in MRLReDimNetForXVector."""
+        num_items_in_batch: as in MRLReDimNetForXVector.
+        """
         self.refuse_extras(kwargs)
         embeddings = self.redimnet(input_values, attention_mask).embeddings
         logits = self.classifier(embeddings)

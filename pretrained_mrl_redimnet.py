@@ -8,8 +8,11 @@ This file travels beside the weights to the Hub, as `modeling_mrl_redimnet.py` d
 import contextlib
 import copy
 import functools
+import os
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +38,7 @@ class WeightsError(MRLReDimNetError, ValueError, RuntimeError):
     """
 
 
-def refuse_wrapped(model: PreTrainedModel, names: Iterable[str] | None = None):
+def refuse_wrapped(model: PreTrainedModel, names: Iterable[str] | None = None) -> None:
     """Raises WeightsError where the tensors' names are not those of a plain model: no class could load such a file.
 
     names: of the tensors to be saved, by default the model's own. Adapters (PEFT) and torch.compile wrap layers, and
@@ -123,7 +126,9 @@ class CheckedModel(PreTrainedModel):
     auto_classes: dict[str, str] = {}  # of transformers, and which class of which Hub file each one loads
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, but every tensor must be what was saved: nothing is drawn at random without being asked.
 
         A new head is allowed on a model that was saved without one, and with ignore_mismatched_sizes=True in the place
@@ -163,7 +168,9 @@ class CheckedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     @classmethod
-    def _check_loaded(cls, source, model: PreTrainedModel, info: dict, new_head: bool, new_loss: bool):
+    def _check_loaded(
+        cls, source: str | os.PathLike | None, model: PreTrainedModel, info: dict, new_head: bool, new_loss: bool
+    ) -> None:
         """Raises WeightsError unless all of the model came from the file; info: transformers' loading info."""
         shapes = _misshapen(info)
         missing, unknown = set(info["missing_keys"]) - shapes.keys(), set(info["unexpected_keys"])
@@ -184,7 +191,7 @@ class CheckedModel(PreTrainedModel):
             cause = "It is the head alone: ignore_mismatched_sizes=True puts a new one in its place."
         raise WeightsError(f"{source} does not hold the weights of {cls.__name__}: {problems}. {cause}")
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers; the saved configuration names all the auto classes that can load it.
 
         Raises WeightsError, before anything is written, for a model whose layers are wrapped, as by PEFT. (Adapters of
@@ -202,7 +209,9 @@ class CheckedModel(PreTrainedModel):
         except ValueError:  # there are none
             return False
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
         """As in transformers; the second forward pass leaves the batch norms' running statistics alone.
 
         Overridden here because all of transformers' public ways to switch it on and off end here.
@@ -219,12 +228,12 @@ class CheckedModel(PreTrainedModel):
         options.setdefault("context_fn", self._checkpointing_contexts)  # a method, which a copy of the model has anew
         super()._set_gradient_checkpointing(enable, functools.partial(gradient_checkpointing_func, **options), **kwargs)
 
-    def _checkpointing_contexts(self):
+    def _checkpointing_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Around the first and the second forward pass, as torch's checkpointing asks for them."""
         return contextlib.nullcontext(), self._counted_batch()
 
     @contextlib.contextmanager
-    def _counted_batch(self):
+    def _counted_batch(self) -> Iterator[None]:
         """Around the second forward pass of gradient checkpointing: batch norms keep their running statistics."""
         norms = [module for module in self.modules() if hasattr(module, "keeps_statistics")]
         for norm in norms:
@@ -240,7 +249,7 @@ class CheckedModel(PreTrainedModel):
         """As in transformers, which from 5.24 on warns whoever reads it: PEFT does, for every model."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def check_waveforms(self, input_values: torch.Tensor):
+    def check_waveforms(self, input_values: torch.Tensor) -> None:
         """Raises ValueError for anything but waveforms [B, T] that are long enough."""
         if input_values.dim() != 2 or not input_values.is_floating_point():
             raise ValueError(
@@ -252,7 +261,7 @@ class CheckedModel(PreTrainedModel):
                 f"input_values: {input_values.shape[1]} samples, the model needs at least {self.config.min_samples}."
             )
 
-    def check_prefix(self, truncate_dim: int | None):
+    def check_prefix(self, truncate_dim: int | None) -> None:
         """Raises ValueError for a prefix that the model was not built for; None is the whole embedding."""
         if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
             raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
@@ -289,11 +298,12 @@ class CheckedModel(PreTrainedModel):
     @staticmethod
     def share_of_items(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """A batch's mean loss as its share in the mean over `num_items` utterances of several batches (transformers'
-        Trainer, accumulating gradients); as it is for None."""
+        Trainer, accumulating gradients); as it is for None.
+        """
         return loss if num_items is None else loss * (len(labels) / num_items)
 
     @staticmethod
-    def refuse_extras(kwargs: dict):
+    def refuse_extras(kwargs: dict) -> None:
         """Callers such as PEFT pass unused arguments as None or False; one with a value is refused, not ignored."""
         ignorable = ("return_dict", "output_attentions", "output_hidden_states")
         given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
@@ -304,7 +314,7 @@ class CheckedModel(PreTrainedModel):
             )
 
 
-def _has_pickle(source, options: dict) -> bool:
+def _has_pickle(source: str | os.PathLike | None, options: dict) -> bool:
     """Whether a folder or Hub repository has weights in PyTorch's own format."""
     where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     try:

@@ -37,7 +37,7 @@ from mrl_redimnet.training.setup import (
 from mrl_redimnet.training.tasks import check_files, start_config
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
     """Runs the training described by the command line `argv` (None: the process's own)."""
     # The recipe, checked as far as it can be before anything is read.
     recipe, resume = parse_command_line(argv, __doc__)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None):
     accelerator.end_training()
 
 
-def train(run: Run, progress: Progress, stop: int):
+def train(run: Run, progress: Progress, stop: int) -> None:
     """The steps from `progress.step` to before `stop`; the model is trained in place, `progress` kept up to date."""
     recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
     batches = run.crops.batches(progress.step, stop)  # a function of the step
@@ -136,7 +136,7 @@ def forward(run: Run, batch: dict, step: int) -> tuple[ModelOutput, torch.Tensor
     return answer, loss
 
 
-def evaluate_and_keep_best(run: Run, progress: Progress, history: History):
+def evaluate_and_keep_best(run: Run, progress: Progress, history: History) -> None:
     """Judges the model on development speech; the best so far is saved. The first of several sets decides."""
     history.check_finite()
     report_unreadable(run, progress)

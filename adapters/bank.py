@@ -377,7 +377,13 @@ class AdapterBank:
             finally:
                 self._select(self._active)
 
-    def _embed_rows(self, input_values, attention_mask, names, truncate_dim):
+    def _embed_rows(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        names: Sequence[str | None],
+        truncate_dim: int | None,
+    ) -> torch.Tensor:
         if len(names) != len(input_values):
             raise ValueError(f"adapter: {len(names)} names for a batch of {len(input_values)}.")
         if attention_mask is not None and attention_mask.shape != input_values.shape:
@@ -410,7 +416,7 @@ def adapters_by_row(encoder: nn.Module, names: Sequence[str | None]) -> Iterator
     """
     names = [name or BASE for name in names]
 
-    def add_names(layer, args, kwargs):
+    def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "adapter_names": names}
 
     layers = [part for part in encoder.modules() if isinstance(part, LoraLayer)]

@@ -1,7 +1,7 @@
 """Where adapters sit, and how large they are."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def lora_config(
     *,
     model: nn.Module | None = None,
     segment_ranks: Sequence[int] = (),
-    **options,
+    **options: Any,
 ) -> "LoraConfig":
     """A LoRA configuration for MRLReDimNetModel: rank `r` at a named placement.
 

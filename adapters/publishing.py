@@ -101,7 +101,8 @@ def mix_adapters(
 
 def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path) -> None:
     """Writes the base with the adapter folded in to `folder`, as a model without adapters. base, adapter: path or Hub
-    id. Raises as `AdapterBank.add` does."""
+    id. Raises as `AdapterBank.add` does.
+    """
     from mrl_redimnet.adapters.bank import AdapterBank
 
     merged = AdapterBank.load(base, {"adapter": adapter}).merged("adapter")

@@ -88,19 +88,29 @@ def read_adapter(folder: Path, encoder: nn.Module) -> Adapter:
     for attribute in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, attribute).items()
         setattr(config, attribute, {re.sub(r"^redimnet\\?\.", "", key): value for key, value in patterns})
-    head = None
-    if {f"{HEADS[0]}.weight", f"{HEADS[0]}.bias"} <= tensors.keys():
-        weight, bias = tensors.pop(f"{HEADS[0]}.weight"), tensors.pop(f"{HEADS[0]}.bias")
-        if weight.shape[1] != encoder.config.embedding_size or (
-            facts and facts.labels and len(facts.labels) != len(bias)
-        ):
-            raise ValueError(
-                f"{folder}: its classifier {tuple(weight.shape)} fits neither this model nor its own facts: expected "
-                f"(labels, {encoder.config.embedding_size}){f', labels {facts.labels}' if facts else ''}."
-            )
-        head = nn.Linear(*weight.T.shape)
-        head.load_state_dict({"weight": weight, "bias": bias})
+    head = _take_head(tensors, encoder.config.embedding_size, facts, folder)
     return Adapter(config, tensors, head, facts, digest=adapter_digest(folder))
+
+
+def _take_head(
+    tensors: dict[str, torch.Tensor], size: int, facts: AdapterFacts | None, folder: Path
+) -> nn.Linear | None:
+    """The classifier of an attribute, which is taken out of `tensors`; None where there is none.
+
+    size: of the model's embedding. Raises ValueError for a classifier that fits neither it nor the facts' labels.
+    """
+    names = [f"{HEADS[0]}.weight", f"{HEADS[0]}.bias"]
+    if not set(names) <= tensors.keys():
+        return None
+    weight, bias = map(tensors.pop, names)
+    if weight.shape[1] != size or (facts and facts.labels and len(facts.labels) != len(bias)):
+        raise ValueError(
+            f"{folder}: its classifier {tuple(weight.shape)} fits neither this model nor its own facts: expected "
+            f"(labels, {size}){f', labels {facts.labels}' if facts else ''}."
+        )
+    head = nn.Linear(*weight.T.shape)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head
 
 
 def as_plain_lora(

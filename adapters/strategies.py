@@ -116,7 +116,7 @@ class Vanilla:
     def _config(self) -> LoraConfig:
         return self._lora(self.plan.rank)
 
-    def _lora(self, rank: int, **options) -> LoraConfig:
+    def _lora(self, rank: int, **options: Any) -> LoraConfig:
         plan = self.plan
         options = {"task_type": plan.task_type, **plan.options, **options}
         if isinstance(options.get("eva_config"), dict):
@@ -169,6 +169,7 @@ class WarmUp(Vanilla):
 
     @property
     def changes_ranks(self) -> bool:
+        """Whether the ranks are still those of the start, with the step of the cut to come."""
         return self.plan.first_step < self.plan.cut_step and self.config.r == self.plan.start_rank
 
     def _config(self) -> LoraConfig:
@@ -237,6 +238,7 @@ class Dynamic(Vanilla):
         )
 
     def settled(self, step: int) -> bool:
+        """Whether AdaLoRA has done its last pruning by `step`."""
         return step > self.config.total_step - self.config.tfinal
 
     def penalty(self) -> torch.Tensor:
@@ -249,19 +251,22 @@ class Dynamic(Vanilla):
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
     def after_step(self, step: int, skipped: bool = False) -> None:
+        """Lets AdaLoRA weigh the singular directions by their gradients, and prune them where it is time to."""
         # Gradients that are not finite would stay in PEFT's running averages for good. From the last allocation on it
         # looks at the averages alone, and must not miss that step.
         if not skipped or step >= self.config.total_step - self.config.tfinal:
             self.peft.base_model.update_and_allocate(step)
 
     def state(self) -> object:
+        """AdaLoRA's running averages of the directions' importance."""
         return _AllocatorState(self.peft)
 
     def ranks(self) -> dict[str, int]:
+        """How many directions of every adapted layer are in use, by the layer's name in the encoder."""
         return {name: int(self._kept(layer).sum()) for name, layer in adapted_layers(self.peft).items()}
 
     @staticmethod
-    def _kept(layer) -> torch.Tensor:
+    def _kept(layer: nn.Module) -> torch.Tensor:
         """Which of a layer's directions are in use: pruned ones have a singular value of exactly zero."""
         return layer.lora_E[ADAPTER].detach()[:, 0] != 0
 
@@ -335,7 +340,7 @@ def with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
     return changed
 
 
-def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options) -> LoraConfig:
+def explicit_config(ranks: dict[str, int], task_type: str = "FEATURE_EXTRACTION", **options: Any) -> LoraConfig:
     """LoRA of scaling 1 at the layers of `ranks`, each with its rank."""
     top = max(ranks.values())
     return with_ranks(LoraConfig(task_type=task_type, r=top, lora_alpha=top, inference_mode=True, **options), ranks)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from reference_weights import WAVEFORM_LENGTHS, nested, reference_tensor, reference_waveform, spread  # noqa: E402
+from reference_weights import WAVEFORM_LENGTHS, nested, reference_tensor, reference_waveform, spread
 
 
 def stages(*rows: tuple) -> list:

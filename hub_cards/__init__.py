@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -13,7 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from mrl_redimnet.hub_cards.report import NO_RESULTS, PICTURE, eer_plot, eval_results, results_section
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation
 
-if TYPE_CHECKING:  # importing it would import PEFT, which a base's card does without
+if TYPE_CHECKING:  # a base's card does without PEFT, and no card needs the network
+    from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
     from mrl_redimnet.adapters.facts import AdapterFacts
 
 UNKNOWN_TRAINING = "How these weights were trained is not recorded here."
@@ -26,7 +27,7 @@ SPEAKER_TAGS = ("speaker-verification", "speaker-embedding")
 
 
 def base_card(
-    model,
+    model: "MRLReDimNetPreTrainedModel",
     name: str = "ReDimNet-MRL",
     repository: str = PLACEHOLDER,
     training: str = UNKNOWN_TRAINING,
@@ -58,7 +59,7 @@ def base_card(
         network=network,
         paper=paper,
         dims=config.matryoshka_dims,
-        parameters=f"{getattr(model, model.base_model_prefix, model).num_parameters():,}",
+        parameters=f"{model.base_model.num_parameters():,}",
         hop_ms=f"{config.hop_ms:g}",
         provenance=_provenance(training, licence, datasets),
         results=results_section(evaluation),
@@ -136,7 +137,9 @@ def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None
     card.save(folder / "README.md")
 
 
-def _metadata(name: str, evaluation: Evaluation | None, licence, datasets, **fields) -> ModelCardData:
+def _metadata(
+    name: str, evaluation: Evaluation | None, licence: str | None, datasets: Sequence[str] | None, **fields: Any
+) -> ModelCardData:
     """The Hub refuses a card that names data by anything but ids, so other names stay in the text."""
     return ModelCardData(
         license=licence,
@@ -147,7 +150,7 @@ def _metadata(name: str, evaluation: Evaluation | None, licence, datasets, **fie
     )
 
 
-def _pipeline(model) -> str | None:
+def _pipeline(model: "MRLReDimNetPreTrainedModel") -> str | None:
     """The transformers pipeline that runs the model, if there is one: "feature-extraction" is for text, and an adapter
     lacks the feature extractor.
     """
@@ -183,7 +186,7 @@ def _ranks(layers: dict[str, int]) -> str:
     return f"{f'rank {low}' if low == high else f'ranks {low} to {high}'} in {len(layers)} layers"
 
 
-def _render(template: str, data: ModelCardData, **values) -> ModelCard:
+def _render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     folder = files(__name__)
     text, limits = (folder.joinpath(file).read_text(encoding="utf-8") for file in (template, "limits.md"))
     # Jinja drops a template's last newline.

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from mrl_redimnet.files import replace_text
 from mrl_redimnet.rows import SIDES, AttributeRow, GroupRow, NumberRow, VerificationRow, row_from
@@ -160,7 +161,7 @@ def _check_number(row: NumberRow, where: str) -> None:
     _check_bounds(where, row.change, row.change_low, row.change_high, -1.0, math.inf)
 
 
-def _check_bounds(where: str, value, low, high, least: float, most: float) -> None:
+def _check_bounds(where: str, value: object, low: object, high: object, least: float, most: float) -> None:
     given = [number for number in (value, low, high) if number is not None]
     if len(given) == 2 or value is None or not all(_is_number(number) and least <= number <= most for number in given):
         raise ValueError(
@@ -169,5 +170,5 @@ def _check_bounds(where: str, value, low, high, least: float, most: float) -> No
         )
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -152,7 +152,7 @@ def test_any_launches_killed_anywhere_give_every_utterance_once(shards, size, la
 
 @given(sequential=st.lists(st.booleans(), min_size=1, max_size=8), takers=st.integers(1, 6), workers=st.integers(1, 4))
 def test_shares_hold_each_block_once(sequential, takers, workers):
-    all_of = {number: (0, 1) for number in range(len(sequential))}
+    all_of = dict.fromkeys(range(len(sequential)), (0, 1))
     shares = [
         share(share(all_of, sequential, taker, takers), sequential, worker, workers)
         for taker in range(takers)
@@ -170,7 +170,7 @@ def test_the_last_block_of_a_stream_is_short(rows, sizes):
 
 
 def test_many_sequential_shards_are_read_by_one_process_each():
-    turns = [share({n: (0, 1) for n in range(5)}, [True] * 5, taker, 2) for taker in range(2)]
+    turns = [share(dict.fromkeys(range(5), (0, 1)), [True] * 5, taker, 2) for taker in range(2)]
     assert turns == [{0: (0, 1), 2: (0, 1), 4: (0, 1)}, {1: (0, 1), 3: (0, 1)}]
     one = [share({0: (0, 1)}, [True], taker, 3) for taker in range(3)]  # too few: all of them read it
     assert one == [{0: (0, 3)}, {0: (1, 3)}, {0: (2, 3)}]

@@ -177,13 +177,25 @@ def test_no_folder_and_no_audio_are_refused(tmp_path):
 # ---------------------------------------------------------------- every suffix is read
 
 BY_SOUNDFILE = {
-    **{".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3", ".sph": "NIST", ".aif": "AIFF", ".aiff": "AIFF"},
-    **{".aifc": "AIFF", ".au": "AU", ".snd": "AU", ".caf": "CAF", ".w64": "W64", ".rf64": "RF64", ".voc": "VOC"},
+    ".wav": "WAV",
+    ".flac": "FLAC",
+    ".ogg": "OGG",
+    ".mp3": "MP3",
+    ".sph": "NIST",
+    ".aif": "AIFF",
+    ".aiff": "AIFF",
+    ".aifc": "AIFF",
+    ".au": "AU",
+    ".snd": "AU",
+    ".caf": "CAF",
+    ".w64": "W64",
+    ".rf64": "RF64",
+    ".voc": "VOC",
 }
 # Codec and rate, and the format where the suffix does not say it.
 BY_FFMPEG = {
-    **{suffix: ("aac", 16_000) for suffix in (".m4a", ".aac", ".mp4", ".3gp", ".mov", ".mkv")},
-    **{suffix: ("libopus", 48_000) for suffix in (".opus", ".webm", ".mka")},
+    **dict.fromkeys((".m4a", ".aac", ".mp4", ".3gp", ".mov", ".mkv"), ("aac", 16000)),
+    **dict.fromkeys((".opus", ".webm", ".mka"), ("libopus", 48000)),
     ".m4b": ("aac", 16_000, "mp4"),
     ".weba": ("libopus", 48_000, "webm"),
     ".oga": ("flac", 16_000),

@@ -60,7 +60,7 @@ def test_verify_decides_by_the_saved_threshold(calibrated, files, capsys):
 def test_verify_takes_the_threshold_of_as_many_enrolment_utterances(folder, files, speech, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--enrolments", 1, 3) == 0
     thresholds = Thresholds.load(folder)
-    enrol = [file for file in files[0].parent.glob("*.wav")]
+    enrol = list(files[0].parent.glob("*.wav"))
     expected = {
         1: (1, None),
         2: (3, "Not calibrated: for 2 enrolled utterances the threshold of 3 is used"),

@@ -124,7 +124,7 @@ def test_embeddings_are_the_definitions(variant, masked):
 
 def test_names_and_weights_stay():
     model = tiny_model(kind=MRLReDimNetForXVector)
-    before = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    before = dict(model.state_dict(keep_vars=True))
     kinds = [type(module) for module in model.modules()]
     speed_up(model)
     after = model.state_dict(keep_vars=True)

@@ -516,8 +516,8 @@ def test_a_gpu_is_given_a_batch_while_the_host_goes_on(monkeypatch):
             crops=None,
             model=SimpleNamespace(config=config),
             timing=SimpleNamespace(steps=200),
-            prepared=lambda inputs, labels, **more: SimpleNamespace(loss=inputs.sum() + labels.sum()),
         )
+        run.prepared = lambda inputs, labels, **more: SimpleNamespace(loss=inputs.sum() + labels.sum())
         _, loss = train_hf.forward(run, batch, 0)
     assert loss.device.type == "cuda" and waits.seen == []
 

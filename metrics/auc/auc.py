@@ -7,5 +7,6 @@ from mrl_redimnet.scoring import metrics
 class Auc(evaluate_metric.TrialMetric):
     """Area under the ROC, in [0, 1]: the probability that a target scores above an impostor, ties counting half."""
 
-    def measures(self):
+    def measures(self) -> evaluate_metric.Measures:
+        """`metrics.auc`; no options."""
         return {"auc": metrics.auc}

@@ -7,5 +7,6 @@ from mrl_redimnet.scoring import metrics
 class Cllr(evaluate_metric.TrialMetric):
     """Cost of log-likelihood ratios, in bits; the predictions are natural-log likelihood ratios."""
 
-    def measures(self):
+    def measures(self) -> evaluate_metric.Measures:
+        """`metrics.cllr`; no options."""
         return {"cllr": metrics.cllr}

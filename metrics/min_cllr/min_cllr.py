@@ -7,5 +7,6 @@ from mrl_redimnet.scoring import metrics
 class MinCllr(evaluate_metric.TrialMetric):
     """Cllr after the best rising calibration of the scores, in [0, 1] bits."""
 
-    def measures(self):
+    def measures(self) -> evaluate_metric.Measures:
+        """`metrics.min_cllr`; no options."""
         return {"min_cllr": metrics.min_cllr}

@@ -6,9 +6,10 @@ ends the conversion with the list of what is wrong.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ FEATURE_NORMS = {"mn": "mean", "mvn": "mean_variance", "bn": "batch"}
 # Keys of the wrappers that do not change what the network answers.
 IGNORED_CONFIG = {"num_classes", "class_dropout", "head_activation", "return_all_outputs"}
 # The reference wrappers' defaults, for keys a file leaves out: what both have, what each has.
-SHARED_DEFAULTS = {
+SHARED_DEFAULTS: dict[str, Any] = {
     "F": 72,
     "out_channels": None,
     "embed_dim": 192,
@@ -36,7 +37,7 @@ SHARED_DEFAULTS = {
     "emb_bn": False,
     "spec_params": {"do_spec_aug": False, "freq_mask_width": [0, 6], "time_mask_width": [0, 8]},
 }
-REFERENCE_DEFAULTS = {
+REFERENCE_DEFAULTS: dict[str, dict[str, Any]] = {
     "redimnet": {  # IDRnD/redimnet, dd9f519
         **SHARED_DEFAULTS,
         "C": 16,
@@ -75,7 +76,7 @@ REFERENCE_DEFAULTS = {
     },
 }
 # Options of the reference that no published file uses: the values that leave them out.
-UNUSED_OPTIONS = {
+UNUSED_OPTIONS: dict[str, dict[str, tuple]] = {
     "redimnet": {"tf_optimized_arch": (False, None)},
     "redimnet2": {
         "causal": (False, None, "none"),
@@ -119,7 +120,10 @@ def convert_checkpoint(checkpoint: str | Path | dict, embedding_size: int | None
 
 
 def which_network(model_config: dict) -> str:
-    """ "redimnet2" where a stage strides over two axes or, without stages, a key is of that network alone."""
+    """The name "redimnet2" where a stage strides over two axes or, without stages, a key is of that network alone.
+
+    Else "redimnet".
+    """
     if "stages_setup" in model_config:
         pairs = any(isinstance(row[0], (list, tuple)) for row in model_config["stages_setup"])
         return "redimnet2" if pairs else "redimnet"
@@ -210,12 +214,13 @@ def _convert_stages(known: dict, network: str) -> tuple[list[dict], list[str]]:
     return stages, problems
 
 
-def _whole(numbers) -> bool:
+def _whole(numbers: Iterable) -> bool:
     return all(isinstance(number, int) for number in numbers)
 
 
 def _convert_spec_params(spec_params: dict, front_end: str) -> tuple[dict, list[str]]:
-    ours, problems = {"front_end": front_end}, []
+    ours: dict[str, Any] = {"front_end": front_end}
+    problems = []
     for name, (field, default) in SPEC_PARAMS.items():
         value = spec_params.get(name, default)
         ours[field] = list(value) if isinstance(value, (list, tuple)) else value
@@ -280,7 +285,7 @@ def _batch_norm(key: str, ours: str) -> Iterator[Rule]:
         yield _same(f"{key}.{name}", f"{ours}.{name}")
 
 
-def _block_2d(config, kernels: int, key: str, ours: str) -> Iterator[Rule]:
+def _block_2d(config: MRLReDimNetConfig, kernels: int, key: str, ours: str) -> Iterator[Rule]:
     if config.block_2d.startswith("convnext"):
         yield from _both(_image, f"{key}.dwconvs.0", f"{ours}.conv")
         for i in range(1, kernels):
@@ -314,7 +319,7 @@ def _transformer(key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_same, f"{key}.final_layer_norm", f"{ours}.ffn_norm")
 
 
-def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
+def _block_1d(config: MRLReDimNetConfig, key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_linear, f"{key}.red_dim_conv.0", f"{ours}.reduce")
     yield from _both(_same, f"{key}.red_dim_conv.1", f"{ours}.norm")
     tcm, layers = f"{key}.tcm", f"{ours}.layers"
@@ -334,7 +339,7 @@ def _block_1d(config, key: str, ours: str) -> Iterator[Rule]:
     yield from _both(_linear, f"{key}.exp_dim_conv", f"{ours}.expand")
 
 
-def _stage(config, index: int) -> Iterator[Rule]:
+def _stage(config: MRLReDimNetConfig, index: int) -> Iterator[Rule]:
     key, ours, stage = f"backbone.stage{index}", f"trunk.stages.{index}", config.stages[index]
     dual = config.dual_maps and stage["reduction"] is not None
     position = yield from _stage_2d(config, index, f"{key}_pre" if dual else key, ours)
@@ -348,7 +353,7 @@ def _stage(config, index: int) -> Iterator[Rule]:
             yield from _both(_same, norm, f"{ours}.norms.{i}")
 
 
-def _stage_2d(config, index: int, key: str, ours: str) -> Generator[Rule, None, int]:
+def _stage_2d(config: MRLReDimNetConfig, index: int, key: str, ours: str) -> Generator[Rule, None, int]:
     """Rules up to the reshape to 1-D, whose position is returned."""
     stage = config.stages[index]
     if index == 0:
@@ -373,12 +378,12 @@ def _stage_2d(config, index: int, key: str, ours: str) -> Generator[Rule, None, 
     return position
 
 
-def _pooling(config) -> Iterator[Rule]:
+def _pooling(config: MRLReDimNetConfig) -> Iterator[Rule]:
     if config.pooling != "ASTP":
         return
     width = config.pooling_input
 
-    def split_context(t):  # the columns of (frame, mean, deviation)
+    def split_context(t: torch.Tensor) -> dict[str, torch.Tensor]:  # the columns of (frame, mean, deviation)
         flat = t.flatten(1)
         ours = {"pooling.attention_in.weight": flat[:, :width].contiguous()}
         if config.pooling_context:
@@ -390,16 +395,16 @@ def _pooling(config) -> Iterator[Rule]:
     yield from _both(_linear, "pool.linear2", "pooling.attention_out")
 
 
-def _head(config, embed_dim: int) -> Iterator[Rule]:
+def _head(config: MRLReDimNetConfig, embed_dim: int) -> Iterator[Rule]:
     starts = [0, *config.matryoshka_dims[:-1]]
 
-    def grown(t, value):
+    def grown(t: torch.Tensor, value: float) -> torch.Tensor:
         if t.shape[:1] != (embed_dim,):
             raise IndexError("not the number of rows that model_config says")
         return torch.cat([t, t.new_full((config.embedding_size - embed_dim, *t.shape[1:]), value)])
 
-    def segments(kind):
-        def place(t):  # rows the checkpoint does not have start at zero
+    def segments(kind: str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        def place(t: torch.Tensor) -> dict[str, torch.Tensor]:  # rows the checkpoint does not have start at zero
             rows = grown(t, 0.0)
             return {
                 f"projection.segments.{i}.{kind}": rows[start:end].clone()
@@ -408,21 +413,21 @@ def _head(config, embed_dim: int) -> Iterator[Rule]:
 
         return place
 
+    def embedding_norm(name: str, value: float) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        return lambda t: {f"projection.embedding_norm.{name}": grown(t, value)}
+
     yield from _batch_norm("bn", "projection.norm")
     yield Rule("linear.weight", segments("weight"))
     yield Rule("linear.bias", segments("bias"))
     if config.embedding_norm:
         fill = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of rows that are zero
         for name, value in fill.items():
-            yield Rule(
-                f"bn2.{name}",
-                lambda t, name=name, value=value: {f"projection.embedding_norm.{name}": grown(t, value)},
-            )
+            yield Rule(f"bn2.{name}", embedding_norm(name, value))
         yield _same("bn2.num_batches_tracked", "projection.embedding_norm.num_batches_tracked")
 
 
-def _rules(config, model_config: dict) -> Iterator[Rule]:
-    embed_dim = model_config.get("embed_dim", SHARED_DEFAULTS["embed_dim"])
+def _rules(config: MRLReDimNetConfig, model_config: dict) -> Iterator[Rule]:
+    embed_dim: int = {**SHARED_DEFAULTS, **model_config}["embed_dim"]
     if config.feature_norm == "batch":
         yield from _batch_norm("spec.spec_norm", "front_end.norm")
     yield from _both(_image, "backbone.stem.0", "trunk.stem.conv")
@@ -518,7 +523,7 @@ POOLED_AXES = (
 )
 
 
-def _bins_outermost(name: str, value: torch.Tensor, config, model_config: dict) -> torch.Tensor:
+def _bins_outermost(name: str, value: torch.Tensor, config: MRLReDimNetConfig, model_config: dict) -> torch.Tensor:
     """The reference pools 2-D maps with channels outermost; ours are what they are in memory, bins outermost."""
     axis = next((axis for names, axis in POOLED_AXES if re.fullmatch(names, name)), None)
     if axis is None or not model_config.get("return_2d_output"):
@@ -557,7 +562,7 @@ def _read(checkpoint: str | Path | dict) -> dict:
     return checkpoint
 
 
-def _told(checkpoint) -> str:
+def _told(checkpoint: object) -> str:
     """What was found in the place of a published checkpoint, and where the weights may be."""
     if not isinstance(checkpoint, dict):
         return type(checkpoint).__name__

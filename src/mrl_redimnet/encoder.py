@@ -105,7 +105,7 @@ class SpeakerEncoder:
         source: str | Path | None = None,
         revision: str | None = None,
         token: str | None = None,
-    ):
+    ) -> None:
         """Args:
         model: stays on its device and in its mode; its modules get their faster forms (`mrl_redimnet.speed_up`).
         name: by default what the model's configuration says.
@@ -116,7 +116,7 @@ class SpeakerEncoder:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
         self.model = speed_up(model)
         self.name = name or model.config.name_or_path or "a model in memory"
-        self._encoder: MRLReDimNetModel = getattr(model, model.base_model_prefix, model)
+        self._encoder: MRLReDimNetModel = model.base_model
         self._merged, self._fingerprint = adapter, fingerprint
         self._source, self._revision, self._token = source, revision, token
         self._bank: AdapterBank | None = None
@@ -204,7 +204,8 @@ class SpeakerEncoder:
     @property
     def fingerprint(self) -> str:
         """Names the weights that embed, for thresholds and files of embeddings: a hash of the model's weights and
-        configuration and, with an adapter, one of its tensors."""
+        configuration and, with an adapter, one of its tensors.
+        """
         if self._bank is not None:
             return self._bank.fingerprint(self._bank.active)
         return self._fingerprint or fingerprint(self._encoder)
@@ -218,7 +219,8 @@ class SpeakerEncoder:
 
     def dims(self, asked: Sequence[int] | None = None) -> list[int]:
         """The dimensions asked for, sorted, by default those that the model was trained at. ValueError for ones it
-        cannot have."""
+        cannot have.
+        """
         size = self.config.embedding_size
         if wrong := [dim for dim in asked or [] if not 1 <= dim <= size]:
             raise ValueError(f"{wrong} are not between 1 and the embedding's {size} dimensions.")
@@ -456,8 +458,9 @@ class SpeakerEncoder:
             raise ValueError("enrol: got no utterance, expected at least one.")
         dim, count = self.dim(dim), len(enrolled)
         scorer = make_scorer("cosine") if scorer is None else scorer
-        rule = threshold
-        if not isinstance(rule, DecisionRule):
+        if isinstance(threshold, DecisionRule):
+            rule = threshold
+        else:
             rule = self.decision_rule([count], dim, threshold=threshold, scorer=scorer)
         found = self._embedded([*enrolled, *tested], progress=progress, prepare=refuse_silence)
         units = scorer.units(found.embeddings, dim, [item.name for item in (*enrolled, *tested)])
@@ -498,10 +501,12 @@ class SpeakerEncoder:
         if not speech or not all(speech.values()):
             raise ValueError("enrolled: expected at least one speaker, and at least one utterance of each.")
         dim, counts = self.dim(dim), {name: len(items) for name, items in speech.items()}
-        rule = threshold
-        if not isinstance(rule, DecisionRule):
+        if isinstance(threshold, DecisionRule):
+            rule = threshold
+        else:
             rule = self.decision_rule(counts.values(), dim, threshold=threshold, speakers=len(counts))
-        items, rows = [], {}
+        items: list[Input] = []
+        rows: dict[str, range] = {}
         for name, utterances in speech.items():
             rows[name] = range(len(items), len(items) + len(utterances))
             items += utterances

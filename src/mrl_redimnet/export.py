@@ -189,7 +189,7 @@ class _Window(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_values, lengths):
+    def forward(self, input_values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         return self.encoder.projection(self.encoder.pooled(input_values, lengths)).float()
 
 
@@ -204,7 +204,12 @@ class _Exported(nn.Module):
         self.window = _Window(encoder)
         self.min_samples = encoder.config.min_samples if min_samples is None else min_samples
 
-    def forward(self, input_values, attention_mask=None, factors=None):
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        factors: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         require = torch._check  # noqa: SLF001 -- what torch.export's manual says to bound sizes by
         require(input_values.shape[1] >= self.min_samples)
         lengths = None

@@ -17,7 +17,7 @@ def fingerprint(model: nn.Module) -> str:
     (ANSWERING). Compare with `same_weights`: what was saved before the configuration counted has no second hash.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
-    encoder = getattr(model, model.base_model_prefix, model)
+    encoder = model.base_model
     tensors = {}
     for name, tensor in encoder.state_dict().items():
         parts = name.split(".")

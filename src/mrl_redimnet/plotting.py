@@ -5,7 +5,7 @@ Matplotlib is imported when a picture is drawn: it takes a second, and what draw
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ def shades(count: int, first: float = 0.0, last: float = 0.9) -> NDArray:
     return colormaps["viridis"](np.linspace(first, last, count))
 
 
-def legend_line(**style) -> "Artist":
+def legend_line(**style: Any) -> "Artist":
     """A line as an entry of a legend."""
     with extra("evaluation"):
         from matplotlib.lines import Line2D
@@ -64,7 +64,7 @@ def legend_line(**style) -> "Artist":
     return Line2D([], [], **style)
 
 
-def legend_patch(**style) -> "Artist":
+def legend_patch(**style: Any) -> "Artist":
     """An area as an entry of a legend."""
     with extra("evaluation"):
         from matplotlib.patches import Patch

@@ -1,7 +1,7 @@
 """Models as complete Hub folders, written whole or not at all."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ def save_model(
     folder: str | Path,
     speakers: "SpeakerTable | None" = None,
     evaluation: Evaluation | None = None,
-    **card_facts,
+    **card_facts: Any,
 ) -> None:
     """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
 

@@ -51,6 +51,7 @@ class Number:
     expected: str | None = None
 
     def __call__(self, name: str, value: object) -> float | int:
+        """The number; ValueError, which names the setting, what it was given and the limits."""
         number = as_number(value)
         if number is None or (self.whole and not isinstance(number, int)):
             raise ValueError(f"{name}: got {value!r}, expected {self.expected or self._kind()}.")

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 from mrl_redimnet_cli import (
     adapters,
@@ -83,7 +84,7 @@ def _notes() -> Iterator[None]:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def shown(message, category, *where, **more):
+        def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, AudioWarning):
                 print(f"Note: {message}", file=sys.stderr)
             else:

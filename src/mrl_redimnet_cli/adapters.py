@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_push_options,
     file,
@@ -16,7 +17,7 @@ from mrl_redimnet_cli.arguments import (
 from mrl_redimnet_cli.names import CHOICES
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the commands to the subparsers `commands`."""
     parser = commands.add_parser(
         "adapters",
@@ -78,21 +79,21 @@ def add(commands):
     must_be_there(merge, base=source, adapter=source)
 
 
-def push_folder(arguments: argparse.Namespace):
+def push_folder(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters push`."""
     from mrl_redimnet.adapters.hub import push_adapter
 
     print_pushed(push_adapter(arguments.folder, arguments.repository, base=arguments.base, **push_options(arguments)))
 
 
-def pull_folder(arguments: argparse.Namespace):
+def pull_folder(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters pull`."""
     from mrl_redimnet.adapters.hub import pull
 
     print(pull(arguments.repository, revision=arguments.revision))
 
 
-def show_list(arguments: argparse.Namespace):
+def show_list(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters list`."""
     from mrl_redimnet.adapters.hub import list_adapters
 
@@ -104,7 +105,7 @@ def show_list(arguments: argparse.Namespace):
         print(f"{row.repository:<50} {row.domain or '-':<16} {when}  {'private' if row.private else 'public'}")
 
 
-def show_info(arguments: argparse.Namespace):
+def show_info(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters info`."""
     from mrl_redimnet.adapters.hub import adapter_info
 
@@ -124,7 +125,7 @@ def show_info(arguments: argparse.Namespace):
         print(f"{name:<9}{value or 'not said'}")
 
 
-def show_domains(arguments: argparse.Namespace):
+def show_domains(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters detect`."""
     from mrl_redimnet.adapters.detector import DomainDetector
     from mrl_redimnet.audio.io import read_audio
@@ -136,7 +137,7 @@ def show_domains(arguments: argparse.Namespace):
         print(f"{path}: {found.domain or 'the base'} ({odds})")
 
 
-def mix_into(arguments: argparse.Namespace):
+def mix_into(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters mix`."""
     from mrl_redimnet.adapters.publishing import mix_adapters
     from mrl_redimnet.files import refuse_existing
@@ -155,7 +156,7 @@ def mix_into(arguments: argparse.Namespace):
     print(f"{arguments.out}: {arguments.method} of {', '.join(arguments.weights)}.")
 
 
-def merge_into(arguments: argparse.Namespace):
+def merge_into(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters merge`."""
     from mrl_redimnet.adapters.publishing import merge_adapter
     from mrl_redimnet.files import refuse_existing

@@ -3,12 +3,24 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
+if TYPE_CHECKING:
+    from mrl_redimnet.adapters.hub import Pushed
+    from mrl_redimnet.audio.domains import Domain
+
+
+class Commands(Protocol):
+    """The subparsers of `argparse`, whose own class has no public name."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        """The parser of a new command, which takes the options of ArgumentParser and `help`."""
+
 
 def add_command(
-    commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, **options
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, **options: Any
 ) -> argparse.ArgumentParser:
     """The parser of a new command that `run` carries out. Its own help begins with what the list of commands says."""
     description = f"{help[0].upper()}{help[1:]}.".replace("?.", "?")
@@ -17,14 +29,14 @@ def add_command(
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser):
+def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `model`, and --adapter."""
     parser.add_argument("model", help="the model: a path or Hub id")
     parser.add_argument("--adapter", help="an adapter to put on the model: a path or Hub id")
     must_be_there(parser, model=source, adapter=source)
 
 
-def add_scoring(parser: argparse.ArgumentParser):
+def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Adds --scoring, --cohort and --top, which `check_scoring` checks."""
     top = VALUES["scoring.scorers.TOP"]
     parser.add_argument(
@@ -43,20 +55,20 @@ def add_scoring(parser: argparse.ArgumentParser):
     must_be_there(parser, cohort=folder)
 
 
-def check_scoring(arguments: argparse.Namespace):
+def check_scoring(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a --scoring without the cohort that it needs."""
     if arguments.scoring != "cosine" and arguments.cohort is None:
         raise ValueError(f"--scoring {arguments.scoring} needs --cohort, a folder with speech of other speakers.")
 
 
-def add_thresholds(parser: argparse.ArgumentParser):
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
     """Adds --thresholds."""
     file = VALUES["scoring.calibration.THRESHOLDS_FILE"]
     parser.add_argument("--thresholds", type=Path, metavar="FOLDER", help=f"the folder of {file} [the model's folder]")
     must_be_there(parser, thresholds=folder)
 
 
-def add_decision(parser: argparse.ArgumentParser):
+def add_decision(parser: argparse.ArgumentParser) -> None:
     """Adds --dim, --threshold and --thresholds."""
     parser.add_argument(
         "--dim", type=int, help="how many numbers of the embeddings are compared, from the first on [all]"
@@ -65,7 +77,7 @@ def add_decision(parser: argparse.ArgumentParser):
     add_thresholds(parser)
 
 
-def add_lists(parser: argparse.ArgumentParser):
+def add_lists(parser: argparse.ArgumentParser) -> None:
     """Adds --trials for several lists, how they are read, --domain and --noise."""
     parser.add_argument(
         "--trials",
@@ -85,14 +97,14 @@ def add_lists(parser: argparse.ArgumentParser):
     must_be_there(parser, noise=folder)
 
 
-def domain_of(arguments: argparse.Namespace):
+def domain_of(arguments: argparse.Namespace) -> "Domain | None":
     """The domain of --domain and --noise; None for audio as it is."""
     from mrl_redimnet.audio.domains import make_domain
 
     return None if arguments.domain == "clean" else make_domain(arguments.domain, noise=arguments.noise)
 
 
-def add_paths_of_lists(parser: argparse.ArgumentParser):
+def add_paths_of_lists(parser: argparse.ArgumentParser) -> None:
     """Adds --folder, --format and --suffix; --enrolments is added by the commands, which differ in what it may be."""
     formats = CHOICES["scoring.trials.FORMATS"]
     parser.add_argument("--folder", type=Path, required=True, help="the folder that the lists' paths are relative to")
@@ -103,7 +115,7 @@ def add_paths_of_lists(parser: argparse.ArgumentParser):
     must_be_there(parser, trials=file, folder=folder)
 
 
-def add_enrolments(parser: argparse.ArgumentParser):
+def add_enrolments(parser: argparse.ArgumentParser) -> None:
     """Adds --enrolments FILE."""
     parser.add_argument(
         "--enrolments",
@@ -114,7 +126,7 @@ def add_enrolments(parser: argparse.ArgumentParser):
     must_be_there(parser, enrolments=file)
 
 
-def add_dims(parser: argparse.ArgumentParser, verb: str):
+def add_dims(parser: argparse.ArgumentParser, verb: str) -> None:
     """Adds --dims."""
     parser.add_argument(
         "--dims",
@@ -124,7 +136,7 @@ def add_dims(parser: argparse.ArgumentParser, verb: str):
     )
 
 
-def add_push_options(parser: argparse.ArgumentParser, what: str):
+def add_push_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds what `push` and `adapters push` take. what: is pushed."""
     parser.add_argument("folder", type=Path, help=f"folder of {what}")
     parser.add_argument("repository", help="Hub id of the repository, which is made if there is none")
@@ -139,8 +151,8 @@ def push_options(arguments: argparse.Namespace) -> dict:
     return {"private": arguments.private, "revision": arguments.revision, "tag": arguments.tag}
 
 
-def print_pushed(pushed):
-    """Prints what a push did. pushed: a `mrl_redimnet.adapters.hub.Pushed`."""
+def print_pushed(pushed: "Pushed") -> None:
+    """Prints what a push did."""
     state = "pushed" if pushed.changed else "nothing new, no commit made"
     print(f"{pushed.url}: {state}, at {pushed.commit[:12]}.")
     if pushed.left_out:
@@ -176,12 +188,12 @@ def source(model: str) -> str | None:
     return f"{model} is not a folder: give a saved folder, or a Hub id (OWNER/NAME)"
 
 
-def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str | None]):
+def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str | None]) -> None:
     """Has `check_paths` check arguments of the parser, by their names."""
     parser.set_defaults(paths={**(parser.get_default("paths") or {}), **checks})
 
 
-def check_paths(arguments: argparse.Namespace):
+def check_paths(arguments: argparse.Namespace) -> None:
     """Raises FileNotFoundError for arguments that name what is not there, all of them in one message."""
     wrong = []
     for name, check in arguments.paths.items():

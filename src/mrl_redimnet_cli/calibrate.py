@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_dims,
     add_lists,
@@ -19,7 +20,7 @@ from mrl_redimnet_cli.arguments import (
 from mrl_redimnet_cli.names import VALUES
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     thresholds = VALUES["scoring.calibration.THRESHOLDS_FILE"]
     parser = add_command(
@@ -52,7 +53,7 @@ def add(commands):
     must_be_there(parser, out=folder)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Sets the thresholds, prints them and saves them with those that were there before."""
     from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.waveforms import into_domain

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, file, folder, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, file, folder, must_be_there
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(commands, "convert", run, help="convert a published ReDimNet checkpoint into a Hub folder")
     parser.add_argument("checkpoint", type=Path, help="the published .pt file")
@@ -23,7 +23,7 @@ def add(commands):
     must_be_there(parser, checkpoint=file, rotate_on=folder)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Converts, rotates if asked to, and saves."""
     from mrl_redimnet import convert_checkpoint
     from mrl_redimnet.files import refuse_existing

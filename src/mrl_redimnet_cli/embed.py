@@ -5,11 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, add_model, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, must_be_there
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     part_size, batch_seconds = VALUES["extraction.bulk.PART_SIZE"], VALUES["encoder.BATCH_SECONDS"]
     parser = add_command(

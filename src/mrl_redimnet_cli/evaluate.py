@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_dims,
     add_enrolments,
@@ -20,7 +21,7 @@ from mrl_redimnet_cli.arguments import (
 )
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands,
@@ -65,7 +66,7 @@ def add(commands):
     must_be_there(parser, groups=file)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Prints the tables, and writes what is asked for."""
     from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.waveforms import into_domain

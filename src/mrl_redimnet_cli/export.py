@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, add_model, add_thresholds
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, add_thresholds
 from mrl_redimnet_cli.names import CHOICES
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands, "export", run, help="export a model as an ONNX or torch.export file, or an adapter for an ONNX file"
@@ -38,7 +38,7 @@ def add(commands):
     add_thresholds(parser)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Writes the file, and prints its size."""
     from mrl_redimnet.export import TARGETS
     from mrl_redimnet.files import check_output

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, add_decision, add_model, anything, folder, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, add_decision, add_model, anything, folder, must_be_there
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(commands, "identify", run, help="which of the enrolled speakers is it?")
     add_model(parser)
@@ -25,7 +25,7 @@ def add(commands):
     must_be_there(parser, enrolled=folder, test=anything)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Prints, for every test file, who it is and the nearest speakers with their scores."""
     from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.scan import named_files, printable, speakers_files

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, folder, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, folder, must_be_there
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     layout = VALUES["data.corpus.DEFAULT_LAYOUT"]
     parser = add_command(
@@ -40,7 +40,7 @@ def add(commands):
     must_be_there(parser, root=folder)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Prepares the corpus, and prints what was found."""
     from mrl_redimnet.data.prepare import prepare
 

@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_dims,
     add_enrolments,
@@ -14,8 +16,11 @@ from mrl_redimnet_cli.arguments import (
 )
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
+if TYPE_CHECKING:
+    from mrl_redimnet.evaluation.robustness import Condition
 
-def add(commands):
+
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     report, picture = VALUES["evaluation.robustness.REPORT"], VALUES["evaluation.robustness.PICTURE"]
     parser = add_command(
@@ -34,7 +39,7 @@ def add(commands):
     )
 
 
-def add_grid(parser: argparse.ArgumentParser):
+def add_grid(parser: argparse.ArgumentParser) -> None:
     """The options of the grid, the bootstrap and the seed, which `grid_of` takes."""
     names, resamples = CHOICES["evaluation.robustness.PERTURBATIONS"], VALUES["evaluation.robustness.RESAMPLES"]
     parser.add_argument(
@@ -60,14 +65,14 @@ def add_grid(parser: argparse.ArgumentParser):
     must_be_there(parser, noise=folder)
 
 
-def grid_of(arguments: argparse.Namespace):
+def grid_of(arguments: argparse.Namespace) -> "list[Condition]":
     """The grid that the command line describes; errors as of `make_grid`."""
     from mrl_redimnet.evaluation.robustness import make_grid
 
     return make_grid(arguments.noise, arguments.noise_types, arguments.perturbations, arguments.quick_grid)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Prints the table of all kinds and the one number of each side, and writes the report and its picture."""
     from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.evaluation.robustness import (
@@ -102,7 +107,9 @@ def run(arguments: argparse.Namespace):
     print(f"{len(grid)} conditions, {report.trials:,} trials of {report.utterances:,} utterances.")
     for side, what in (("test", "test side alone"), ("both", "enrolment and test")):
         row = report.number(side, max(report.dims))
-        interval = "" if row.change_low is None else f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+        interval = ""
+        if row.change_low is not None and row.change_high is not None:
+            interval = f" [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
         print(f"Robustness, {what} perturbed, {row.dim} dimensions: {100 * row.change:+.0f} % EER{interval}.")
     if arguments.out is not None:
         save_reports([report], arguments.out / REPORT)

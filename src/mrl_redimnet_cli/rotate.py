@@ -2,11 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mrl_redimnet_cli.arguments import add_command, folder, must_be_there, source
+from mrl_redimnet_cli.arguments import Commands, add_command, folder, must_be_there, source
+
+if TYPE_CHECKING:
+    from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands,
@@ -20,7 +24,7 @@ def add(commands):
     must_be_there(parser, model=source, audio=folder)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Rotates and saves, with the names of the classifier's speakers where there are some."""
     from mrl_redimnet.data.corpus import SpeakerTable
     from mrl_redimnet.files import refuse_existing
@@ -34,7 +38,7 @@ def run(arguments: argparse.Namespace):
     print_saved(model, arguments.out)
 
 
-def rotate_and_print(model, speech: Path):
+def rotate_and_print(model: "MRLReDimNetPreTrainedModel", speech: Path) -> None:
     """Rotates a model in place, and prints how much of the embeddings' energy each prefix keeps."""
     from mrl_redimnet.rotation import rotate_on_speech
 
@@ -48,7 +52,7 @@ def rotate_and_print(model, speech: Path):
     print(f"Rotated on {count} utterances; energy of the embeddings in each prefix: {shares}.")
 
 
-def print_saved(model, out: Path):
+def print_saved(model: "MRLReDimNetPreTrainedModel", out: Path) -> None:
     """Prints what the model is that was saved in `out`."""
     config = model.config
     print(

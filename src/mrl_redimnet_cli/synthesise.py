@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command
+from mrl_redimnet_cli.arguments import Commands, add_command
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(commands, "synthesise", run, help="make a small synthetic corpus in VoxCeleb's folder layout")
     parser.add_argument("out", type=Path, help="a new folder")
@@ -15,7 +15,7 @@ def add(commands):
     parser.add_argument("--seed", type=int, default=0, help="random seed of the speakers and what they say [0]")
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     """Makes the corpus."""
     from mrl_redimnet.data.synthetic import make_corpus
 

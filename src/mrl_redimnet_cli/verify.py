@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    Commands,
     add_command,
     add_decision,
     add_model,
@@ -16,7 +17,7 @@ from mrl_redimnet_cli.arguments import (
 ACCEPTED, REJECTED, UNDECIDED = 0, 1, 3  # exit status; 2 is that of an error
 
 
-def add(commands):
+def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
     parser = add_command(
         commands,

@@ -36,9 +36,10 @@ _BAND_LIMIT_ORDER = 8  # of a low-pass run forwards and backwards: 96 dB an octa
 
 
 class Talkers(Protocol):
-    """Speech for babble. `draw(rng, samples)` gives [samples] float32 of one talker, by the generator's draws."""
+    """Speech for babble."""
 
-    def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray: ...
+    def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
+        """[samples] float32 of one talker, who and from where is drawn by `rng`."""
 
 
 @dataclass
@@ -504,7 +505,7 @@ def check_range(name: str, limits: Sequence[float], lowest: float, highest: floa
         raise ValueError(f"{name}: got {low} to {high}, expected values from {lowest:g} to {highest:g}, low first.")
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,7 +73,9 @@ class Noisy:
         return self._add_noise(audio, rng)
 
 
-def _check_noisy(noise, snr, room_probability, rooms, room_count, room_seed) -> None:
+def _check_noisy(
+    noise: object, snr: Any, room_probability: object, rooms: object, room_count: object, room_seed: object
+) -> None:
     """The options of `Noisy`, without a look into the folders."""
     if noise is None:
         raise ValueError("noise: the noisy domain needs a folder of noise files, none was given.")
@@ -142,7 +144,7 @@ class Telephony:
 DOMAINS: dict[str, Callable[..., Domain]] = {"clean": Clean, "noisy": Noisy, "telephony": Telephony}
 
 
-def make_domain(name: str, noise: str | Path | None = None, **options) -> Domain:
+def make_domain(name: str, noise: str | Path | None = None, **options: Any) -> Domain:
     """The domain `name` of `DOMAINS`, built with its options.
 
     noise: folder of noise files, for the domains that have noise; the others do without.
@@ -153,7 +155,7 @@ def make_domain(name: str, noise: str | Path | None = None, **options) -> Domain
     return builder(**({"noise": noise} if "noise" in parameters else {}), **options)
 
 
-def check_domain(name: str, **options) -> None:
+def check_domain(name: str, **options: Any) -> None:
     """Raises ValueError as `make_domain` does for the name, the options and their values; no folder is looked into."""
     builder, parameters = _builder(name, options)
     if builder is Noisy:

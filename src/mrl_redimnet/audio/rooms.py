@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,7 +137,7 @@ def simulated_response(seed: int, index: int) -> RoomResponse:
 
 
 @contextmanager
-def _one_thread(constants) -> Iterator[None]:
+def _one_thread(constants: Any) -> Iterator[None]:
     """The number of threads sets the order in which reflections are summed, and so the last bits of a response."""
     threads = constants.get("num_threads")
     constants.set("num_threads", 1)

@@ -181,7 +181,7 @@ def named_files(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as text that every file and terminal takes: bytes that are no UTF-8 as \\xe9, line ends as \\n."""
+    r"""A path as text that every file and terminal takes: bytes that are no UTF-8 as \xe9, line ends as \n."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(repr(letter)[1:-1] if not letter.isprintable() else letter for letter in text)
 

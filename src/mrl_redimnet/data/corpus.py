@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -65,7 +66,9 @@ def load_corpus(
     num_proc: int | None = None,
     columns: dict[str, str] | None = None,
 ) -> datasets.Dataset:
-    """Speech as a data set, one row an utterance. `source` is one of
+    """Speech as a data set, one row an utterance.
+
+    `source` is one of
 
     - a folder of audio files, laid out as `layout` says; rows are sorted by path;
     - parquet files: a folder of them (as `mrl-redimnet prepare` writes it), one file, or a pattern with `*`, also in
@@ -179,8 +182,8 @@ def labels_of(dataset: datasets.Dataset, speakers: "SpeakerTable") -> np.ndarray
 
 
 def speakers_of(dataset: datasets.Dataset) -> list[str]:
-    """The distinct speakers of all rows, sorted. (`Dataset.unique` copies all columns of selected rows first.)"""
-    names: set[str] = set()
+    """The distinct speakers of all rows, sorted."""
+    names: set[str] = set()  # `Dataset.unique` would copy all columns of selected rows first
     for block in blocks_of(dataset, "speaker"):
         names.update(block.unique().to_pylist())
     return sorted(names)
@@ -226,7 +229,7 @@ def dataset_arguments(source: str | os.PathLike) -> dict | None:
     return None
 
 
-def load_tables(source: str | os.PathLike, **options) -> datasets.Dataset | datasets.IterableDataset | None:
+def load_tables(source: str | os.PathLike, **options: Any) -> datasets.Dataset | datasets.IterableDataset | None:
     """`datasets.load_dataset` of parquet files or a Hub data set, with `options`; None for a folder of audio files.
 
     Raises FileNotFoundError where there is no such data, or it cannot be reached.
@@ -285,11 +288,11 @@ def _usual(features: datasets.Features, role: str) -> str | None:
     return None
 
 
-def _type_name(feature) -> str:
+def _type_name(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def speaker_names(feature) -> list[str] | None:
+def speaker_names(feature: object) -> list[str] | None:
     """The classes of a speaker column that holds their numbers, None for one that holds names."""
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 

@@ -4,14 +4,15 @@ for batch in crops.batches(first_step, stop_step): ...
 crops.state()                    # of this process, for a checkpoint; `crops.go_on(state)` before `batches`
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mrl_redimnet.audio.io import AudioError, Encoded, audio_info
 from mrl_redimnet.data.corpus import SpeakerTable, audio_source
@@ -37,7 +38,7 @@ class Loading:
     seed: int = 0
     pin: bool = False
 
-    def loader(self, dataset, **options) -> DataLoader:
+    def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         """A DataLoader with these workers, which draws nothing from the global generator."""
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(dataset, num_workers=self.workers, generator=generator, pin_memory=self.pin, **options)
@@ -116,7 +117,7 @@ class StreamedCrops:
         """The first `most` utterances of another order, for `SpeakerEncoder.embed_all`."""
         return [item.example for item in islice(self._other(_source_alone, epochs=1), most)]
 
-    def _other(self, make, epochs: int | None = None) -> SpeechStream:
+    def _other(self, make: Callable, epochs: int | None = None) -> SpeechStream:
         return SpeechStream(self._source, make, self.loading.seed + BEYOND, columns=self._columns, epochs=epochs)
 
     def state(self) -> dict:

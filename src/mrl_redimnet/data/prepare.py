@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -234,7 +234,7 @@ def _take_up(work: Path, plan: _Plan) -> None:
             file.unlink()  # what was being written when the run was killed
 
 
-def _side_by_side(write, shards: int, threads: int) -> Iterator[dict]:
+def _side_by_side(write: Callable[[int], dict], shards: int, threads: int) -> Iterator[dict]:
     """write(0), write(1), ... in order, computed in `threads` threads: copying files is waiting, not computing."""
     if threads < 2:
         yield from map(write, range(shards))

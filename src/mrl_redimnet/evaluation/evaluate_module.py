@@ -5,9 +5,12 @@ A module is a subclass of `TrialMetric` that names its measures; see `metrics/ee
 
 import inspect
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 from mrl_redimnet.extras import extra
 from mrl_redimnet.scoring.metrics import bootstrap_together, quantile_interval
@@ -17,6 +20,7 @@ with extra("evaluation"):
     import evaluate
     from datasets.features.features import cast_to_python_objects
 
+Measures = dict[str, Callable[..., float]]  # {name of a result: f(scores, labels, weights=None)}
 SPEAKERS = ("enrol_speakers", "test_speakers")
 # Configurations, and what type of speaker columns they take.
 CONFIGS = {"default": None, "speakers": "string", "speaker_ids": "int64"}
@@ -32,13 +36,13 @@ Args:
 
 
 class TrialMetric(evaluate.Metric):
-    """A metric of verification trials. The results hold each measure under its name and, where the configuration has
-    speakers, NAME_low and NAME_high.
+    """A metric of verification trials.
 
+    The results hold each measure under its name and, where the configuration has speakers, NAME_low and NAME_high.
     Options of the measures and of the intervals are given to `compute`, or as defaults to `evaluate.load`.
     """
 
-    def __init__(self, *arguments, **keywords) -> None:
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         known = inspect.signature(evaluate.Metric.__init__).parameters
         # evaluate drops keywords that it does not know: a misspelt option would be lost without a word
         self.options = {name: keywords.pop(name) for name in list(keywords) if name not in known}
@@ -47,8 +51,8 @@ class TrialMetric(evaluate.Metric):
             self.options["seed"] = keywords["seed"]  # evaluate knows this one, but not what for
         self._measures_and_interval(self.options)
 
-    def measures(self, **options) -> dict[str, Callable[..., float]]:
-        """Name of each result -> f(scores, labels, weights=None); its keywords are the options of the module."""
+    def measures(self, **options: Any) -> Measures:
+        """The functions of the module's results, by name; its keywords are the options of the module."""
         raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
@@ -65,18 +69,26 @@ class TrialMetric(evaluate.Metric):
             format="arrow",  # "numpy" would round to float32, and none at all make lists of Python numbers
         )
 
-    def _compute(self, *, predictions, references, enrol_speakers=None, test_speakers=None, **options) -> dict:
+    def _compute(
+        self,
+        *,
+        predictions: ArrayLike,
+        references: ArrayLike,
+        enrol_speakers: pa.ChunkedArray | None = None,
+        test_speakers: pa.ChunkedArray | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
         measures, interval = self._measures_and_interval({**self.options, **options})
         scores, labels = np.asarray(predictions), np.asarray(references)
         results = {name: metric(scores, labels) for name, metric in measures.items()}
         if enrol_speakers is not None:
-            speakers = [_speaker_array(*side) for side in zip(SPEAKERS, (enrol_speakers, test_speakers), strict=True)]
+            enrol, test = map(_speaker_array, SPEAKERS, (enrol_speakers, test_speakers))
             confidence = interval.pop("confidence", 0.95)
-            for name, values in bootstrap_together(scores, labels, *speakers, measures, **interval).items():
+            for name, values in bootstrap_together(scores, labels, enrol, test, measures, **interval).items():
                 results[f"{name}_low"], results[f"{name}_high"] = quantile_interval(values, confidence)
         return results
 
-    def _measures_and_interval(self, options: dict) -> tuple[dict[str, Callable[..., float]], dict]:
+    def _measures_and_interval(self, options: dict) -> tuple[Measures, dict]:
         """The measures, and the settings of the interval; ValueError for an option that neither of them has."""
         of_interval = ("resamples", "confidence", "seed")
         interval = {name: value for name, value in options.items() if name in of_interval}
@@ -106,16 +118,16 @@ class TrialFeatures(datasets.Features):
         return encoded
 
 
-def per_prior(metric: Callable[..., float], name: str, priors, c_miss: float, c_fa: float) -> dict:
-    """Measures "NAME_PRIOR", as min_dcf_0.01, of a metric with the keywords p_target, c_miss and c_fa."""
-    priors = [float(prior) for prior in np.atleast_1d(priors)]
-    if not priors or len(set(priors)) < len(priors):
-        raise ValueError(f"priors must be one or more different probabilities of a target trial, got {priors}")
+def per_prior(metric: Callable[..., float], name: str, priors: ArrayLike, c_miss: float, c_fa: float) -> Measures:
+    """Measures "NAME_PRIOR", as min_dcf_0.01, of a metric with the keywords p_target, c_miss and c_fa.
 
-    def at(prior):
-        return lambda scores, labels, weights=None: metric(scores, labels, prior, c_miss, c_fa, weights)
-
-    return {f"{name}_{prior}": at(prior) for prior in priors}
+    priors: a number or several. Raises ValueError for none, and for one that comes twice.
+    """
+    different = [float(prior) for prior in np.atleast_1d(priors)]
+    if not different or len(set(different)) < len(different):
+        raise ValueError(f"priors must be one or more different probabilities of a target trial, got {different}")
+    costs = {"c_miss": c_miss, "c_fa": c_fa}
+    return {f"{name}_{prior}": partial(metric, p_target=prior, **costs) for prior in different}
 
 
 def _speaker_array(name: str, column: pa.ChunkedArray) -> np.ndarray:

@@ -78,7 +78,8 @@ class EmbeddedSpeech:
         progress: str | None = None,
     ) -> "EmbeddedSpeech":
         """Embeds the utterances below `folder`, brought into a domain of `mrl_redimnet.audio.domains` (None: as they
-        are). An AudioWarning names a file without a signal. Raises AudioError for files that cannot be read."""
+        are). An AudioWarning names a file without a signal. Raises AudioError for files that cannot be read.
+        """
         utterances = sorted({path for trials in lists for path in trials.utterances})
         files = [Path(folder) / path for path in utterances]
         found = encoder.embed_all(files, prepare=into_domain(folder, domain), progress=progress, strict=True)
@@ -104,7 +105,8 @@ def saved_thresholds(
     scorer: Scorer,
 ) -> tuple[dict[str, dict[int, Threshold]], list[str]]:
     """Of each list, the saved thresholds by dimension that are for these weights and for as many enrolment utterances
-    as the list has; and notes that say where there are none."""
+    as the list has; and notes that say where there are none.
+    """
     found: dict[str, dict[int, Threshold]] = {name: {} for name in lists}
     notes, weights = [], encoder.fingerprint if thresholds else ""
     for name, trials in lists.items():
@@ -183,7 +185,8 @@ def report_of(
 
 def write_scores(file: Path, lists: Mapping[str, ScoredList]) -> None:
     """list, label, enrol, test and a score per dimension of every trial: lines behind a heading (.tsv), or arrays
-    (.npz). The file is written whole or not at all."""
+    (.npz). The file is written whole or not at all.
+    """
     columns = {
         "list": np.concatenate([np.full(len(each.trials), name) for name, each in lists.items()]),
         "label": np.concatenate([each.trials.labels for each in lists.values()]),

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.audio.augmentation import AddNoise, BandLimit, Clipping, mix_at_snr
 from mrl_redimnet.audio.codecs import through_codec
 from mrl_redimnet.audio.domains import simulate
-from mrl_redimnet.audio.io import Source
+from mrl_redimnet.audio.io import Source, name_of
 from mrl_redimnet.audio.rooms import draw_room, reverberate, simulated_response
 from mrl_redimnet.audio.scan import is_hidden, walk
 from mrl_redimnet.audio.waveforms import Prepare, into_domain, read_waveform
@@ -71,7 +71,7 @@ Level = float | str
 
 
 def _white_noise(snr: float, noise: str | Path | None) -> Perturb:
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return mix_at_snr(audio, rng.standard_normal(len(audio)), snr)
 
     return perturb
@@ -87,7 +87,7 @@ def _reverberation(rt60: float, noise: str | Path | None) -> Perturb:
     off = [abs(draw_room(0, index).rt60 - rt60) for index in range(_ROOMS_DRAWN)]
     rooms = np.argsort(off)[:_ROOMS_OF_A_LEVEL].tolist()
 
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return reverberate(audio, simulated_response(0, rooms[rng.integers(len(rooms))]))
 
     return perturb
@@ -102,7 +102,7 @@ def _bandwidth(cutoff: float, noise: str | Path | None) -> Perturb:
 
 
 def _speed(speed: float, noise: str | Path | None) -> Perturb:
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return resample(torch.from_numpy(audio), round(SAMPLING_RATE * speed), SAMPLING_RATE).numpy()
 
     return perturb
@@ -111,7 +111,7 @@ def _speed(speed: float, noise: str | Path | None) -> Perturb:
 def _duration(seconds: float, noise: str | Path | None) -> Perturb:
     samples = round(seconds * SAMPLING_RATE)
 
-    def perturb(audio, rng):
+    def perturb(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         start = int(rng.random() * (max(0, len(audio) - samples) + 1))
         return audio[start : start + samples]
 
@@ -130,7 +130,7 @@ class Perturbation(NamedTuple):
     kind: str
     levels: tuple[Level, ...]
     unit: str
-    build: Callable[[Level, str | Path | None], Perturb]
+    build: Callable[[Any, str | Path | None], Perturb]  # a level of its own: a number, or a name
 
 
 PERTURBATIONS: dict[str, Perturbation] = {
@@ -399,7 +399,7 @@ def _perturbing(folder: str | Path, condition: Condition, seed: int) -> Prepare:
     clean = into_domain(folder)
 
     def prepare(file: Source, audio: np.ndarray) -> np.ndarray:
-        drawn_by = f"{condition.name}/{Path(file).relative_to(folder).as_posix()}"
+        drawn_by = f"{condition.name}/{Path(name_of(file)).relative_to(folder).as_posix()}"
         return simulate(condition.perturb, clean(file, audio), drawn_by, seed)
 
     return prepare
@@ -446,8 +446,10 @@ class _Measured:
 
     def _eers(self, scores: np.ndarray) -> np.ndarray:
         labels = self.trials.labels
-        drawn = bootstrap_values(scores, labels, *self.trials.speakers, eer, self.resamples) if self.resamples else []
-        return np.array([eer(scores, labels), *drawn])
+        values = [eer(scores, labels)]
+        if self.resamples:
+            values += bootstrap_values(scores, labels, *self.trials.speakers, eer, self.resamples).tolist()
+        return np.array(values)
 
     def changes(self, condition: Condition, side: str, dim: int) -> np.ndarray:
         """[1 + resamples], see the module."""
@@ -465,6 +467,7 @@ class _Measured:
         return {kind: (np.expm1(log), rate) for kind, (log, rate) in means.items()}
 
     def report(self, system: str, seed: int) -> RobustnessReport:
+        """All of it, with intervals from the resamples; seed: of the perturbations."""
         clean = [CleanRow(dim, *_summary("eer", values).values()) for dim, values in self.clean.items()]
         points = [
             PointRow(
@@ -504,7 +507,7 @@ def _marked(path: str) -> str:
     return f"{path}#perturbed"
 
 
-def _summary(name: str, values: np.ndarray) -> dict[str, float | None]:
+def _summary(name: str, values: np.ndarray) -> dict[str, Any]:
     """The value and its interval from [1 + resamples], as a row's fields."""
     low, high = quantile_interval(values[1:]) if len(values) > 1 else (None, None)
     return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
@@ -523,8 +526,7 @@ def format_numbers(report: RobustnessReport) -> str:
         rows = [report.number(side, dim, kind) for side, dim in columns]
         lines.append([kind, *(_signed(row.change) for row in rows)])
         if kind == ALL and report.resamples:
-            bounds = (f"[{_signed(row.change_low)}, {_signed(row.change_high)}]" for row in rows)
-            lines.append(["all, 95 % interval", *bounds])
+            lines.append(["all, 95 % interval", *map(_interval, rows)])
         if kind == ALL:
             lines.append(["mean perturbed EER %", *(f"{100 * row.eer:.2f}" for row in rows)])
     return markdown_table(lines)
@@ -547,7 +549,8 @@ def heat_map(reports: Sequence[RobustnessReport], file: str | Path, dim: int | N
     texts = [[""] * len(columns) for _ in factors]
     for across, (report, side, width) in enumerate(columns):
         at = {row.condition: row for row in report.points if (row.side, row.dim) == (side, width)}
-        for down, row in enumerate([*(at[label] for label in labels[0]), report.number(side, width)]):
+        rows: list[PointRow | NumberRow] = [*(at[label] for label in labels[0]), report.number(side, width)]
+        for down, row in enumerate(rows):
             factors[down, across] = math.log2(1 + row.change)
             texts[down][across] = f"{_signed(row.change)}  ({100 * row.eer:.1f})"
     draw_cells(
@@ -580,8 +583,19 @@ def _heat_title(reports: Sequence[RobustnessReport], columns: Sequence[tuple[Rob
     return f"{what} of {reports[0].system}, per dimension\nclean EER % at {clean}"
 
 
-def draw_cells(factors, texts, labels, kinds, titles, title: str, file: str | Path) -> None:
-    """factors [conditions + 1, columns] as colours, with texts of the same shape; the last row is the number."""
+def draw_cells(
+    factors: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    kinds: Sequence[str],
+    titles: Sequence[str],
+    title: str,
+    file: str | Path,
+) -> None:
+    """Draws factors [conditions + 1, columns] as colours, with texts of the same shape; the last row is the number.
+
+    labels: of the rows; kinds: of the conditions, between which a line is drawn; titles: of the columns.
+    """
     down, across = factors.shape
     figure = new_figure(2.6 + 1.05 * across, 1.6 + 0.26 * down)
     axes = figure.subplots()
@@ -606,6 +620,13 @@ def draw_cells(factors, texts, labels, kinds, titles, title: str, file: str | Pa
         axes.text((i + 0.5) * half - 0.5, -0.75, heading, ha="center", va="bottom", fontsize=9, weight="bold")
     figure.suptitle(plain(title), fontsize=10)
     save_figure(figure, file, dpi=150)
+
+
+def _interval(row: NumberRow) -> str:
+    """The bounds of a change, empty where there are none."""
+    if row.change_low is None or row.change_high is None:
+        return ""
+    return f"[{_signed(row.change_low)}, {_signed(row.change_high)}]"
 
 
 def _signed(share: float) -> str:

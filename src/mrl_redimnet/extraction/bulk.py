@@ -134,7 +134,8 @@ def batches_of(
 
 def _waveform(source: str | Encoded, extractor: MRLReDimNetFeatureExtractor) -> np.ndarray:
     """[samples] float32 of a file, `Encoded`, or a URL that fsspec knows. Raises AudioError, also where nobody can be
-    heard; OSError, ValueError or ImportError for what is not there."""
+    heard; OSError, ValueError or ImportError for what is not there.
+    """
     name = name_of(source)
     if not is_text(name):
         raise ValueError("its name is not UTF-8 text: rename it")
@@ -167,11 +168,14 @@ class Embedder:
     ) -> tuple[pa.Table, list[Problem]]:
         """Rows (id, path, seconds, embedding) of utterances in their order, and the `Problem`s of those without."""
         block = Block()
+        unread: list[Problem] = []
         for item in batches_of([Task((0, 0), list(utterances), len(utterances))], self.extractor, batch_seconds):
             if isinstance(item, Batch):
                 for (_, row), *facts in item.rows(self(item)):
                     block.add(row, *facts)
-        return block.table(self), [*block.problems, *item.problems]
+            else:
+                unread = item.problems
+        return block.table(self), [*block.problems, *unread]
 
 
 @dataclass
@@ -243,7 +247,7 @@ Turns = dict[int, tuple[int, int]]  # of a shard: the first block, and the step 
 
 def whole(inputs: Inputs) -> Turns:
     """All blocks of all shards."""
-    return {number: (0, 1) for number in range(len(inputs.shards))}
+    return dict.fromkeys(range(len(inputs.shards)), (0, 1))
 
 
 def share(turns: Turns, sequential: Sequence[bool], taker: int, takers: int) -> Turns:
@@ -293,6 +297,7 @@ class Made:
 
     @classmethod
     def by(cls, embedder: Embedder) -> "Made":
+        """What an embedder makes embeddings with."""
         encoder = embedder.encoder
         return cls(encoder.name, encoder.adapter or "", encoder.fingerprint, str(embedder.dim), embedder.storage)
 
@@ -309,7 +314,7 @@ class Made:
                 )
 
 
-_PART = re.compile(r"part-([0-9a-f]{8})-(\d{5,})-(\d{6,})\.parquet")
+_PART = re.compile(r"part-[0-9a-f]{8}-\d{5,}-\d{6,}\.parquet")
 
 
 @dataclass
@@ -334,7 +339,7 @@ class Parts:
         folder.mkdir(parents=True, exist_ok=True)
         parts = cls(folder, made, plan)
         for file in part_files(folder):
-            found_plan, shard, block = _PART.fullmatch(file.name).groups()
+            found_plan, shard, block = file.stem.split("-")[1:]
             metadata = _metadata(file)
             made.refuse_others(file, metadata)
             if found_plan == plan:
@@ -353,6 +358,7 @@ class Parts:
         return bool(blocks) and self.done[shard, blocks[-1]] < size and blocks == list(range(len(blocks)))
 
     def file(self, key: Key) -> Path:
+        """The file of a block, whether or not it is there."""
         return self.folder / f"part-{self.plan}-{key[0]:05d}-{key[1]:06d}.parquet"
 
     def problems(self, turns: Turns) -> dict[Key, list[Problem]]:
@@ -590,7 +596,8 @@ def embed_to_file(
 
 def _embed(embedder: Embedder, work: Work, bar: tqdm) -> int:
     """Writes a part for every block of the work; how many utterances were embedded."""
-    model, embedded, blocks = embedder.encoder.model, 0, defaultdict(Block)
+    model, embedded = embedder.encoder.model, 0
+    blocks: defaultdict[Key, Block] = defaultdict(Block)
     training = model.training
     model.eval()
     try:

@@ -48,10 +48,15 @@ class Utterance:
 
 
 class Shard(Protocol):
-    """A part of the inputs. sequential: reaching a block means reading what is before it."""
+    """A part of the inputs."""
 
-    name: str
-    sequential: bool
+    @property
+    def name(self) -> str:
+        """What messages and `Inputs.digest` call it."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether reaching a block means reading what is before it."""
 
     def known_ids(self) -> pa.ChunkedArray | None:
         """The ids of all its utterances, None where only reading the audio would tell."""
@@ -82,9 +87,11 @@ class Listing:
         return cls(pa.chunked_array(ids, pa.large_string()), pa.chunked_array(paths, pa.large_binary()))
 
     def known_ids(self) -> pa.ChunkedArray:
+        """The ids of all files."""
         return self.ids
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
+        """The wanted blocks, each reached at once. The last has what is left over, never nothing."""
         for block in filter(wanted, range(-(-len(self.ids) // size))):
             ids, paths = (column.slice(block * size, size).to_pylist() for column in (self.ids, self.paths))
             yield block, [Utterance(name, os.fsdecode(path)) for name, path in zip(ids, paths, strict=True)]
@@ -197,12 +204,17 @@ class Archive:
 
     @property
     def name(self) -> str:
+        """The path or URL of the archive."""
         return self.url
 
     def known_ids(self) -> None:
         """The names are between the audio."""
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
+        """The wanted blocks, with the audio of their utterances as `Encoded`; an AudioWarning counts other entries.
+
+        Raises ValueError for an archive that cannot be read, or that holds a name twice.
+        """
         stem, seen, left_out = self.url.rsplit("/", 1)[-1], set(), LeftOut()
 
         def audio(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -228,7 +240,8 @@ class Archive:
 
                 def extracted(named: tuple[str, tarfile.TarInfo]) -> Utterance:
                     name, entry = named
-                    return Utterance(name, Encoded(entry.name, archive.extractfile(entry).read()))
+                    content = archive.extractfile(entry)
+                    return Utterance(name, Encoded(entry.name, content.read()))  # type: ignore[union-attr]  # of a file
 
                 yield from in_blocks(audio(archive), extracted, size, wanted)
         except (tarfile.TarError, EOFError) as error:  # EOFError: of a compressed one that was cut off
@@ -270,12 +283,15 @@ class Table:
 
     @property
     def name(self) -> str:
+        """The source, and the file's number from 1 on."""
         return f"{self.source}, file {self.number + 1} of {self.count}"
 
     def known_ids(self) -> pa.ChunkedArray | None:
+        """The column of paths where there is one that can be read without the audio."""
         return self.ids
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Utterance]]]:
+        """The wanted blocks of the file's rows; the rows of other blocks are read, and dropped."""
         # `iter` reads all of the one file also in a DataLoader's worker, where `__iter__` would share it out again.
         block, rows = -1, size
         for block, table in enumerate(self.data.shard(self.count, self.number).iter(size)):
@@ -299,7 +315,7 @@ class Table:
 def _tables(source: str, split: str | None, columns: dict[str, str] | None) -> list[Table]:
     """The files of parquet data, of a Hub data set, or of one saved by `Dataset.save_to_disk`."""
     saved = _saved(source, split) if _is_saved(source) else None
-    if saved is None and split is not None and dataset_arguments(source).get("path") == source:
+    if saved is None and split is not None and (dataset_arguments(source) or {}).get("path") == source:
         source = f"{source}:{split}"
     data = open_stream(source) if saved is None else saved
     # Speakers play no part here, but `find` wants a column for them: any.
@@ -353,7 +369,9 @@ class Inputs:
         split: str | None = None,
         columns: dict[str, str] | None = None,
     ) -> "Inputs":
-        """sources, each one of
+        """What there is to embed in `sources`, in their order.
+
+        Each source is one of
 
         - a file, a folder of audio at any depth, or a manifest (`read_manifest`, paths relative to `folder`);
         - a tar archive, a folder of them, or a pattern with `*`, also in a store that fsspec knows ("s3://...");
@@ -365,12 +383,12 @@ class Inputs:
         """
         files: list[Iterable[tuple[str, str]]] = []
         shards: list[Shard] = []
-        missing = [str(source) for source in sources if not _may_be_there(os.fspath(source))]
-        if missing:
-            raise FileNotFoundError(f"{len(missing)} of {len(sources)} paths are not there: {', '.join(missing[:5])}")
-        for source in map(os.fspath, sources):
+        paths = [os.fspath(source) for source in sources]
+        if missing := [path for path in paths if not _may_be_there(path)]:
+            raise FileNotFoundError(f"{len(missing)} of {len(paths)} paths are not there: {', '.join(missing[:5])}")
+        for source in paths:
             archives = _archives(source)
-            shards += map(Archive, archives)
+            shards += [Archive(url) for url in archives]
             if archives and not os.path.isdir(source):
                 continue
             if os.path.isfile(source) and Path(source).suffix.lower() in MANIFESTS:
@@ -390,8 +408,13 @@ class Inputs:
     @cached_property
     def rows(self) -> int | None:
         """Utterances, where all are known."""
-        known = [shard.known_ids() for shard in self.shards]
-        return None if any(ids is None for ids in known) else sum(map(len, known))
+        rows = 0
+        for shard in self.shards:
+            ids = shard.known_ids()
+            if ids is None:
+                return None
+            rows += len(ids)
+        return rows
 
     @cached_property
     def digest(self) -> str:
@@ -441,5 +464,5 @@ def _archives(source: str) -> list[str]:
         return found if "://" in source else [url.removeprefix("file://") for url in found]
     if not os.path.isdir(source):
         return []
-    found = (name for name in os.listdir(source) if name.endswith(ARCHIVES) and not is_hidden(name))
-    return sorted(os.path.join(source, name) for name in found)
+    inside = (name for name in os.listdir(source) if name.endswith(ARCHIVES) and not is_hidden(name))
+    return sorted(os.path.join(source, name) for name in inside)

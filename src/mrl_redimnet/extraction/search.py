@@ -11,7 +11,7 @@ import json
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -294,16 +294,20 @@ class Float32Shortlist:
         self.mean, self._index = mean, faiss.IndexFlatIP(short)
 
     def add(self, prefixes: NDArray) -> None:
+        """Copies the prefixes into the index."""
         self._index.add(prefixes)
 
     def add_codes(self, codes: NDArray, count: int) -> None:
+        """Takes the bytes of `count` encoded prefixes; ValueError for another type or shape."""
         self._index.add_sa_codes(_checked_codes(codes, count, self._index.sa_code_size()))
 
     def nearest(self, prefixes: NDArray, count: int) -> NDArray:
+        """Rows [Q, count] of the prefixes with the largest inner products, the largest first."""
         return self._index.search(prefixes, count)[1]
 
     @property
     def codes(self) -> NDArray:
+        """[N, bytes] uint8, the index's own memory."""
         return _view(self._index.codes, self._index.ntotal)
 
 
@@ -316,9 +320,11 @@ class Int8Shortlist(Float32Shortlist):
         self._index = faiss.IndexScalarQuantizer(short, kind, faiss.METRIC_INNER_PRODUCT)
 
     def add(self, prefixes: NDArray) -> None:
+        """Rounds the prefixes to 127ths."""
         self._index.add(np.rint(127 * prefixes))
 
     def nearest(self, prefixes: NDArray, count: int) -> NDArray:
+        """As `Float32Shortlist.nearest`, with the query in 127ths, too."""
         # Rounded here: for some widths (multiples of 32 with AVX-512) Faiss cuts the fractions of a query off, which
         # leaves nothing of a unit vector; for others it does not.
         return self._index.search(np.rint(127 * prefixes), count)[1]
@@ -338,16 +344,20 @@ class BinaryShortlist:
         self._basis = (basis * np.sign(np.diag(triangle))).astype(np.float32)  # this sign makes it unique
 
     def add(self, prefixes: NDArray) -> None:
+        """Keeps the signs of the prefixes."""
         self._index.add(self.signs(prefixes))
 
     def add_codes(self, codes: NDArray, count: int) -> None:
+        """Takes the signs of `count` prefixes; ValueError for another type or shape."""
         self._index.add(_checked_codes(codes, count, self._index.code_size))
 
     def nearest(self, prefixes: NDArray, count: int) -> NDArray:
+        """Rows [Q, count] of the prefixes with the fewest signs that differ, the fewest first."""
         return self._index.search(self.signs(prefixes), count)[1]
 
     @property
     def codes(self) -> NDArray:
+        """[N, short / 8] uint8, the index's own memory."""
         return _view(self._index.xb, self._index.ntotal)
 
     def signs(self, prefixes: NDArray) -> NDArray:
@@ -355,7 +365,7 @@ class BinaryShortlist:
         return np.packbits((prefixes - self.mean.astype(np.float32)) @ self._basis > 0, axis=1)
 
 
-def _view(codes, count: int) -> NDArray:
+def _view(codes: Any, count: int) -> NDArray:
     """A Faiss index's codes [count, bytes] uint8 where they lie: for use while the index lives."""
     return faiss.rev_swig_ptr(codes.data(), codes.size()).reshape(count, -1)
 
@@ -399,8 +409,8 @@ def _checked_names(names: Sequence[str], count: int) -> list[str]:
     if len(names) != count or not names:
         raise ValueError(f"names: got {len(names)} for {count} embeddings, expected one each and at least one.")
     if len(set(names)) != len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
+        first = {name: row for row, name in reversed([*enumerate(names)])}
+        twice = next(name for row, name in enumerate(names) if row > first[name])
         raise ValueError(
             f"names: {len(names) - len(set(names))} come again, first {twice!r}. Average a speaker's embeddings "
             "before (`mrl_redimnet.scoring.scorers.speaker_means`)."

@@ -10,7 +10,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -354,7 +354,7 @@ class Thresholds:
             )
         return entry
 
-    def _missing(self, *key) -> ValueError:
+    def _missing(self, *key: Any) -> ValueError:
         there = "; ".join(map(str, self.entries)) or "none at all"
         return ValueError(
             f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one"
@@ -415,13 +415,13 @@ def _logistic(columns: NDArray, targets: NDArray, prior: float) -> tuple[float, 
     ridge = np.full(features.shape[1], RIDGE)
     ridge[0] = 0.0
 
-    def loss(solution):
+    def loss(solution: NDArray) -> tuple[float, NDArray]:
         margins = signs * (features @ solution + logit(prior))
         wrong = expit(-margins)
         value = weights @ np.logaddexp(0.0, -margins) + ridge @ solution**2 / 2
         return value, ridge * solution - features.T @ (weights * signs * wrong)
 
-    def curvature(solution):
+    def curvature(solution: NDArray) -> NDArray:
         chance = expit(features @ solution + logit(prior))
         return (features.T * (weights * chance * (1 - chance))) @ features + np.diag(ridge)
 

@@ -32,6 +32,7 @@ class Kind:
 
     @property
     def needs_cohort(self) -> bool:
+        """Whether scores of this kind depend on embeddings of other speakers."""
         return self.centre or self.normalise
 
 

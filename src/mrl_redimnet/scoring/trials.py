@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import escape
@@ -468,7 +468,7 @@ def _rows(names: list[str], distinct: list[str]) -> NDArray:
     return np.fromiter(map(row_of.__getitem__, names), np.int64, len(names))
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

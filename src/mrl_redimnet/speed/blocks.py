@@ -32,9 +32,13 @@ def along_channels(layer: Callable, x: torch.Tensor, mask: torch.Tensor | None) 
     return layer(x)
 
 
-def convolve_then_normalise(convolve: Callable, convs: list[nn.Module], norm: BatchNorm, x, mask):
-    """convolve(conv, x, mask) of each conv, side by side -> y, and what makes y the normalised one: `norm`'s normaliser
-    of y; or nothing more, where `norm` does not learn and is folded into the kernel, which saves a pass over memory.
+def convolve_then_normalise(
+    convolve: Callable, convs: list[nn.Module], norm: BatchNorm, x: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """convolve(conv, x, mask) of each conv, side by side -> y, and what makes y the normalised one.
+
+    That is `norm`'s normaliser of y; or a function that changes nothing, where `norm` does not learn and is folded into
+    the kernel, which saves a pass over memory.
 
     Anything but a plain convolution or linear layer (an adapter's) has more to it than a kernel, and is called as it
     is.
@@ -49,7 +53,7 @@ def convolve_then_normalise(convolve: Callable, convs: list[nn.Module], norm: Ba
     kernel = (conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))).to(conv.weight.dtype)
     bias = (shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)).to(conv.weight.dtype)
 
-    def folded(x):
+    def folded(x: torch.Tensor) -> torch.Tensor:
         if isinstance(conv, nn.Linear):
             return linear(x, kernel, bias)
         return F.conv2d(x, kernel, bias, padding=conv.padding, groups=conv.groups)
@@ -66,7 +70,8 @@ def activated_linear(layer: Callable, act: Callable, y: torch.Tensor, normalise:
 
 def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x + y for a y that nothing else needs: in its memory, unless a backward pass will come or the sum is of a wider
-    type than y (autocast on CUDA gives norms in float32)."""
+    type than y (autocast on CUDA gives norms in float32).
+    """
     return x + y if y.requires_grad or torch.promote_types(x.dtype, y.dtype) != y.dtype else y.add_(x)
 
 
@@ -78,7 +83,8 @@ def rectified(y: torch.Tensor) -> torch.Tensor:
 class FastConvNeXtBlock2d(ConvNeXtBlock2d):
     """The norm is folded into the convolution, or computed again in the backward pass."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `ConvNeXtBlock2d.forward`; what follows the norm is an `activated_linear`."""
         convs = [self.conv, *self.other_convs]
         y, normalise = convolve_then_normalise(conv_image, convs, self.norm, x, mask)
         return residual(x, activated_linear(self.pointwise, self.act, y, normalise))
@@ -87,7 +93,8 @@ class FastConvNeXtBlock2d(ConvNeXtBlock2d):
 class FastResNetBlock2d(ResNetBlock2d):
     """What the convolutions see is computed again in the backward pass; the second norm is folded."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `ResNetBlock2d.forward`; sums and rectifiers are in place where no backward pass will come."""
         y = conv_image(self.conv1, x, mask)
         y = rectified(recomputed(self.pointwise1, y, lambda: conv_image(self.conv1, x, mask)))
         normalise = self.norm1.normaliser(y, mask)
@@ -103,7 +110,8 @@ class FastResNetBlock2d(ResNetBlock2d):
 class FastSqueeze2d(Squeeze2d):
     """As `FastConvNeXtBlock2d`."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `Squeeze2d.forward`; what follows the norm is an `activated_linear`."""
         y, normalise = convolve_then_normalise(conv_image, [self.conv], self.norm, x, mask)
         return activated_linear(self.pointwise, F.gelu, y, normalise)
 
@@ -111,7 +119,8 @@ class FastSqueeze2d(Squeeze2d):
 class FastLinearSqueeze2d(LinearSqueeze2d):
     """The norm is folded into the layer."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `LinearSqueeze2d.forward`, in one pass over memory where the norm does not learn."""
         y, normalise = convolve_then_normalise(along_channels, [self.pointwise], self.norm, x, mask)
         return normalise(y)
 
@@ -119,7 +128,8 @@ class FastLinearSqueeze2d(LinearSqueeze2d):
 class FastConvNeXtBlock1d(ConvNeXtBlock1d):
     """As `FastConvNeXtBlock2d`."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `ConvNeXtBlock1d.forward`; what follows the norm is an `activated_linear`."""
         y, normalise = convolve_then_normalise(conv_time, list(self.convs), self.norm, x, mask)
         return residual(x, activated_linear(self.pointwise, F.gelu, y, normalise))
 
@@ -127,18 +137,22 @@ class FastConvNeXtBlock1d(ConvNeXtBlock1d):
 class FastConvPosition(ConvPosition):
     """The sum is in place."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `ConvPosition.forward`; the sum takes no memory of its own where no backward pass will come."""
         return residual(x, self.norm(conv_time(self.conv, x, mask)))
 
 
 class FastTransformerLayer(TransformerLayer):
     """Heads have sizes that fused kernels take."""
 
-    def attend(self, q, k, v, keys):
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        """As `TransformerLayer.attend`, by `attention`."""
         return attention(q, k, v, keys)
 
 
-def attention(q, k, v, keys: torch.Tensor | None, multiple: int | None = None) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None, multiple: int | None = None
+) -> torch.Tensor:
     """Softmax attention of q, k, v [B, heads, frames, size]; keys [B, 1, 1, frames] true where a key counts, or None.
 
     Heads are widened by zeros to a multiple of so many channels, which changes no product. By default they are on
@@ -156,7 +170,8 @@ def attention(q, k, v, keys: torch.Tensor | None, multiple: int | None = None) -
 class FastTimeContext(TimeContext):
     """The sum is in place."""
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As `TimeContext.forward`; the sum takes no memory of its own where no backward pass will come."""
         y = self.norm(self.reduce(x))
         for layer in self.layers:
             y = layer(y, mask)
@@ -166,7 +181,8 @@ class FastTimeContext(TimeContext):
 class FastStage(Stage):
     """Nothing is computed again where gradient checkpointing does so already."""
 
-    def forward(self, maps, mask):
+    def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """As `Stage.forward`; gradient checkpointing turns `recomputing` off."""
         with recomputing(not (self.gradient_checkpointing and self.training)):
             return super().forward(maps, mask)
 

@@ -1,5 +1,8 @@
 """1x1 layers on CPUs as convolutions. torch gives float32 products to BLAS and convolutions to oneDNN, which was up to
-twice as fast where it was tried (AVX-512)."""
+twice as fast where it was tried (AVX-512).
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ class FastLinear(nn.Linear):
     """A linear layer over the last axis of x [B, frames, ..., C], which on CPUs runs as a 1x1 convolution."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, frames, ..., C] -> [B, frames, ..., outputs], by `linear`."""
         return linear(x, self.weight, self.bias)
 
 
@@ -35,10 +39,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 class _LinearByConvolution(torch.autograd.Function):
     """A linear layer of x [B, ..., C] by convolutions; the gradient of x is one by the transpose, which oneDNN computes
-    up to four times as fast as the backward pass of the convolution that it is."""
+    up to four times as fast as the backward pass of the convolution that it is.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         y = _convolve_rows(x, weight, bias)
         # Not as a view of the image: what calls this (PEFT's AdaLoRA) may write into it, as it may with nn.Linear's.
@@ -46,7 +51,7 @@ class _LinearByConvolution(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_weight = None

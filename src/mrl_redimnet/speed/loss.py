@@ -1,19 +1,30 @@
 """The loss of all Matryoshka prefixes in one pass over the classifier's rows, for training on CPUs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import NORM_FLOOR, MatryoshkaMarginClassifier, angular_gain, angular_margin, nearest_wrong
 from mrl_redimnet.speed.linear import runs_on_cpu
 
+# Of logits [R, K, N]: losses [R, K], their slopes by the logits, and the sums of their slopes by each bias [K] or None.
+Slopes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 CACHED_NUMBERS = 2**20  # of float32, a block of a matrix; half or twice as many take about as long
 
 
 class FusedClassifier(MatryoshkaMarginClassifier):
     """`MatryoshkaMarginClassifier` that computes all prefixes together where it trains on a CPU."""
 
-    def forward(self, embeddings, labels, margin=None, prefix_weights=None):
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        margin: float | None = None,
+        prefix_weights: list[float] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `MatryoshkaMarginClassifier.forward`, to rounding."""
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (embeddings, *self.parameters()))
         if not (trains and runs_on_cpu(embeddings)):
             return super().forward(embeddings, labels, margin, prefix_weights)
@@ -22,7 +33,7 @@ class FusedClassifier(MatryoshkaMarginClassifier):
         used = [k for k, share in enumerate(shares) if share > 0]
         bias = None if self.bias is None else torch.stack([self.bias[k] for k in used]).float()
 
-        def loss(logits, block: slice, bias):
+        def loss(logits: torch.Tensor, block: slice, bias: torch.Tensor | None) -> Slopes:
             own, gain = labels[block], self.gain(margin)
             slopes = SLOPES.get(self.config.loss, self._slopes_by_autograd)
             return _harder(
@@ -44,31 +55,49 @@ class FusedClassifier(MatryoshkaMarginClassifier):
             losses = whole
         return total, losses, logits
 
-    def _slopes_by_autograd(self, logits, labels, margin: float, scale: float, bias, config):
+    def _slopes_by_autograd(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        margin: float,
+        scale: float,
+        bias: torch.Tensor | None,
+        config: MRLReDimNetConfig,
+    ) -> Slopes:
         """Losses [R, K] of logits [R, K, N]; their slopes by the logits, and the sums of those by each bias [K]."""
 
-        def compute(logits, bias=None):
+        def compute(logits: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             rows = logits.flatten(0, 1)
             bias = None if bias is None else bias.repeat(len(logits))[:, None]
             own = labels.repeat_interleave(logits.shape[1])
             return self.loss.compute(rows, own, margin, scale, bias, config).view(logits.shape[:2])
 
         if bias is None:
-            return *_with_slope(compute, logits), None
-        return _with_slope(compute, logits, bias)
+            losses, slopes = _with_slope(compute, logits)
+            return losses, slopes, None
+        losses, slopes, bias_slopes = _with_slope(compute, logits, bias)
+        return losses, slopes, bias_slopes
 
 
 def _with_slope(curve: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """curve(*inputs), and the gradient of its sum by each input; nothing of it in any graph around."""
     with torch.enable_grad():
-        inputs = [value.detach().requires_grad_() for value in inputs]
-        output = curve(*inputs)
-        return output.detach(), *torch.autograd.grad(output.sum(), inputs)
+        leaves = [value.detach().requires_grad_() for value in inputs]
+        output = curve(*leaves)
+        return output.detach(), *torch.autograd.grad(output.sum(), leaves)
 
 
-def _harder(loss: Callable, logits, labels, count: int, margin: float, scale: float):
+def _harder(
+    loss: Callable[[torch.Tensor], Slopes],
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    count: int,
+    margin: float,
+    scale: float,
+) -> Slopes:
     """loss(logits) -> losses, slopes, bias slopes, of the logits as `harder_negatives` changes them; the slopes are by
-    those given."""
+    those given.
+    """
     nearest = nearest_wrong(logits, labels[:, None].expand(logits.shape[:2]), count)
     if nearest is None or margin == 0:
         return loss(logits)
@@ -77,7 +106,9 @@ def _harder(loss: Callable, logits, labels, count: int, margin: float, scale: fl
     return losses, slopes.scatter_(2, nearest, slopes.gather(2, nearest) * rise), bias_slopes
 
 
-def aam_slopes(logits, labels, margin: float, scale: float, bias: None, config):
+def aam_slopes(
+    logits: torch.Tensor, labels: torch.Tensor, margin: float, scale: float, bias: None, config: MRLReDimNetConfig
+) -> Slopes:
     """`aam_loss` of logits [R, K, N] with its slopes, by one exponential per logit; none is kept."""
     own, smoothing = labels[:, None, None].expand(-1, logits.shape[1], -1), config.label_smoothing
     plain = logits.gather(2, own)
@@ -112,12 +143,21 @@ class PrefixLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, embeddings, weight, bias, loss: Callable, dims, shares, scale: float, centers: int):
-        """embeddings [B, D], weight [rows, D], both float32, bias [K] or None; dims [K]; shares [K] of the prefixes;
+    def forward(
+        ctx: Any,
+        embeddings: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        loss: Callable[[torch.Tensor, slice, torch.Tensor | None], Slopes],
+        dims: list[int],
+        shares: list[float],
+        scale: float,
+        centers: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss [], prefix losses [K], and the longest prefix's logits [B, N]; only the first has gradients.
 
-        loss: (logits [R, K, N], which rows of the batch as a slice, bias) -> losses [R, K], their slopes by the logits,
-        a new tensor, and the sums of their slopes by each bias [K], or None.
-        Gives loss [], prefix losses [K], and the longest prefix's logits [B, N]; only the first has gradients.
+        embeddings [B, D], weight [rows, D], both float32, bias [K] or None; dims [K]; shares [K] of the prefixes. loss:
+        (logits [R, K, N], which rows of the batch as a slice, bias) -> `Slopes`, whose slopes are a new tensor.
         """
         x, e_norms, w_norms = scaled_cosines(embeddings, weight, dims, scale)
         batch, count, rows = x.shape
@@ -129,7 +169,7 @@ class PrefixLosses(torch.autograd.Function):
             nearest, center = (part, None) if centers == 1 else part.unflatten(2, (-1, centers)).max(3)
             logits[block] = nearest[:, -1]
             losses[block], slopes, bias_slope = loss(nearest, block, bias)
-            if centers > 1:
+            if center is not None:
                 spread = slopes.new_zeros(*slopes.shape, centers)
                 slopes = spread.scatter_(3, center[..., None], slopes[..., None]).flatten(2)
             if bias is not None:
@@ -138,30 +178,31 @@ class PrefixLosses(torch.autograd.Function):
             e_pull[block] = part.sum(2)
             w_pull += part.sum(0)
             torch.mul(slopes, e_norms[block, :, None], out=part)
-        shares = x.new_tensor(shares) / batch
-        e_pull = _sums_from_here(e_pull * shares * (e_norms / scale).square(), 1)
-        w_pull = _sums_from_here(w_pull * shares[:, None] * w_norms.square(), 0)
+        parts = x.new_tensor(shares) / batch
+        e_pull = _sums_from_here(e_pull * parts * (e_norms / scale).square(), 1)
+        w_pull = _sums_from_here(w_pull * parts[:, None] * w_norms.square(), 0)
         ctx.dims = dims
         ctx.set_materialize_grads(False)  # the logits' would be as large as they are
-        ctx.save_for_backward(embeddings, weight, x, w_norms * shares[:, None], e_pull, w_pull, bias_slopes * shares)
+        ctx.save_for_backward(embeddings, weight, x, w_norms * parts[:, None], e_pull, w_pull, bias_slopes * parts)
         prefix_losses = losses.mean(0)
         ctx.mark_non_differentiable(prefix_losses, logits)
-        return (losses @ shares).sum(), prefix_losses, logits
+        return (losses @ parts).sum(), prefix_losses, logits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, *_):
+    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+        """The gradients by embeddings, weight and bias, where they are needed."""
         embeddings, weight, slopes, w_norms, e_pull, w_pull, bias_slopes = ctx.saved_tensors
         needs_e, needs_w, needs_bias = ctx.needs_input_grad[:3]
         d_e, d_w = torch.zeros_like(embeddings), torch.empty_like(weight) if needs_w else None
-        if needs_w:
+        if d_w is not None:
             d_w[:, ctx.dims[-1] :] = 0.0
         scaled, w_pull = embeddings * gradient, w_pull * -gradient
         for block in _blocks(*weight.shape):
             h = weight.new_zeros(len(embeddings), len(weight[block]))
             for k, part in reversed(_segments(ctx.dims)):
                 h.addcmul_(slopes[:, k, block], w_norms[k, block])
-                if needs_w:
+                if d_w is not None:
                     start = torch.mul(weight[block, part], w_pull[k, block, None], out=d_w[block, part])
                     start.addmm_(h.T, scaled[:, part])
                 if needs_e:
@@ -171,11 +212,13 @@ class PrefixLosses(torch.autograd.Function):
         return d_e * gradient if needs_e else None, d_w, bias_slopes * gradient if needs_bias else None, *[None] * 5
 
 
-def scaled_cosines(embeddings: torch.Tensor, weight: torch.Tensor, dims: list[int], scale: float):
-    """embeddings [B, D], weight [rows, D] -> scale * cosines of every prefix [B, K, rows], and what makes these of dot
-    products: scale / the embeddings' norms [B, K], 1 / the rows' norms [K, rows].
+def scaled_cosines(
+    embeddings: torch.Tensor, weight: torch.Tensor, dims: list[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """embeddings [B, D], weight [rows, D] -> scale * cosines of every prefix [B, K, rows], and their factors.
 
-    A prefix's dot products and squared norms are those of the one before plus one segment's.
+    The factors make these of dot products: scale / the embeddings' norms [B, K], 1 / the rows' norms [K, rows]. A
+    prefix's dot products and squared norms are those of the one before plus one segment's.
     """
     e_norms = torch.stack([_squares(embeddings[:, part]) for _, part in _segments(dims)], 1)
     e_norms = e_norms.cumsum(1).add_(NORM_FLOOR**2).rsqrt_().mul_(scale)

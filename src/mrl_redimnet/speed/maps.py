@@ -11,9 +11,11 @@ class FastMapMix(MapMix):
     """`MapMix` in one pass over each map."""
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """As `MapMix.forward`, to the rounding of sums."""
         weights = self.logits.softmax(0)
         repeats = [later // earlier for earlier, later in itertools.pairwise(self.strides)] + [1]
-        mixed, split = None, ()
+        mixed: torch.Tensor | None = None
+        split: tuple[int, ...] = ()
         for x, weight, repeat in reversed(list(zip(maps, weights, repeats, strict=True))):
             split = (*split, repeat) if repeat > 1 else split
             x, weight = x.unflatten(1, (-1, *split)) if split else x, weight.to(x.dtype)
@@ -23,7 +25,7 @@ class FastMapMix(MapMix):
                 mixed = torch.addcmul(mixed.unsqueeze(-2), x, weight)
             else:
                 mixed.addcmul_(x, weight)  # in place: nothing needs the partial sums again
-        return mixed.flatten(1, -2)
+        return mixed.flatten(1, -2)  # type: ignore[union-attr]  # there is at least one map
 
 
 FAST = {MapMix: FastMapMix}

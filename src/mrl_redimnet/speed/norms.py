@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,15 @@ class FastBatchNorm(BatchNorm):
     synchronised = False
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As `BatchNorm.forward`, over the batch of all processes where `synchronised`."""
         return self.normaliser(x, mask)(x)
 
     def normaliser(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What normalises x [..., C]. Where it learns: by x's own statistics, which move the running ones once; to call
-        it again computes the same anew. mask, errors: as in `BatchNorm.forward`."""
+        """What normalises x [..., C].
+
+        Where it learns: by x's own statistics, which move the running ones once; to call it again computes the same
+        anew. mask, errors: as in `BatchNorm.forward`.
+        """
         if not self.learns:
             scale, shift = (part.to(self.weight.dtype) for part in self.scale_and_shift())
             return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)
@@ -40,18 +45,20 @@ class FastBatchNorm(BatchNorm):
             return self._normaliser_by_torch()
         return self.normaliser_by_operators(x, mask, joint)
 
-    def _normaliser_by_torch(self):
+    def _normaliser_by_torch(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """By torch's own batch norm: one operation forward, one backward."""
         moving = [(self.running_mean, self.running_var, self.next_momentum())]
 
-        def normalise(x):
+        def normalise(x: torch.Tensor) -> torch.Tensor:
             mean, variance, momentum = moving.pop() if moving else (None, None, 0.0)
             rows = x.reshape(-1, self.num_features)
             return F.batch_norm(rows, mean, variance, self.weight, self.bias, True, momentum, self.eps).reshape(x.shape)
 
         return normalise
 
-    def normaliser_by_operators(self, x, mask, joint: bool):
+    def normaliser_by_operators(
+        self, x: torch.Tensor, mask: torch.Tensor | None, joint: bool
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """By operators that autograd differentiates: with padding to leave out, or a batch in several processes."""
         mean, variance, count = self.batch_statistics(x, mask)
         if joint:
@@ -63,9 +70,13 @@ class FastBatchNorm(BatchNorm):
         shift = self.bias - mean * scale
         return lambda x: zero_padding(torch.addcmul(shift, zero_padding(x, mask), scale).to(x.dtype), mask)
 
-    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor | None):
-        """Over all valid places of x [B, ..., C]: mean [C], biased variance [C], count [1], in float32 at least; the
-        backward pass keeps x alone."""
+    def batch_statistics(
+        self, x: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Over all valid places of x [B, ..., C]: mean [C], biased variance [C], count [1], in float32 at least.
+
+        The backward pass keeps x alone.
+        """
         x = zero_padding(x, mask)
         wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
         places = x.numel() // x.shape[-1]
@@ -78,11 +89,14 @@ class FastBatchNorm(BatchNorm):
         squares = zero_padding(recomputed(torch.square, centre(), centre), mask)
         return mean, squares.sum(dims) / divisor, count
 
-    def _normaliser_on_cpu(self, x, mask, joint: bool):
+    def _normaliser_on_cpu(
+        self, x: torch.Tensor, mask: torch.Tensor | None, joint: bool
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """By kernels that are faster there and lose fewer digits: torch's own add up hundreds of thousands of rows one
-        by one, which costs four digits of the variance, and with them a training step of b0 takes a third longer."""
+        by one, which costs four digits of the variance, and with them a training step of b0 takes a third longer.
+        """
 
-        def valid(x):
+        def valid(x: torch.Tensor) -> torch.Tensor:
             return x if mask is None else x[mask[..., 0]][:, None]
 
         with torch.no_grad():
@@ -93,7 +107,7 @@ class FastBatchNorm(BatchNorm):
             self.move_statistics(mean, variance, count)
             slope = (variance + self.eps).rsqrt()
 
-        def normalise(x):
+        def normalise(x: torch.Tensor) -> torch.Tensor:
             y = _NormaliseByBatch.apply(valid(x), self.weight, self.bias, mean, slope, count, joint)
             if mask is None:
                 return y
@@ -114,13 +128,13 @@ class _SumOverProcesses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
@@ -128,12 +142,13 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def _columns(x: torch.Tensor, channels: int) -> torch.Tensor:
     """x [rows, ..., C] as a table of many columns [rows, ... * C], float32 or wider: torch's kernels add up each column
-    row by row, which over the rows of [rows * ..., C] costs digits, and time where C is no multiple of 16."""
+    row by row, which over the rows of [rows * ..., C] costs digits, and time where C is no multiple of 16.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.flatten(0, 1).flatten(1) if x.dim() == 4 else x.reshape(-1, channels)
 
 
-def _statistics_on_cpu(x: torch.Tensor, channels: int, joint: bool):
+def _statistics_on_cpu(x: torch.Tensor, channels: int, joint: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Over all but the last axis of x: mean [C], biased variance [C], count []; `joint`: of all processes."""
     table = _columns(x, channels)
     if len(table) == 0:  # this process's share of a joint batch
@@ -153,7 +168,9 @@ def _statistics_on_cpu(x: torch.Tensor, channels: int, joint: bool):
     return mean, variance, count[0]
 
 
-def _pooled(means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor):
+def _pooled(
+    means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean [C], biased variance [C] and count [1] of parts' [parts, C], [parts, C], [parts, 1] together."""
     count = counts.sum(0)
     mean = (means * counts).sum(0) / count.clamp(min=1)
@@ -169,7 +186,16 @@ class _NormaliseByBatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, slope, count, joint):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        slope: torch.Tensor,
+        count: torch.Tensor,
+        joint: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, mean, slope, count)
         ctx.joint = joint
         scale = slope * weight
@@ -177,7 +203,7 @@ class _NormaliseByBatch(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, slope, count = ctx.saved_tensors
         channels = len(weight)
         table, rows = _columns(x, channels), _columns(grad, channels)

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,12 +31,12 @@ def recomputed(function: Callable, x: torch.Tensor, again: Callable[[], torch.Te
     device = x.device.type
     autocast = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
 
-    def pack(kept):
+    def pack(kept: torch.Tensor) -> object:
         if kept.untyped_storage().data_ptr() != storage:
             return kept
         return kept.size(), kept.stride(), kept.storage_offset()
 
-    def unpack(kept):
+    def unpack(kept: Any) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
         with torch.no_grad(), torch.autocast(device, **autocast):  # the backward pass may come when autocast is over

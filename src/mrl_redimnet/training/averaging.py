@@ -39,7 +39,7 @@ class Ema:
     ValueError for a decay outside [0, 1), and where the model's tensors are no longer those averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}, expected a number from 0 to below 1, such as 0.999.")
         self.decay, self.updates = decay, 0
@@ -47,7 +47,7 @@ class Ema:
         self.reset(model)
 
     @torch.no_grad()
-    def update(self, model: nn.Module):
+    def update(self, model: nn.Module) -> None:
         """Takes in the model's tensors as they are after a step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = model.state_dict()
@@ -63,14 +63,15 @@ class Ema:
         get_ema_multi_avg_fn(decay)(averages, values, self.updates)
         self.updates += 1
 
-    def copy_to(self, model: nn.Module):
+    def copy_to(self, model: nn.Module) -> None:
         """Puts the averages into the model."""
         _copy(self.tensors, model, "the average")
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """`with ema.applied(model):` the model holds the averages; then the trained tensors again, bit for bit,
-        whatever happened in between."""
+        whatever happened in between.
+        """
         trained = {name: value.clone() for name, value in model.state_dict().items()}
         try:
             self.copy_to(model)
@@ -78,7 +79,7 @@ class Ema:
         finally:
             _copy(trained, model, "the trained weights")
 
-    def transform(self, model: nn.Module, change: Callable[[nn.Module], object]):
+    def transform(self, model: nn.Module, change: Callable[[nn.Module], object]) -> None:
         """Does to the averages what `change(model)`, which works in place, does to a model; the model stays as it is.
 
         For a linear map, such as a rotation of the basis, that is exact: the average of turned weights is the turned
@@ -89,7 +90,7 @@ class Ema:
             change(model)
             self._restart(model, self.tensors)
 
-    def reset(self, model: nn.Module, names: Iterable[str] | None = None):
+    def reset(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         """Restarts the averages of the named tensors from the model; None: of all, which may then be others.
 
         Restarting all restarts the rise of the decay, too. Raises ValueError for names the model does not have.
@@ -109,7 +110,7 @@ class Ema:
         """The averages and how many updates are in them. `decay` is the recipe's, not the state's."""
         return {"updates": self.updates, "tensors": self.tensors}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """Takes over a state, and with it what is averaged, on the devices that the tensors were on."""
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self.updates = int(state["updates"])
@@ -136,7 +137,7 @@ class LastWeights:
 
     NAME = re.compile(r"step-(\d{8})\.safetensors")
 
-    def __init__(self, folder: str | Path, keep: int):
+    def __init__(self, folder: str | Path, keep: int) -> None:
         if keep < 1:
             raise ValueError(f"keep: got {keep}, expected at least 1 evaluation point to average.")
         self.folder, self.keep = Path(folder), keep
@@ -147,13 +148,13 @@ class LastWeights:
         names = (self.NAME.fullmatch(path.name) for path in self.folder.glob("step-*.safetensors"))
         return sorted(int(name[1]) for name in names if name)
 
-    def begin(self, step: int):
+    def begin(self, step: int) -> None:
         """Drops what was written after `step`, from which a run is resumed (0: all, the run is new)."""
         self._drop(later for later in self.steps if step == 0 or later > step)
         for unfinished in self.folder.glob(".*.writing"):
             unfinished.unlink()
 
-    def add(self, step: int, model: nn.Module, resume_step: int):
+    def add(self, step: int, model: nn.Module, resume_step: int) -> None:
         """Writes the model's tensors, whole or not at all, then drops files that will not be needed again.
 
         resume_step: of the newest complete checkpoint, 0 without one. A run resumed there will average the last `keep`

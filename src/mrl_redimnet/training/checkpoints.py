@@ -29,7 +29,7 @@ class Progress:
     without_better: int = 0  # evaluations since
     ended: bool = False  # before the last step, for want of a better model
     problems: list = field(default_factory=list)  # of this process
-    crops: dict | None = None  # where this process's stream is
+    crops: Any = None  # where this process's stream is, as `state()` of the crops gave it
 
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
@@ -55,7 +55,7 @@ FREE_SETTINGS = {
 
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, progress: Progress, recipe: Recipe, steps: int, keep: int = 2
-):
+) -> None:
     """Writes `folder`/step-NNNNNNNN whole or not at all: into a temporary folder first, then renamed."""
     temporary, final = folder / f"writing-{progress.step:08d}", folder / f"step-{progress.step:08d}"
     if accelerator.is_main_process:
@@ -132,7 +132,7 @@ def _settings_before(stored: dict, recipe: Recipe, processes: int) -> dict[str, 
 def newest_step(folder: Path) -> int:
     """The step of the newest complete checkpoint below `folder`, 0 when there is none."""
     checkpoints = _checkpoints(folder)
-    return int(CHECKPOINT_NAME.fullmatch(checkpoints[-1].name)[1]) if checkpoints else 0
+    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:

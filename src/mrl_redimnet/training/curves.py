@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,10 +33,10 @@ KINDS = ("train", "evaluation")
 class Record:
     """The lines of `folder`/history.jsonl. Under several processes the main one writes."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.file = Path(folder) / HISTORY
 
-    def begin(self, step: int):
+    def begin(self, step: int) -> None:
         """Drops what was written after `step`, from which a run is resumed and writes it anew (0: all, it is new).
 
         So does it drop a last line that a kill cut short. The file is replaced whole or not at all.
@@ -46,7 +46,7 @@ class Record:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.file, text)
 
-    def add(self, step: int, kind: str, values: dict):
+    def add(self, step: int, kind: str, values: dict) -> None:
         """Appends a line. values: numbers (NaN and infinity become null), text, and dictionaries of them.
 
         Raises ValueError for another kind than "train" and "evaluation", and for values named "step" or "kind".
@@ -61,7 +61,8 @@ class Record:
 
     def lines(self, kind: str | None = None) -> list[dict]:
         """The lines of one kind, or of both, oldest first; none where nothing was recorded. A last line that was cut
-        short is left out. Raises ValueError for any other line that cannot be read."""
+        short is left out. Raises ValueError for any other line that cannot be read.
+        """
         if not self.file.is_file():
             return []
         texts = self.file.read_text(errors="replace").splitlines()  # a cut may fall within a letter
@@ -75,7 +76,7 @@ class Record:
         return [line for line in lines if kind in (None, line["kind"])]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """The value as JSON has it: keys are text, numbers of any library are Python's."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -97,7 +98,7 @@ RATES = {"loader_crops_per_s": "loader", "step_crops_per_s": "step", "crops_per_
 class Lines:
     """Recorded lines as curves."""
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record) -> None:
         self.train, self.evaluation = record.lines("train"), record.lines("evaluation")
         self.last = max((line["step"] for line in (*self.train, *self.evaluation)), default=0)
         sets = dict.fromkeys(line.get("set", "development") for line in self.evaluation)
@@ -156,7 +157,7 @@ def curve_of(lines: Iterable[dict], key: str, dim: int | None = None) -> tuple[n
     return steps, values
 
 
-def add_line(ax: "Axes", curve: tuple[np.ndarray, np.ndarray], **style) -> None:
+def add_line(ax: "Axes", curve: tuple[np.ndarray, np.ndarray], **style: Any) -> None:
     """Draws steps [N] and values [N] into a panel; few of them are marked."""
     marker = "o" if len(curve[0]) <= 20 else ""  # a lone point has no line
     ax.plot(*curve, marker=marker, markersize=3, **style)

@@ -28,10 +28,8 @@ class Teacher:
         model: str | Path,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ):
-        loaded = load_model(model)
-        encoder = getattr(loaded, loaded.base_model_prefix, loaded)
-        self.encoder = encoder.to(device).eval().requires_grad_(False)
+    ) -> None:
+        self.encoder = load_model(model).base_model.to(device).eval().requires_grad_(False)
         self.autocast = autocast
 
     @torch.no_grad()
@@ -83,7 +81,9 @@ def _prefix_cosines(embeddings: torch.Tensor, dims: Sequence[int]) -> Iterator[t
         start = end
 
 
-def _check(embeddings, teacher, dims, prefix_weights) -> list[float]:
+def _check(
+    embeddings: torch.Tensor, teacher: torch.Tensor, dims: Sequence[int], prefix_weights: Sequence[float] | None
+) -> list[float]:
     """The prefixes' weights, their sum 1, or ValueError."""
     if embeddings.dim() != 2 or teacher.dim() != 2 or len(embeddings) != len(teacher):
         raise ValueError(

@@ -226,7 +226,7 @@ def refusal(name: str, value: object, hint: Any) -> str:
     return f"{name}: got {value!r}, expected {expected_of(hint)}.{near(value, choices_of(hint))}"
 
 
-def check_value(name: str, value: object, hint: Any):
+def check_value(name: str, value: object, hint: Any) -> None:
     """Raises ValueError for a value that does not have the type that another class's field is declared with."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))

@@ -59,8 +59,9 @@ class ChanceGuard:
                 f"The first loss is {loss:.2f}, a fresh classifier's is {self.mean:.2f} +- {self.deviation:.2f}: "
                 "labels, scale or normalisation of the loss are not what they should be."
             )
+        return None
 
-    def check_progress(self, step: int, loss: float, margin_cost: float = 0.0):
+    def check_progress(self, step: int, loss: float, margin_cost: float = 0.0) -> None:
         """From the deadline on the loss must have left chance level, which a margin raises."""
         chance = self.mean + margin_cost
         if step >= self.deadline and not loss <= 0.95 * chance:  # nor is it NaN

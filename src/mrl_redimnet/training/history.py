@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers.utils import ModelOutput
 
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from mrl_redimnet.evaluation.results import format_table
 from mrl_redimnet.training.curves import Record, draw
 from mrl_redimnet.training.recipe import Recipe
 from mrl_redimnet.training.schedules import learning_rate_at, margin_at
-from mrl_redimnet.training.tasks import Attribute, Verification
+from mrl_redimnet.training.tasks import Task
 
 
 class History:
@@ -23,10 +25,10 @@ class History:
         recipe: Recipe,
         steps: int,
         accelerator: Accelerator,
-        task: Verification | Attribute,
-        config,
+        task: Task,
+        config: MRLReDimNetConfig,
         first_step: int,
-    ):
+    ) -> None:
         self.recipe, self.steps = recipe, steps
         self.accelerator, self.task, self.config = accelerator, task, config
         self.record = Record(recipe.run.output) if accelerator.is_main_process else None
@@ -53,14 +55,15 @@ class History:
 
     def rates(self) -> dict[str, float]:
         """Crops a second since the last log line, of all processes: altogether, of the loader alone (its workers side
-        by side) and of the step alone (without waiting for crops), and the ratio of the two."""
+        by side) and of the step alone (without waiting for crops), and the ratio of the two.
+        """
         crops, seconds = self.crops * self.accelerator.num_processes, time.perf_counter() - self.clock
         loader = crops / max(1e-9, self.made_in / max(1, self.recipe.data.workers))
         step = crops / max(1e-9, seconds - self.waited)
         rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
         return {**rates, "loader_to_step": loader / step}
 
-    def add(self, step: int, answer):
+    def add(self, step: int, answer: ModelOutput) -> None:
         """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
         self.bar.update()
         prefixes = answer.get("prefix_losses")
@@ -89,7 +92,7 @@ class History:
         self.pending = []
         self.check_finite()
 
-    def check_finite(self):
+    def check_finite(self) -> None:
         """Raises FloatingPointError when a loss since the last log line was no number."""
         losses = torch.stack([losses[0] for losses in self.pending]).tolist() if self.pending else []  # one device sync
         if not all(map(math.isfinite, losses if self.loss is None else [self.loss, *losses])):
@@ -98,7 +101,7 @@ class History:
                 "if it comes back at the same step, look at that batch's audio."
             )
 
-    def report(self, step: int, tables: dict):
+    def report(self, step: int, tables: dict) -> None:
         """Prints tables of development results, logs their scores and draws the curves."""
         scores = {f"score/{title}": self.task.score(rows) for title, rows in tables.items()}
         self.accelerator.log(scores, step=step)
@@ -109,6 +112,6 @@ class History:
             draw(self.recipe.run.output)
         self._restart_clock()
 
-    def close(self):
+    def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()

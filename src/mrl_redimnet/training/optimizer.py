@@ -16,7 +16,7 @@ TRAINED_PARTS = {
 TRUNK = ("redimnet.front_end.", "redimnet.trunk.")
 
 
-def freeze(model: nn.Module, recipe: Recipe, step: int, steps: int):
+def freeze(model: nn.Module, recipe: Recipe, step: int, steps: int) -> None:
     """Leaves trainable what the recipe trains at `step` of `steps`; frozen batch norms keep their statistics, too."""
     trunk_waits = step < int(recipe.schedule.trunk_frozen_until * steps)
     for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def part_of(name: str) -> str:
     return "trunk" if any(f".{inner}." in name for inner in ("front_end", "trunk")) else "head"
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError unless every trainable tensor is in exactly one group of the optimiser.
 
     A classifier left out of it stays random, and the loss at chance level, however long one trains.

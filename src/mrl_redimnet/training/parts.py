@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from mrl_redimnet.adapters import AdapterFacts, adapter_report
 from mrl_redimnet.adapters.publishing import save_adapter
-from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe
+from mrl_redimnet.adapters.strategies import STRATEGIES, AdapterPlan, Probe, Vanilla
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
@@ -65,11 +65,11 @@ class TrainedModel(Trained):
         """Where the trunk begins to be trained."""
         return {int(run.recipe.schedule.trunk_frozen_until * run.steps)}
 
-    def begin_phase(self, run: Run, step: int):
+    def begin_phase(self, run: Run, step: int) -> None:
         """Freezes what is not trained."""
         freeze(run.model, run.recipe, step, run.steps)
 
-    def save(self, run: Run, folder: Path):
+    def save(self, run: Run, folder: Path) -> None:
         """The whole model, with its classes."""
         save_model(run.model, folder, run.task.classes, name=run.output.name)
 
@@ -77,10 +77,12 @@ class TrainedModel(Trained):
 class TrainedAdapter(Trained):
     """An adapter on the encoder or, for an attribute, on the model with its head. facts: what its folder says."""
 
-    def __init__(self, facts: AdapterFacts):
-        self.facts, self.strategy = facts, None
+    strategy: Vanilla  # from `start` on
 
-    def start(self, run: Run, step: int, resumed: bool):
+    def __init__(self, facts: AdapterFacts) -> None:
+        self.facts = facts
+
+    def start(self, run: Run, step: int, resumed: bool) -> None:
         """Puts the adapter in, as it is at `step`."""
         recipe, known = run.recipe.adapter, run.output / "ranks.json"
         plan = AdapterPlan(
@@ -111,7 +113,7 @@ class TrainedAdapter(Trained):
         """Where ranks are cut."""
         return {self.strategy.plan.cut_step} if self.strategy.changes_ranks else set()
 
-    def begin_phase(self, run: Run, step: int):
+    def begin_phase(self, run: Run, step: int) -> None:
         """Cuts the ranks where it is time to."""
         if self.strategy.changes_ranks and step == self.strategy.plan.cut_step:
             run.accelerator.print(self.strategy.cut())
@@ -120,7 +122,7 @@ class TrainedAdapter(Trained):
         """The strategy's penalty."""
         return self.strategy.penalty()
 
-    def after_optimizer(self, run: Run, step: int, skipped: bool):
+    def after_optimizer(self, run: Run, step: int, skipped: bool) -> None:
         """Ranks may change."""
         self.strategy.after_step(step, skipped)
 
@@ -128,7 +130,7 @@ class TrainedAdapter(Trained):
         """Once ranks are what they will be."""
         return self.strategy.settled(step)
 
-    def save(self, run: Run, folder: Path):
+    def save(self, run: Run, folder: Path) -> None:
         """The adapter alone."""
         save_adapter(self.strategy, self.facts, folder)
 
@@ -150,11 +152,11 @@ def _probe_batches(run: Run) -> list[dict]:
 class SampledClassifier(Part):
     """A step uses a sample of the classifier's rows."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run) -> None:
         classifier = run.model.to(run.accelerator.device).classifier
         self.rows = SampledRows(classifier, run.recipe.loss.classifier_sample, run.recipe.run.seed)
 
-    def start(self, run: Run, step: int, resumed: bool):
+    def start(self, run: Run, step: int, resumed: bool) -> None:
         """All rows are in a checkpoint."""
         run.accelerator.register_for_checkpointing(self.rows)
 
@@ -162,7 +164,7 @@ class SampledClassifier(Part):
         """Puts the step's rows in, and gives their labels."""
         return self.rows.begin(labels, step, run.optimizer)
 
-    def after_optimizer(self, run: Run, step: int, skipped: bool):
+    def after_optimizer(self, run: Run, step: int, skipped: bool) -> None:
         """Takes the rows back."""
         self.rows.end(run.optimizer)
 
@@ -174,10 +176,9 @@ class SampledClassifier(Part):
 class Distillation(Part):
     """A teacher's embeddings of the batch, whose cosines every prefix is to have."""
 
-    def __init__(self):
-        self.teacher: Teacher | None = None
+    teacher: Teacher  # from `start` on
 
-    def start(self, run: Run, step: int, resumed: bool):
+    def start(self, run: Run, step: int, resumed: bool) -> None:
         """Loads the teacher."""
         self.teacher = Teacher(run.recipe.loss.teacher, run.accelerator.device, run.accelerator.autocast)
 
@@ -195,15 +196,14 @@ class Distillation(Part):
 class MovingAverage(Part):
     """An exponential moving average of the weights, which is evaluated and saved in the model's place."""
 
-    def __init__(self):
-        self.ema: Ema | None = None
+    ema: Ema  # from `start` on
 
-    def start(self, run: Run, step: int, resumed: bool):
+    def start(self, run: Run, step: int, resumed: bool) -> None:
         """Begins with the model's weights."""
         self.ema = Ema(run.model, run.recipe.optimizer.ema)
         run.accelerator.register_for_checkpointing(self.ema)
 
-    def after_optimizer(self, run: Run, step: int, skipped: bool):
+    def after_optimizer(self, run: Run, step: int, skipped: bool) -> None:
         """Takes in the new weights; there are none after a step that was left out."""
         if not skipped:
             self.ema.update(run.model)
@@ -216,20 +216,20 @@ class MovingAverage(Part):
 class CheckpointAverage(Part):
     """The weights at the last evaluations, whose mean is one of the models to choose from at the end."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run) -> None:
         self.weights = LastWeights(run.output / "last_weights", run.timing.averaged)
 
-    def go_on(self, run: Run, step: int):
+    def go_on(self, run: Run, step: int) -> None:
         """Drops later weights."""
         if run.accelerator.is_main_process:
             self.weights.begin(step)
 
-    def evaluated(self, run: Run, progress: Progress):
+    def evaluated(self, run: Run, progress: Progress) -> None:
         """Keeps the weights."""
         if run.accelerator.is_main_process:
             self.weights.add(progress.step, run.model, newest_step(run.checkpoints))
 
-    def mean_into(self, run: Run, model: torch.nn.Module, last_step: int):
+    def mean_into(self, run: Run, model: torch.nn.Module, last_step: int) -> None:
         """Puts the mean of the kept weights that share one basis into the model; last_step: of the run."""
         run.accelerator.wait_for_everyone()  # the main process writes its last weights
         turns = [step for step in rotations_of(run) if step < last_step]
@@ -245,10 +245,10 @@ def rotations_of(run: Run) -> set[int]:
 class Rotation(Part):
     """Rotates the embedding's basis to its principal axes before some steps."""
 
-    def __init__(self, steps: set[int]):
+    def __init__(self, steps: set[int]) -> None:
         self.steps = steps
 
-    def before_step(self, run: Run, step: int):
+    def before_step(self, run: Run, step: int) -> None:
         """Rotates the model and its average; the optimiser forgets the moments of the rotated tensors.
 
         SphereFace2's bias of each prefix stays: that of the full width is still right, and the others are soon learnt.
@@ -279,11 +279,11 @@ def training_embeddings(
 class Learning(Part):
     """Stops a run whose classifier is not set up right, or does not learn."""
 
-    def __init__(self, run: Run, fresh: bool):
+    def __init__(self, run: Run, fresh: bool) -> None:
         """fresh: the classifier has no rows of the model that the run starts from."""
         self.guard: ChanceGuard | None = ChanceGuard(*chance_at(0, run), deadline=run.timing.chance_until, fresh=fresh)
 
-    def after_step(self, run: Run, step: int, answer: ModelOutput, history: History):
+    def after_step(self, run: Run, step: int, answer: ModelOutput, history: History) -> None:
         """Looks at the first loss, and at the first one after the deadline."""
         if self.guard is None:
             return

@@ -52,7 +52,7 @@ RENAMED = {
 class _Loader(yaml.SafeLoader):
     """YAML in which a key that comes twice is an error: one of the two values would be lost."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)}: given twice", node.start_mark)
@@ -98,7 +98,9 @@ def read_recipe(file: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 
 def make_recipe(**settings: Any) -> Recipe:
-    """A recipe of the defaults and `settings`, by the last parts of their names: make_recipe(steps=10, rank=4).
+    """A recipe of the defaults and `settings`, which are called by the last parts of their names.
+
+        make_recipe(steps=10, rank=4)
 
     Raises ValueError as `read_recipe` does.
     """

@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, the reference of all settings, from their descriptions:
+"""Writes docs/recipe.md, the reference of all settings, from their descriptions.
 
 python -m mrl_redimnet.training.recipe_page docs/recipe.md
 """

@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from mrl_redimnet.training.tasks import Attribute, Verification
 
 
 @contextmanager
-def with_place_to_resume(run: Run, progress: Progress):
+def with_place_to_resume(run: Run, progress: Progress) -> Iterator[None]:
     """An error that ends the run says at its end what is left of it."""
     try:
         yield
@@ -49,7 +50,7 @@ def what_is_left(run: Run, progress: Progress) -> str:
     )
 
 
-def report_unreadable(run: Run, progress: Progress):
+def report_unreadable(run: Run, progress: Progress) -> None:
     """Lists the crops that could not be read so far; too large a share of them stops the run."""
     recipe = run.recipe
     if progress.problems:
@@ -58,7 +59,7 @@ def report_unreadable(run: Run, progress: Progress):
         print(check_problems(progress.problems, crops, recipe.data.max_unusable_ratio, listing))
 
 
-def final_report(run: Run, progress: Progress):
+def final_report(run: Run, progress: Progress) -> None:
     """Evaluates the best model beside what it came from, writes best/ and results.json, and prints the tables."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     systems, saved, scores = final_systems(run, progress)

@@ -21,13 +21,13 @@ from mrl_redimnet.training.history import History
 from mrl_redimnet.training.optimizer import build_optimizer
 from mrl_redimnet.training.recipe import Recipe
 from mrl_redimnet.training.schedules import Timing
-from mrl_redimnet.training.tasks import Attribute, Verification
+from mrl_redimnet.training.tasks import Task
 
 
 class Part:
     """A feature of a training run. Each hook does nothing by default."""
 
-    def start(self, run: "Run", step: int, resumed: bool):
+    def start(self, run: "Run", step: int, resumed: bool) -> None:
         """Before the optimiser is built: changes the model, registers state with the accelerator for checkpoints.
 
         step: the step that the run begins or goes on with, with the layers that a checkpoint of it has.
@@ -37,13 +37,13 @@ class Part:
         """The steps before which what is trained changes."""
         return set()
 
-    def begin_phase(self, run: "Run", step: int):
+    def begin_phase(self, run: "Run", step: int) -> None:
         """Sets what is trained from `step` on; a new optimiser follows."""
 
-    def go_on(self, run: "Run", step: int):
+    def go_on(self, run: "Run", step: int) -> None:
         """After the checkpoint of `step` was loaded (0: a new run): forgets what was recorded after it."""
 
-    def before_step(self, run: "Run", step: int):
+    def before_step(self, run: "Run", step: int) -> None:
         """Before the batches of a step are trained on."""
 
     def labels(self, run: "Run", labels: torch.Tensor, step: int) -> torch.Tensor:
@@ -54,13 +54,13 @@ class Part:
         """What is added to the model's own loss. inputs [B, T] on the device; options: those of the forward pass."""
         return 0.0
 
-    def after_optimizer(self, run: "Run", step: int, skipped: bool):
+    def after_optimizer(self, run: "Run", step: int, skipped: bool) -> None:
         """After the optimiser's step, with its gradients still there.
 
         skipped: in float16, the step was left out because gradients overflowed.
         """
 
-    def after_step(self, run: "Run", step: int, answer: ModelOutput, history: History):
+    def after_step(self, run: "Run", step: int, answer: ModelOutput, history: History) -> None:
         """After the losses of a step were recorded."""
 
     def evaluating(self, run: "Run") -> AbstractContextManager:
@@ -75,7 +75,7 @@ class Part:
         """Whether the model of a step may be taken for the best."""
         return True
 
-    def evaluated(self, run: "Run", progress: Progress):
+    def evaluated(self, run: "Run", progress: Progress) -> None:
         """After an evaluation, within its context."""
 
 
@@ -83,7 +83,7 @@ class Trained(Part, ABC):
     """The part that says what is trained: the model or a part of it, or an adapter on it."""
 
     @abstractmethod
-    def save(self, run: "Run", folder: Path):
+    def save(self, run: "Run", folder: Path) -> None:
         """Writes what is trained as it now is."""
 
 
@@ -99,13 +99,13 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    task: Verification | Attribute
+    task: Task
     crops: DrawnCrops | StreamedCrops
     model: torch.nn.Module
     timing: Timing
     parts: list[Part] = field(default_factory=list)
-    prepared: torch.nn.Module | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    prepared: torch.nn.Module = field(init=False, repr=False)  # these two exist from the first `begin_phase` on
+    optimizer: torch.optim.Optimizer = field(init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -131,7 +131,7 @@ class Run:
         device = self.accelerator.device
         return tensor.to(device, non_blocking=device.type == "cuda")
 
-    def begin_phase(self, step: int):
+    def begin_phase(self, step: int) -> None:
         """Sets what is trained from `step` on, with an optimiser of its own."""
         for part in self.parts:
             part.begin_phase(self, step)
@@ -148,10 +148,11 @@ class Run:
         """The context of all parts in which the model is evaluated."""
         return _together(part.evaluating(self) for part in self.parts)
 
-    def save(self, name: str):
+    def save(self, name: str) -> None:
         """Writes what is trained as it now is to `output`/`name`."""
+        trained = next(part for part in self.parts if isinstance(part, Trained))
         with _together(part.saving(self) for part in self.parts):
-            self.part(Trained).save(self, self.output / name)
+            trained.save(self, self.output / name)
 
 
 @contextmanager

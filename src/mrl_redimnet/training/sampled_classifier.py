@@ -12,6 +12,7 @@ needs the rows of the batch's own speakers; of the others a random sample gives 
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,7 +39,9 @@ class SampledRows:
     Raises ValueError for a sample that does not fit the classifier.
     """
 
-    def __init__(self, classifier: MatryoshkaMarginClassifier, sample: int, seed: int, device=None):
+    def __init__(
+        self, classifier: MatryoshkaMarginClassifier, sample: int, seed: int, device: torch.device | str | None = None
+    ) -> None:
         self.num_speakers, self.centers = classifier.num_speakers, classifier.config.sub_centers
         if not 1 <= sample <= self.num_speakers:
             raise ValueError(f"sample: got {sample}, expected 1 to the classifier's {self.num_speakers} speakers.")
@@ -86,7 +89,7 @@ class SampledRows:
         self.rows_in_use = rows
         return torch.searchsorted(torch.from_numpy(speakers).to(labels.device), labels)
 
-    def end(self, optimizer: torch.optim.Optimizer):
+    def end(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the rows and their state back after the optimiser's step (or after a step that was left out).
 
         Raises RuntimeError without a step begun, ValueError for an optimiser whose state is not kept row by row.
@@ -102,7 +105,7 @@ class SampledRows:
         self.rows_in_use = None
 
     @contextlib.contextmanager
-    def gathered(self):
+    def gathered(self) -> Iterator[None]:
         """All rows in the classifier, where they are kept, to be saved or looked at; within, nothing is trained.
 
         Raises RuntimeError within a step.
@@ -121,7 +124,7 @@ class SampledRows:
             raise RuntimeError("state_dict: a step has begun; call end(optimizer) first.")
         return {"seed": self.seed, "sample": self.sample, "weight": self.weight, "state": dict(self.state)}
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Goes on from `state_dict()`; the steps to come are the same to the last bit.
 
         Raises ValueError when it is of another sample, seed or classifier.

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.fields import Length
 from mrl_redimnet.training.recipe import Recipe
@@ -36,7 +37,7 @@ def rise(share: float, between: list[float]) -> float:
     return 1.0 if share >= end else 0.0 if share <= start else (share - start) / (end - start)
 
 
-def prefix_weights_at(step: int, recipe: Recipe, steps: int, config) -> list[float] | None:
+def prefix_weights_at(step: int, recipe: Recipe, steps: int, config: MRLReDimNetConfig) -> list[float] | None:
     """Weights of the prefixes' losses at a step, 0 for those left out; None: the configured ones, always.
 
     Progressive: a prefix joins at its ratio of the run in `prefix_starts`. Sampled: `prefixes_per_step` of those that

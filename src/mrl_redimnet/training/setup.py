@@ -37,7 +37,7 @@ from mrl_redimnet.training.reading import flat
 from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.schedules import Timing, augmentation_strength
-from mrl_redimnet.training.tasks import Attribute, Verification, base_speakers, make_task, training_domain
+from mrl_redimnet.training.tasks import Task, base_speakers, make_task, training_domain
 
 with extra("train"):
     import psutil
@@ -74,7 +74,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def refuse_lost_processes(accelerator: Accelerator):
+def refuse_lost_processes(accelerator: Accelerator) -> None:
     """`accelerate launch --num_processes 2` starts one process where there is no accelerator, and says nothing.
 
     Raises ValueError when this process was launched so.
@@ -124,7 +124,7 @@ def with_embedded_corpus(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     )
 
 
-def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Verification | Attribute:
+def prepare_task(recipe: Recipe, accelerator: Accelerator) -> Task:
     """Reads what training speech there is, the main process first, the others from its cache."""
     with accelerator.main_process_first():
         accelerator.print(f"Reading {recipe.data.train}: all of it once when it is new or changed, later from a cache.")
@@ -166,9 +166,7 @@ def crops_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
     return recipe.data.batch_size * recipe.optimizer.gradient_accumulation * accelerator.num_processes
 
 
-def build_crops(
-    recipe: Recipe, task: Verification | Attribute, accelerator: Accelerator, steps: int
-) -> DrawnCrops | StreamedCrops:
+def build_crops(recipe: Recipe, task: Task, accelerator: Accelerator, steps: int) -> DrawnCrops | StreamedCrops:
     """Training crops with the recipe's augmentations, then its domain."""
     data, kind = recipe.data, recipe.augmentation
     talkers = None if data.streaming else CorpusTalkers(task.corpus)
@@ -202,7 +200,7 @@ def build_crops(
     return DrawnCrops(dataset, loading)
 
 
-def check_fit(recipe: Recipe, config: MRLReDimNetConfig):
+def check_fit(recipe: Recipe, config: MRLReDimNetConfig) -> None:
     """Raises ValueError for settings that this model cannot meet."""
     wrong = [dim for dim in recipe.evaluation.report_dims if not 1 <= dim <= config.embedding_size]
     if wrong:
@@ -218,7 +216,7 @@ def check_fit(recipe: Recipe, config: MRLReDimNetConfig):
         raise ValueError(f"segment_ranks: {len(ranks)} ranks for the segments of {dims} dimensions.")
 
 
-def facts_of(recipe: Recipe, task: Verification | Attribute, model: torch.nn.Module) -> AdapterFacts | None:
+def facts_of(recipe: Recipe, task: Task, model: torch.nn.Module) -> AdapterFacts | None:
     """What the adapter's folder is to say; None when no adapter is trained."""
     if recipe.model.finetune != "adapter":
         return None
@@ -245,7 +243,7 @@ def make_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     return run
 
 
-def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
+def claim_output(recipe: Recipe, task: Task, resume: bool) -> None:
     """An earlier run's checkpoints are never overwritten, nor continued with other classes."""
     checkpoints = Path(recipe.run.output) / "checkpoints"
     earlier = checkpoints.exists() and any(checkpoints.iterdir())
@@ -274,14 +272,14 @@ def claim_output(recipe: Recipe, task: Verification | Attribute, resume: bool):
             table.save(file)
 
 
-def describe(run: Run):
+def describe(run: Run) -> None:
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
     saved_in = None if recipe.model.start in SIZES else MRLReDimNetConfig.from_pretrained(recipe.model.start).dtype
     if saved_in not in (None, torch.float32):
         accelerator.print(f"{recipe.model.start} is saved in {saved_in}; it is trained in float32.")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    classes = len(task.classes) if task.targets is None else max(1, len(task.labels))
+    classes = max(1, len(task.labels)) if task.classes is None else len(task.classes)
     accelerator.print(
         f"{recipe.model.start}: {sum(p.numel() for p in run.model.parameters()):,} parameters with the classifier of "
         f"{classes:,} classes, {trained:,} of them trained ({recipe.model.finetune}).\n"
@@ -300,7 +298,7 @@ def describe(run: Run):
         accelerator.print(adapter.report())
 
 
-def prepare_training(run: Run, resume: bool):
+def prepare_training(run: Run, resume: bool) -> None:
     """Freezes what stays, puts an adapter in, builds the optimiser, and says what is about to be trained."""
     resumed_at = newest_step(run.checkpoints) if resume else 0
     step = max(0, resumed_at - 1)  # where what is trained changes, the checkpoint is still of what was before

@@ -2,9 +2,12 @@
 
 import csv
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +16,13 @@ from datasets import Dataset
 from transformers.utils import cached_file
 
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from modeling_mrl_redimnet import (
+    MRLReDimNetForSequenceClassification,
+    MRLReDimNetForXVector,
+    MRLReDimNetPreTrainedModel,
+)
 from mrl_redimnet.audio.augmentation import FileTalkers, Sources, make_augmentations
-from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.domains import Domain, make_domain
 from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.audio.waveforms import into_domain
 from mrl_redimnet.data.corpus import (
@@ -40,7 +47,7 @@ from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 
-Rows = list[VerificationRow] | list[AttributeRow]
+M = TypeVar("M", bound=MRLReDimNetPreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class TrialTest:
 
     trials: Trials
     folder: Path
-    domain: object = None
+    domain: Domain | None = None
     group_of: dict[str, str] | None = None
 
     def __len__(self) -> int:
@@ -62,26 +69,101 @@ class TrialTest:
 @dataclass(frozen=True)
 class LabelledTest:
     """Labelled speech: rows of a corpus with their targets, the folder of their paths, and the domain their audio is
-    brought into."""
+    brought into.
+    """
 
     corpus: Dataset
     targets: np.ndarray
     folder: Path
-    domain: object = None
+    domain: Domain | None = None
 
     def __len__(self) -> int:
         return len(self.corpus)
 
 
-class Verification:
+Test = TypeVar("Test", TrialTest, LabelledTest)
+Row = TypeVar("Row", VerificationRow, AttributeRow)
+
+
+class Task(ABC, Generic[Test, Row]):
+    """What a run learns from its training speech, and how models are judged.
+
+    Attributes:
+        name: of the task, for cards.
+        adapter_task: PEFT's name for it, which an adapter's folder holds.
+        labels: the classes of an attribute; none where speakers or numbers are learnt.
+        targets: [utterances] what is learnt of each; None where it is the speaker.
+        classes: what the rows of the classifier stand for; None where the configuration has the labels.
+        corpus: the utterances that are trained on; utterances: how many; speakers: theirs; speech: both in words.
+        development: tests that are judged during the run, by title; the first one chooses the best model.
+        tests: those of the run's end, by name.
+        development_speakers: the speakers that are held out.
+        notes: sentences to be printed before the run, by what they are about.
+    """
+
+    name: str
+    adapter_task: str
+    labels: tuple[str, ...]
+    targets: np.ndarray | None
+    classes: SpeakerTable | None
+    corpus: Dataset | StreamContents
+    utterances: int
+    speakers: SpeakerTable
+    speech: str
+    development: dict[str, Test]
+    tests: dict[str, Test]
+    development_speakers: set[str]
+    notes: dict[str, str]
+
+    @abstractmethod
+    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetPreTrainedModel, bool]:
+        """The model to train, and whether it has a classifier of speakers that knows none of them yet."""
+
+    @staticmethod
+    @abstractmethod
+    def loss_options(step: int, steps: int, recipe: Recipe, config: MRLReDimNetConfig) -> dict:
+        """What the model's forward pass gets for its loss at a step of `steps`."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: MRLReDimNetPreTrainedModel,
+        test: Test,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[Row]:
+        """Results of one test.
+
+        dims: of the embeddings, where the task compares them (None: the model's). resamples: for intervals over
+        speakers, 0 for none. progress: title of a progress bar.
+        """
+
+    @abstractmethod
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: Test, resamples: int = 0) -> list[GroupRow]:
+        """Results of one test by group of speakers; none where there are no groups."""
+
+    @staticmethod
+    @abstractmethod
+    def score(rows: list[Row]) -> float:
+        """What models are chosen by, lower is better."""
+
+    @staticmethod
+    @abstractmethod
+    def curve(rows: list[Row]) -> dict:
+        """What the run's record keeps of an evaluation."""
+
+
+class Verification(Task[TrialTest, VerificationRow]):
     """Speakers are told apart by a margin classifier over every prefix; models are judged by the EER of trials."""
 
     name = "verification"
     adapter_task = "FEATURE_EXTRACTION"  # the classifier stays behind: adapters are the encoder's
-    labels: tuple[str, ...] = ()
-    targets = None  # what is learnt are the speakers
+    labels = ()
+    targets = None
+    classes: SpeakerTable
 
-    def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents):
+    def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents) -> None:
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
         base = base_speakers(recipe)
         if recipe.evaluation.dev_trials is not None:
@@ -119,7 +201,7 @@ class Verification:
         model, headless = start_model(MRLReDimNetForXVector, recipe)
         old = None if headless or not recipe.model.reuse_classifier else saved_speakers(recipe.model.start)
         carried = carry_classifier(model, old, self.classes)
-        if carried:
+        if old is not None and carried:
             self.notes["classifier"] = (
                 f"classifier: {carried:,} of its {len(self.classes):,} rows are taken over from {recipe.model.start}, "
                 f"whose speakers.json has {len(old):,} names, because names are the same. If they are those of other "
@@ -135,7 +217,14 @@ class Verification:
             "prefix_weights": prefix_weights_at(step, recipe, steps, config),
         }
 
-    def evaluate(self, model, test: TrialTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
+    def evaluate(
+        self,
+        model: MRLReDimNetPreTrainedModel,
+        test: TrialTest,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[VerificationRow]:
         """Error rates of one test at each of `dims`."""
         problems: dict[str, str] = {}
         rows = evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain, problems)
@@ -143,7 +232,7 @@ class Verification:
         self.unreadable.check(test, problems, len(test.trials.utterances), development)
         return rows
 
-    def by_group(self, model, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: TrialTest, resamples: int = 0) -> list[GroupRow]:
         """Error rates by group of speakers, at the whole embedding; none where the test has no groups."""
         if test.group_of is None:
             return []
@@ -156,22 +245,23 @@ class Verification:
         return error_rates(trials, scores, test.group_of, resamples, dim=dim)
 
     @staticmethod
-    def score(rows: Rows) -> float:
+    def score(rows: list[VerificationRow]) -> float:
         """What models are chosen by, lower is better: the mean EER over dimensions, all of which are to be good."""
         return sum(row.eer for row in rows) / len(rows)
 
     @staticmethod
-    def curve(rows: Rows) -> dict:
+    def curve(rows: list[VerificationRow]) -> dict:
         """What the run's record keeps of an evaluation."""
         return {"eer": {str(row.dim): row.eer for row in rows}}
 
 
-class Attribute:
+class Attribute(Task[LabelledTest, AttributeRow]):
     """Classes (or, where the labels are numbers, a value) from labelled speech; judged on speakers held out."""
 
     adapter_task = "SEQ_CLS"  # the head travels with the adapter
+    targets: np.ndarray
 
-    def __init__(self, recipe: Recipe, corpus: Dataset):
+    def __init__(self, recipe: Recipe, corpus: Dataset) -> None:
         """corpus: the usable training rows; the label file must know them all."""
         table = read_labels(recipe.data.label_file, recipe.data.label_column, recipe.data.label_key)
         found = {label_of(table, key, recipe) for key in corpus[recipe.data.label_key]}
@@ -221,7 +311,7 @@ class Attribute:
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForSequenceClassification, bool]:
         """The model to train; its head is fresh unless the start had one for the same labels."""
-        names = {"num_labels": max(1, len(self.labels))}
+        names: dict[str, Any] = {"num_labels": max(1, len(self.labels))}
         if self.labels:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, **names)
@@ -245,7 +335,14 @@ class Attribute:
         return {}
 
     @torch.no_grad()
-    def evaluate(self, model, test: LabelledTest, dims=None, resamples: int = 0, progress: str | None = None) -> Rows:
+    def evaluate(
+        self,
+        model: MRLReDimNetPreTrainedModel,
+        test: LabelledTest,
+        dims: Sequence[int] | None = None,
+        resamples: int = 0,
+        progress: str | None = None,
+    ) -> list[AttributeRow]:
         """Accuracy, or mean absolute error, of whole utterances; no `dims`: heads take the whole embedding."""
         files = [test.folder / path for path in test.corpus["path"]]
         prepare = into_domain(test.folder, test.domain)
@@ -262,17 +359,17 @@ class Attribute:
         targets, speakers = test.targets[read], np.array(test.corpus["speaker"])[read]
         return [attribute_row(answers, targets, speakers, bool(self.labels), resamples)]
 
-    def by_group(self, model, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
+    def by_group(self, model: MRLReDimNetPreTrainedModel, test: LabelledTest, resamples: int = 0) -> list[GroupRow]:
         """None: the groups are those of trials."""
         return []
 
     @staticmethod
-    def score(rows: Rows) -> float:
+    def score(rows: list[AttributeRow]) -> float:
         """What models are chosen by, lower is better: the share of errors, or the mean absolute error."""
         return 1 - rows[0].value if rows[0].metric == "accuracy" else rows[0].value
 
     @staticmethod
-    def curve(rows: Rows) -> dict:
+    def curve(rows: list[AttributeRow]) -> dict:
         """What the run's record keeps of an evaluation."""
         return {row.metric: row.value for row in rows}
 
@@ -280,11 +377,12 @@ class Attribute:
 class Unreadable:
     """Files of development and test speech that cannot be read: each is told once."""
 
-    def __init__(self, recipe: Recipe, utterances: int):
+    def __init__(self, recipe: Recipe, utterances: int) -> None:
         """utterances: of the training speech."""
-        self.most, self.utterances, self.told = recipe.data.max_unusable_ratio, utterances, set()
+        self.most, self.utterances = recipe.data.max_unusable_ratio, utterances
+        self.told: set[str] = set()
 
-    def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool):
+    def check(self, test: TrialTest | LabelledTest, problems: dict[str, str], files: int, development: bool) -> None:
         """problems: {path: message} of the `files` files of a test.
 
         Raises ValueError where development speech, which is judged early in the run, has more than the recipe's
@@ -308,12 +406,12 @@ def told(contents: StreamContents) -> str:
     return f"{contents.rows:,} utterances of {len(contents.speakers):,} speakers{hours}"
 
 
-def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Verification | Attribute:
+def make_task(recipe: Recipe, corpus: Dataset | StreamContents) -> Task:
     """The task a recipe describes."""
     return Verification(recipe, corpus) if recipe.data.label_column is None else Attribute(recipe, corpus)
 
 
-def check_files(recipe: Recipe):
+def check_files(recipe: Recipe) -> None:
     """Raises FileNotFoundError or ValueError for files and folders of the recipe that are not there, or not as said.
 
     To be called before any speech is read, which may take long.
@@ -348,7 +446,7 @@ def start_config(recipe: Recipe) -> MRLReDimNetConfig:
     return MRLReDimNetConfig.from_pretrained(recipe.model.start, **recipe.config_changes)
 
 
-def start_model(kind: type, recipe: Recipe, **config):
+def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
     """A model of `kind` from a size or a saved one, and whether its head is new; nothing else may be.
 
     In float32, whatever it is saved in: in bfloat16 most steps of an optimiser are too small to change a weight.
@@ -434,8 +532,9 @@ def hold_out(corpus: Dataset, recipe: Recipe, known: set[str] | None = None) -> 
             f"dev_speakers: {recipe.evaluation.dev_speakers} speakers are to be held out, but only {len(eligible)} of "
             f"{len(speakers)} have two utterances or more. Hold out fewer, or give dev_trials and dev_folder."
         )
-    rng, chosen = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed), []
-    is_known = np.array([speakers.name(label) in (known or ()) for label in eligible])
+    rng = Stream.DEVELOPMENT_SPEAKERS.generator(recipe.run.seed)
+    chosen: list[int] = []
+    is_known = np.array([speakers.name(int(label)) in (known or ()) for label in eligible])
     for some in (eligible[~is_known], eligible[is_known]):
         count = min(recipe.evaluation.dev_speakers - len(chosen), len(some))
         chosen += rng.choice(some, count, replace=False).tolist() if count else []
@@ -492,19 +591,19 @@ def carry_classifier(model: MRLReDimNetForXVector, old: SpeakerTable | None, new
     config.num_speakers = len(new)
     model.classifier = type(before)(config)
     shared = sorted(set(known) & set(new.names))
-    if not shared:
+    if old is None or not shared:
         return 0
     with torch.no_grad():
         rows_of = [
             weight.view(-1, config.sub_centers, weight.shape[1]) for weight in (before.weight, model.classifier.weight)
         ]
         rows_of[1][[new.id(name) for name in shared]] = rows_of[0][[old.id(name) for name in shared]].float()
-        if before.bias is not None:
+        if before.bias is not None and model.classifier.bias is not None:
             model.classifier.bias.copy_(before.bias)
     return len(shared)
 
 
-def training_domain(recipe: Recipe):
+def training_domain(recipe: Recipe) -> Domain:
     """The domain of the training crops; its noise is the recipe's."""
     options = dict(recipe.augmentation.domain_options)
     if recipe.augmentation.domain == "noisy":
@@ -512,7 +611,7 @@ def training_domain(recipe: Recipe):
     return make_domain(recipe.augmentation.domain, **options)
 
 
-def development_domains(recipe: Recipe) -> dict[str, object]:
+def development_domains(recipe: Recipe) -> dict[str, Domain | None]:
     """What development speech is judged in: the recipe's domain first, and beside it as it is."""
     if recipe.augmentation.domain == "clean":
         return {"development": None}
@@ -530,7 +629,7 @@ def trial_test(trials: Trials, test: EvaluationSet) -> TrialTest:
     return TrialTest(trials, Path(test.folder), test_domain(test), group_of)
 
 
-def test_domain(test: EvaluationSet):
+def test_domain(test: EvaluationSet) -> Domain | None:
     """The domain of a test's audio, None where it stays as it is."""
     return None if test.domain == "clean" else make_domain(test.domain, **test.domain_options)
 
