@@ -1,5 +1,6 @@
 """Settings: defaults, files over them, the command line over both, and errors that name what is wrong."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -402,7 +403,8 @@ def test_help_lists_every_setting(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(f"--{name} , --{name.rpartition('.')[2]} " in text for name in SETTINGS)
+    names = text.replace(" VALUE", "")  # Python 3.13 gives it once, behind the last name
+    assert all(re.search(rf"--{name}, --{name.rpartition('.')[2]}[,\n ]", names) for name in SETTINGS)
     assert "what it does" in text and "--resume" in text and "[0.002; a number of at least 0]" in text
 
 
