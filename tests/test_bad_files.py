@@ -120,6 +120,7 @@ def test_embed_goes_on_and_lists_every_bad_file_with_its_reason(model, tmp_path,
     assert f"{len(good)} utterances embedded" in printed.out and "11 could not be embedded" in printed.out
 
 
+@pytest.mark.slow
 def test_embed_by_a_process_of_its_own_writes_names_of_any_bytes(model, tmp_path):
     """With a worker, and a terminal that takes UTF-8 only."""
     write(tmp_path / "in" / LATIN)

@@ -230,6 +230,7 @@ def test_other_precisions_are_smaller_and_near_with_the_front_end_in_float32(tmp
     assert len(kernels) >= 5 and {*kernels} - {front_end[0].name} <= constants.keys()  # with the norms in them
 
 
+@pytest.mark.slow
 def test_numbers_too_large_for_a_precision_leave_no_file(tmp_path):
     model = tiny_model(MRLReDimNetConfig(**SMALLEST))
     model.trunk.stem.norm.weight.data *= 1e6

@@ -57,7 +57,9 @@ def train_step(cuda: FakeCuda, model: nn.Module, autocast: torch.dtype | None = 
 # Training
 
 
-@pytest.mark.parametrize(("size", "ceiling"), [("nano", 900), ("b0", 1950), ("redimnet2-nano", 1950)])
+@pytest.mark.parametrize(
+    ("size", "ceiling"), [("nano", 900), pytest.param("b0", 1950, marks=pytest.mark.slow), ("redimnet2-nano", 1950)]
+)
 def test_a_step_keeps_the_device_busy(size, ceiling):
     """ceiling: operations forward and backward, of which each is a kernel to launch, or nearly."""
     model = of_size(size)

@@ -431,8 +431,8 @@ def test_training_step_under_autocast(variant):
 
 @pytest.mark.parametrize(
     ("variant", "masked"),
-    [("convnext_convatt", False), ("convnext_convatt", True), ("redimnet2_dual", True)]
-    + [pytest.param("redimnet2_dual", False, marks=pytest.mark.slow)]
+    [("convnext_convatt", False), ("convnext_convatt", True)]
+    + [pytest.param("redimnet2_dual", masked, marks=pytest.mark.slow) for masked in (False, True)]
     + [pytest.param("redimnet2_ungrouped", masked, marks=pytest.mark.slow) for masked in (False, True)],
 )
 def test_trunk_compiles_as_one_graph(variant, masked):
@@ -446,7 +446,11 @@ def test_trunk_compiles_as_one_graph(variant, masked):
 
 @pytest.mark.parametrize(
     ("variant", "training", "masked"),
-    [("convnext_convatt", True, True), ("fwse_att", True, False), ("redimnet2_dual", False, True)],
+    [
+        pytest.param("convnext_convatt", True, True, marks=pytest.mark.slow),
+        ("fwse_att", True, False),
+        ("redimnet2_dual", False, True),
+    ],
 )
 def test_a_whole_model_compiles_as_one_graph_with_the_loss(variant, training, masked):
     torch.compiler.reset()  # it compiles the same code only so often

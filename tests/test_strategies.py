@@ -306,6 +306,7 @@ def test_dynamic_ranks_reach_their_budget_though_steps_are_left_out(overflows):
     assert 0 < sum(strategy.ranks().values()) <= 4 * layers
 
 
+@pytest.mark.slow
 def test_ranks_from_data_are_those_of_the_first_process(monkeypatch):
     """Elsewhere the same data may round to others."""
 

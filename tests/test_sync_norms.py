@@ -154,6 +154,7 @@ def both(tmp_path_factory) -> list[dict]:
 # What must come out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "saving"), MODELS)
 def test_two_processes_are_one_with_the_joined_batch(both, variant, saving):
     """Embeddings, statistics, and gradients averaged by DistributedDataParallel; saving: gradient checkpointing."""

@@ -556,6 +556,7 @@ def prepared(corpus) -> Path:
     return corpus.parent / "prepared"
 
 
+@pytest.mark.slow
 def test_parquet_is_trained_on_like_the_folder_it_was_made_of(train, prepared, tmp_path):
     folder = train(sampler="utterance").rename(tmp_path / "folder")
     parquet = train(sampler="utterance", train=prepared)
@@ -568,7 +569,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_was_stopped_goes_on_where_it_was(train, corpus, prepared, tmp_path, monkeypatch, workers):
     tests = {"dev_trials": corpus / "test/trials.txt", "dev_folder": corpus / "test/wav", "workers": workers}
     settings = dict(train=prepared, streaming=True, sampler="utterance", steps=4, checkpoint_every=1, **tests)
