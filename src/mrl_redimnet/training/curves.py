@@ -115,8 +115,8 @@ class Lines:
 def draw(folder: str | Path) -> bool:
     """Draws `folder`/history.jsonl as `folder`/curves.png, whole or not at all; returns whether there was anything.
 
-    Up to four panels over the steps: losses; EER per dimension and evaluated set; learning rate and margin; crops per
-    second. What was not recorded is left out.
+    Up to five panels over the steps: losses; the teacher's loss; EER per dimension and evaluated set; learning rate and
+    margin; crops per second. What was not recorded is left out.
     """
     lines = Lines(Record(folder))
     panels = [panel for panel, present in PANELS if present(lines)]
@@ -181,6 +181,12 @@ def _losses(ax: "Axes", lines: Lines):
     _legend(ax, ax.get_legend_handles_labels()[0])
 
 
+def _teacher(ax: "Axes", lines: Lines):
+    add_line(ax, curve_of(lines.train, "teacher_loss"), color="black", lw=1.6, label="training")
+    ax.set(title="Teacher's loss", ylabel="loss")
+    _legend(ax, ax.get_legend_handles_labels()[0])
+
+
 def _eers(ax: "Axes", lines: Lines):
     of_dims, of_sets, values = {}, {}, []
     for name, style in lines.styles.items():
@@ -233,6 +239,7 @@ def _rates(ax: "Axes", lines: Lines):
 # What draws a panel, and whether there is anything for it.
 PANELS: tuple[tuple[Callable[["Axes", Lines], None], Callable[[Lines], bool]], ...] = (
     (_losses, lambda lines: _has(lines.train, "loss", "prefix_losses") or _has(lines.evaluation, "validation_loss")),
+    (_teacher, lambda lines: _has(lines.train, "teacher_loss")),
     (_eers, lambda lines: _has(lines.evaluation, "eer")),
     (_schedule, lambda lines: _has(lines.train, "learning_rate", "margin")),
     (_rates, lambda lines: _has(lines.train, *RATES)),

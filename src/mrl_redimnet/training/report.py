@@ -118,13 +118,13 @@ def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, fl
         systems["base"] = task.build_model(recipe)[0].to(device).eval()
     if run.part(TrainedAdapter) is not None:
         model = task.build_model(recipe)[0].to(device).eval()
-        PeftModel.from_pretrained(model if isinstance(task, Attribute) else model.redimnet, folder)
+        PeftModel.from_pretrained(model if isinstance(task, Attribute) else model.base_model, folder)
         return {**systems, "adapter": model}, "adapter", {}
     trained = {"as trained": type(run.model).from_pretrained(folder).to(device)}
     if (average := run.part(CheckpointAverage)) is not None:
         trained["mean of the last"] = copy.deepcopy(trained["as trained"])
         average.mean_into(run, trained["mean of the last"], progress.step)
-    if isinstance(task, Verification) and recipe.model.finetune == "all":
+    if isinstance(task, Verification) and recipe.model.finetune == "all" and not recipe.basis_is_taught:
         for name, model in list(trained.items()):
             turned = "rotated" if name == "as trained" else f"{name}, rotated"
             trained[turned] = copy.deepcopy(model)
