@@ -163,7 +163,10 @@ def test_an_onnx_file_answers(tmp_path):
     torch.testing.assert_close(answer, expected)
 
 
-@pytest.mark.parametrize("options", [dict(shape=(1, "samples")), dict(shape=("batch", 16000)), dict(inputs=2)])
+OTHER_FORMS = [dict(shape=(1, "samples")), dict(shape=("batch", 16000)), dict(shape=("b", "c", "t")), dict(inputs=2)]
+
+
+@pytest.mark.parametrize("options", OTHER_FORMS)
 def test_an_onnx_file_of_another_form_is_refused(tmp_path, options):
     with pytest.raises(ValueError, match=r"t.onnx has the inputs wave tensor\(float\) .* export it with dynamic axes"):
         onnx_function(write_onnx(tmp_path / "t.onnx", **options))
@@ -285,6 +288,16 @@ def test_a_table_of_another_form_is_refused(rows, corpus, tmp_path, ids, values,
         read_table(file, rows, str(corpus / "train"), 1.0)
 
 
+def test_a_table_that_is_damaged_is_said(tmp_path):
+    (tmp_path / "t.parquet").write_text("no parquet file, but some text")
+    (tmp_path / "t.npz").write_bytes(b"PK\x03\x04 cut short")
+    np.savez(tmp_path / "other.npz", ids=np.array(["a", "b"]), embeddings=np.zeros((3, 4)))
+    np.savez(tmp_path / "older.npz", names=np.array(["a", "b"]), embeddings=np.zeros((2, 4)))
+    for name in ("t.parquet", "t.npz", "other.npz", "older.npz"):
+        with pytest.raises(ValueError, match=f"teacher: .*{name} is no"):
+            SOURCES["table"].check(str(tmp_path / name))
+
+
 def test_an_id_that_comes_twice_is_refused(rows, corpus, tmp_path):
     paths = rows["path"][:]
     file = as_parquet([*paths, paths[1]], [[1.0, 2.0]] * (len(rows) + 1), tmp_path / "t")
@@ -346,7 +359,8 @@ def test_without_labels_the_encoder_alone_is_trained_and_saved(train, corpus, fu
         assert not any("classifier" in tensor for tensor in weights(output, name))
     lines = Record(output).lines("train")
     assert len(lines) == 3 and all("teacher_loss" in line and "loss" not in line for line in lines)
-    assert "24 utterances of unknown speakers" in (output / "best" / "README.md").read_text()
+    card = " ".join((output / "best" / "README.md").read_text().split())
+    assert "of unknown speakers (0.0 h), without speaker labels and with the teacher `a_teacher:embed` (direct" in card
 
 
 def test_margin_and_teacher_are_weighted(train, table, tmp_path):

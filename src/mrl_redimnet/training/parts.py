@@ -26,7 +26,7 @@ from mrl_redimnet.training.run import Part, Run, Trained
 from mrl_redimnet.training.sampled_classifier import SampledRows
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 from mrl_redimnet.training.tasks import Attribute, Verification
-from mrl_redimnet.training.teachers import Listener, Table, load_teacher
+from mrl_redimnet.training.teachers import Listener, Table, load_teacher, source_of
 
 ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: training makes up for what is approximate
 PROBE_BATCHES = 8  # training batches that data-driven ranks and initialisations look at
@@ -189,11 +189,16 @@ class Distillation(Part):
 
     def start(self, run: Run, step: int, resumed: bool):
         """Loads the teacher; the axes of its space are computed once, and then are the checkpoint's."""
-        self.teacher = load_teacher(run)
+        self.teacher, loss = load_teacher(run), run.recipe.loss
+        run.accelerator.print(
+            f"Teacher: {loss.teacher} ({source_of(loss.teacher)}); its {loss.taught} has the weight "
+            f"{loss.teacher_weight:g}, the margin loss {loss.margin_weight:g}."
+        )
         if self.axes is None:
             return
         run.accelerator.register_for_checkpointing(self.axes)
         if not resumed:
+            run.accelerator.print("Computing the principal axes of the teacher's space.")
             self.axes.fit(self.teacher.sample(run) if run.accelerator.is_main_process else None)
 
     def loss(self, run: Run, batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor:

@@ -146,9 +146,14 @@ def training_sentence(run: Run, progress: Progress, saved: str) -> str:
     adapter, kind = recipe.adapter, recipe.augmentation
     whole = recipe.model.finetune != "adapter"
     what = "Trained" if whole else f"An adapter ({adapter.placement}, {adapter.strategy}) trained"
+    loss, taught = recipe.loss, ""
+    if loss.teacher is not None:
+        teacher = Path(loss.teacher).name if Path(loss.teacher).exists() else loss.teacher
+        labels = "with" if loss.margin_weight else "without"
+        taught = f", {labels} speaker labels and with the teacher `{teacher}` ({loss.taught})"
     domain = "" if kind.domain == "clean" else f", {1 - kind.clean_ratio:.0%} of them made {kind.domain},"
     return (
         f"{what} from {start} by `train_hf.py`: {progress.step} steps of {crops} crops of {length} s"
-        f"{domain} from {run.task.speech}. Step {progress.best_step} was best on the development speech."
+        f"{domain} from {run.task.speech}{taught}. Step {progress.best_step} was best on the development speech."
         + (f" Saved is: {saved}." if whole else "")
     )

@@ -11,7 +11,9 @@
 
 import importlib
 import math
+import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,10 +34,13 @@ from mrl_redimnet.saving import load_model
 from mrl_redimnet.settings import near
 from mrl_redimnet.streams import Stream
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # which in turn need to know what kinds of teachers there are
+    from mrl_redimnet.training.recipe import Recipe
     from mrl_redimnet.training.run import Run
 
-AXES_CROPS, AXES_ROWS = 2000, 20_000  # that the principal axes of a teacher's space are computed from
+# What the principal axes of a teacher's space are computed from: crops, how many of them for each utterance at most, or
+# rows of a table, which cost less.
+AXES_CROPS, AXES_CROPS_EACH, AXES_ROWS = 2000, 10, 20_000
 _ID_NAMES = ("id", "utterance_id", "utt_id", "utterance", "utt", "key", "path", "file", "file_name")
 _EMBEDDING_NAMES = ("embedding", "embeddings", "emb", "vector", "xvector", "feature", "features")
 _ROWS = 10_000  # of a table that are read at a time
@@ -79,8 +84,10 @@ class Listener:
         return Answer(embeddings)
 
     def sample(self, run: "Run") -> np.ndarray:
-        """Embeddings [N, E] of some 2,000 training crops, none of which is trained on."""
-        batches = run.crops.probe(math.ceil(AXES_CROPS / run.recipe.data.batch_size))
+        """Embeddings [N, E] of some 2,000 training crops, none of which is trained on; of fewer where utterances are
+        few."""
+        crops = min(AXES_CROPS, AXES_CROPS_EACH * run.task.utterances)
+        batches = run.crops.probe(math.ceil(crops / run.recipe.data.batch_size))
         return np.concatenate([self(run.batch_on_device(batch)).embeddings.cpu().numpy() for batch in batches])
 
 
@@ -107,8 +114,11 @@ def model_function(
 def onnx_function(file: str | Path, device: torch.device | str = "cpu") -> Function:
     """The embeddings of an ONNX file, by onnxruntime; on a GPU where both it and the training have one.
 
-    Raises ValueError for a file with other inputs than one of waveforms, with free sizes.
+    Raises FileNotFoundError where there is none, ValueError for a file with other inputs than one of waveforms, with
+    free sizes.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"teacher: {file} is not a file.")
     with extra("export"):
         from onnxruntime import InferenceSession, SessionOptions, get_available_providers
 
@@ -119,8 +129,10 @@ def onnx_function(file: str | Path, device: torch.device | str = "cpu") -> Funct
     providers = ["CUDAExecutionProvider"] if on_gpu else []
     session = InferenceSession(str(file), options, providers=[*providers, "CPUExecutionProvider"])
     inputs = session.get_inputs()
-    shapes = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or [type(n) for n in inputs[0].shape].count(int):
+    shape = inputs[0].shape
+    free = len(shape) == 2 and not any(isinstance(size, int) for size in shape)
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not free:
+        shapes = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
         raise ValueError(
             f"teacher: {file} has the inputs {shapes}; expected one, tensor(float) of waveforms [B, T] whose sizes are "
             "free: export it with dynamic axes."
@@ -234,8 +246,7 @@ def rows_by_id(corpus: Dataset, train: str) -> dict[str, int]:
         return {}
     audio, row_of = corpus[0]["audio"], {}
     if audio["bytes"] is None and audio["path"] and Path(train).is_dir() and audio["path"].endswith(paths[0]):
-        folder = Path(audio["path"].removesuffix(paths[0]))
-        inner = folder.relative_to(Path(train).absolute()).as_posix() if folder != Path(train).absolute() else "."
+        inner = Path(os.path.relpath(audio["path"].removesuffix(paths[0]), train)).as_posix()
         if inner != ".":
             row_of = {f"{inner}/{path}": row for row, path in enumerate(paths)}
     else:
@@ -246,8 +257,7 @@ def rows_by_id(corpus: Dataset, train: str) -> dict[str, int]:
 def _read(file: Path) -> Iterator[tuple[list[str], np.ndarray]]:
     """Ids [n] and embeddings [n, E], piece by piece."""
     if file.suffix == ".npz":
-        with np.load(file) as found:
-            yield found["ids"].tolist(), found["embeddings"]
+        yield _read_npz(file)
         return
     for part in _parquet_files(file):
         id_name, embedding_name = _columns_of(part)
@@ -256,6 +266,20 @@ def _read(file: Path) -> Iterator[tuple[list[str], np.ndarray]]:
                 there = batch.filter(pc.and_(batch[id_name].is_valid(), batch[embedding_name].is_valid()))
                 if len(there):
                     yield [str(name) for name in there[id_name].to_pylist()], _matrix(there[embedding_name], part)
+
+
+def _read_npz(file: Path) -> tuple[list[str], np.ndarray]:
+    """Ids [N] and embeddings [N, E], as `mrl-redimnet embed` writes them."""
+    try:
+        with np.load(file) as found:
+            ids, embeddings = found["ids"].tolist(), found["embeddings"]
+        if np.shape(embeddings) != (len(ids), embeddings.shape[-1]):
+            raise ValueError(f"{len(ids)} ids and embeddings {np.shape(embeddings)}")
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"teacher: {file} is no table of ids [N] and embeddings [N, E], as `mrl-redimnet embed` writes ({error})."
+        ) from error
+    return ids, embeddings
 
 
 def _matrix(column: pa.Array, file: Path) -> np.ndarray:
@@ -273,7 +297,10 @@ def _parquet_files(file: Path) -> list[Path]:
 
 def _columns_of(file: Path) -> tuple[str, str]:
     """The columns of id and embedding. Raises ValueError where there is none or its type is another."""
-    schema = pq.read_schema(file)
+    try:
+        schema = pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"teacher: {file} is no parquet file ({error}).") from error
     found = []
     for what, names in (("id", _ID_NAMES), ("embedding", _EMBEDDING_NAMES)):
         name = next((name for name in names if name in schema.names), None)
@@ -294,13 +321,11 @@ def check_table(file: str) -> None:
     """Raises FileNotFoundError or ValueError for a table that is not there, or not as it should be."""
     if not Path(file).exists():
         raise FileNotFoundError(f"teacher: {file} is not there.")
-    if Path(file).suffix != ".npz":
-        for part in _parquet_files(Path(file)):
-            _columns_of(part)
+    if Path(file).suffix == ".npz":
+        _read_npz(Path(file))
         return
-    with np.load(file) as found:
-        if missing := {"ids", "embeddings"} - set(found.files):
-            raise ValueError(f"teacher: {file} has no {' and '.join(sorted(missing))}, as `mrl-redimnet embed` writes.")
+    for part in _parquet_files(Path(file)):
+        _columns_of(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,8 +334,11 @@ def check_table(file: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of teacher. is_meant: whether a name is of this kind; check: raises, before any speech is read, for one
-    that cannot be used; function: makes it, given the device and the precision's context; None for a table."""
+    """A kind of teacher.
+
+    is_meant: whether a name is of this kind; check: raises, before any speech is read, for one that cannot be used;
+    function: makes what is run beside the training, None for a table.
+    """
 
     is_meant: Callable[[str], bool]
     check: Callable[[str], object]
@@ -323,15 +351,12 @@ def _is_table(name: str) -> bool:
     return is_folder or folder.suffix in (".parquet", ".npz")
 
 
-def _check_file(name: str) -> None:
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"teacher: {name} is not a file.")
-
-
 SOURCES = {
     "table": Source(_is_table, check_table),
     "onnx": Source(
-        lambda name: name.endswith(".onnx"), _check_file, lambda name, run: onnx_function(name, run.accelerator.device)
+        lambda name: name.endswith(".onnx"),
+        onnx_function,
+        lambda name, run: onnx_function(name, run.accelerator.device),
     ),
     "function": Source(
         lambda name: re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None,
@@ -362,7 +387,7 @@ def load_teacher(run: "Run") -> Listener | Table:
     return Listener(source.function(name, run), name, "clean_values" if hears_clean(recipe) else "input_values")
 
 
-def hears_clean(recipe) -> bool:
+def hears_clean(recipe: "Recipe") -> bool:
     """Whether the loader has to hand over clean crops for a recipe's teacher: not where they are the augmented ones."""
     loss, kind = recipe.loss, recipe.augmentation
     changed = bool(kind.augmentations) or kind.domain != "clean"
