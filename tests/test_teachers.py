@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,15 +19,20 @@ from safetensors.torch import load_file
 from training_runs import command_line, finish, start
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
-from mrl_redimnet.data.corpus import audio_source, load_corpus
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.data.corpus import SpeakerTable, audio_source, load_corpus, speakers_of
+from mrl_redimnet.data.crops import CropDataset, CropMaker, collate
 from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.training.curves import Record
+from mrl_redimnet.training.distillation import direction_loss, similarity_loss
+from mrl_redimnet.training.parts import Distillation
 from mrl_redimnet.training.reading import make_recipe
 from mrl_redimnet.training.teachers import (
     SOURCES,
     Listener,
+    Table,
     imported_function,
     model_function,
     onnx_function,
@@ -314,6 +320,54 @@ def test_ids_of_tables_of_speech_may_lack_the_speaker(tmp_path, corpus):
     speech = load_corpus(tmp_path / "speech.parquet", cache_dir=tmp_path / "b")
     ids = rows_by_id(speech, str(tmp_path / "speech.parquet"))
     assert ids["3.wav"] == ids[f"{source['speaker'][3]}/3.wav"] == 3
+
+
+# ---------------------------------------------------------------- crops and losses
+
+
+def test_crops_know_their_utterance_and_how_they_sounded(rows):
+    """At another speed it is another voice, which no table knows."""
+    speakers = SpeakerTable(speakers_of(rows))
+    maker = CropMaker(len(speakers), (1.0, 0.9), lambda crop, rng, strength: -0.5 * crop, keep_clean=True)
+    dataset = CropDataset(rows, speakers, maker, crop_seconds=(10.0, 10.0))  # all of an utterance, and again
+    batch = collate([dataset[draw] for draw in range(30)])
+    assert torch.equal(batch["input_values"], -0.5 * batch["clean_values"])
+    played = batch["labels"] >= len(speakers)
+    assert played.any() and not played.all() and torch.equal(batch["utterances"] == -1, played)
+    for row, crop in zip(batch["utterances"].tolist(), batch["clean_values"], strict=True):
+        if row >= 0:
+            audio = read_audio(audio_source(rows, row))
+            assert np.isin(crop.numpy()[:1000], audio).all()
+
+
+@pytest.mark.parametrize("kind", ["similarity", "direction"])
+def test_the_loss_of_a_run_is_that_of_the_crops_that_are_known(kind):
+    generator = torch.Generator().manual_seed(0)
+    embeddings, values = (torch.randn(6, size, generator=generator) for size in (32, 5))
+    known = np.array([True, False, True, True, True, True])
+    part = Distillation(kind)
+    part.teacher = Table(values.numpy(), known)
+    config = SimpleNamespace(matryoshka_dims=[3, 32], prefix_weights=[1.0, 3.0])
+    loss = SimpleNamespace(teacher_weight=7.0)
+    run = SimpleNamespace(
+        model=SimpleNamespace(config=config), recipe=SimpleNamespace(loss=loss), on_device=lambda tensor: tensor
+    )
+
+    def found(*utterances: int) -> float:
+        batch = {"utterances": torch.tensor(utterances), "input_values": torch.zeros(1)}
+        answer = SimpleNamespace(embeddings=embeddings[: len(utterances)])
+        return part.loss(run, batch, answer, {"prefix_weights": None}).item()
+
+    student, targets = embeddings[[0, 2, 3]], values[[4, 5, 0]]
+    if kind == "direction":
+        part.axes.fit(values.numpy())
+        expected = direction_loss(student, part.axes.rotated(targets), [3, 32], [1.0, 3.0])
+        assert abs(expected - direction_loss(student, targets, [3, 32], [1.0, 3.0])) > 0.01
+    else:
+        expected = similarity_loss(student, targets, [3, 32], [1.0, 3.0])
+    assert found(4, 1, 5, 0, -1) == pytest.approx(7 * expected.item(), rel=1e-5)
+    assert part.numbers()["teacher_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found(1, -1) == 0 and (found(1, 4) == 0) == (kind == "similarity")  # which compares two
 
 
 # ---------------------------------------------------------------- runs
