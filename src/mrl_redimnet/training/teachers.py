@@ -32,6 +32,7 @@ from mrl_redimnet.extras import extra
 from mrl_redimnet.files import refuse_missing
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.settings import near
+from mrl_redimnet.speed import speed_up
 from mrl_redimnet.streams import Stream
 
 if TYPE_CHECKING:  # which in turn need to know what kinds of teachers there are
@@ -102,7 +103,7 @@ def model_function(
     `accelerator.autocast` for the precision that the student trains in. Raises FileNotFoundError for a folder that is
     not there, ValueError for another kind of model.
     """
-    encoder = load_model(model).base_model.to(device).eval().requires_grad_(False)
+    encoder = speed_up(load_model(model).base_model).to(device).eval().requires_grad_(False)
 
     def embed(waves: torch.Tensor) -> torch.Tensor:
         with autocast():
@@ -124,6 +125,7 @@ def onnx_function(file: str | Path, device: torch.device | str = "cpu") -> Funct
 
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # those of the training, which waits meanwhile
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # nor do they keep it from its cores
     options.log_severity_level = 3
     on_gpu = torch.device(device).type == "cuda" and "CUDAExecutionProvider" in get_available_providers()
     providers = ["CUDAExecutionProvider"] if on_gpu else []
