@@ -102,7 +102,7 @@ def train(run: Run, progress: Progress, stop: int) -> None:
                     for part in run.parts:
                         part.after_optimizer(run, step, optimizer.step_was_skipped)
                 optimizer.zero_grad()
-        history.add(step, answer)
+        history.add(step, answer, {name: number for part in run.parts for name, number in part.numbers().items()})
         for part in run.parts:
             part.after_step(run, step, answer, history)
 
@@ -124,15 +124,19 @@ def train(run: Run, progress: Progress, stop: int) -> None:
 
 
 def forward(run: Run, batch: dict, step: int) -> tuple[ModelOutput, torch.Tensor]:
-    """The model's answer to one batch at one step, and the loss to be minimised: its own and what the parts add."""
-    inputs, labels = run.on_device(batch["input_values"]), batch["labels"]
+    """The model's answer to one batch at one step, and the loss to be minimised: its own and what the parts add.
+
+    With a margin_weight of 0 the model has no loss of its own.
+    """
+    batch, labels, weight = run.batch_on_device(batch), batch["labels"], run.recipe.loss.margin_weight
     for part in run.parts:
         labels = part.labels(run, labels, step)
     options = run.task.loss_options(step, run.steps, run.recipe, run.model.config)
-    answer = run.prepared(inputs, labels=run.on_device(labels), **options)
-    loss = answer.loss
+    labelled = {"labels": run.on_device(labels), **options} if weight else {}
+    answer = run.prepared(batch["input_values"], **labelled)
+    loss = weight * answer.loss if weight else 0.0
     for part in run.parts:
-        loss = loss + part.loss(run, inputs, answer, options)
+        loss = loss + part.loss(run, batch, answer, options)
     return answer, loss
 
 

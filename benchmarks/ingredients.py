@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace, name: str, seed: int):
     if variant.taught:
         if arguments.teacher is None:
             raise ValueError(f"--teacher: the variant {name!r} needs one.")
-        settings["teacher"] = arguments.teacher
+        settings |= {"teacher": arguments.teacher, "teacher_hears": "same"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(in_groups(flat(read_recipe(RECIPE, settings)))))
     command = [sys.executable, str(ROOT / "train_hf.py"), str(folder / "recipe.yaml"), "--resume"]

@@ -149,6 +149,7 @@ def test_an_error_while_lines_are_dropped_leaves_the_file(record, monkeypatch):
 PARTS = {
     "losses": ("train", {"loss": 9.0, "prefix_losses": {"8": 9.5, "32": 8.5}}),
     "no prefixes": ("train", {"loss": 9.0, "prefix_losses": None}),
+    "teacher's loss": ("train", {"teacher_loss": 0.4}),
     "validation loss": ("evaluation", {"set": "development", "validation_loss": 8.0}),
     "eer": ("evaluation", {"set": "development", "eer": {"8": 0.3, "32": 0.2}}),
     "eer of 0": ("evaluation", {"set": "training speakers", "eer": {"32": 0.0}}),

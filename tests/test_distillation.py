@@ -1,17 +1,13 @@
-"""The similarity loss against brute force and its invariances, and the teacher: trained, switched to answering only."""
+"""What a student learns from a teacher: the losses against brute force, their invariances, and the axes."""
 
-import contextlib
 import math
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, waves
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.saving import save_model
-from mrl_redimnet.training.distillation import Teacher, similarity_loss
+from mrl_redimnet.training.distillation import PrincipalAxes, direction_loss, similarity_loss
 
 DIMS = [4, 8, 16]
 
@@ -162,61 +158,76 @@ def test_what_does_not_fit_is_refused(embeddings, teacher, options, message):
         similarity_loss(torch.ones(embeddings), torch.ones(teacher), **{"dims": DIMS, **options})
 
 
-# ---------------------------------------------------------------- teacher
+# ---------------------------------------------------------------- direction
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict:
-    """A saved model with its head, and an encoder alone, of the same weights."""
-    folder = tmp_path_factory.mktemp("teachers")
-    model = tiny_model(tiny_config(spec_augment=True), kind=MRLReDimNetForXVector)
-    save_model(model, folder / "head")
-    save_model(model.redimnet, folder / "encoder")
-    return {"model": model, "head": folder / "head", "encoder": folder / "encoder"}
+def direction_by_force(embeddings, targets, dims, weights) -> float:
+    """Crop by crop, prefix by prefix, in Python's numbers; prefixes beyond the targets count once."""
+    size, total, share = targets.shape[1], 0.0, {}
+    for dim, weight in zip(dims, weights, strict=True):
+        share[min(dim, size)] = max(weight, share.get(min(dim, size), 0.0))
+    for dim, weight in share.items():
+        for a, b in zip(embeddings[:, :dim].double().tolist(), targets[:, :dim].double().tolist(), strict=True):
+            cosine = sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+            total += weight / sum(share.values()) * (1 - cosine) / len(embeddings)
+    return total
 
 
-@pytest.mark.parametrize("kind", ["head", "encoder"])
-def test_a_teacher_answers_as_the_saved_model_does(folders, kind):
-    crops = torch.stack(waves(6000, 6000, 6000))
-    with torch.inference_mode():
-        expected = folders["model"](crops).embeddings
-    teacher = Teacher(folders[kind])
-    answer = teacher(crops)
-    assert isinstance(teacher.encoder, MRLReDimNetModel)
-    torch.testing.assert_close(answer, expected)
-    assert torch.equal(answer, teacher(crops))  # nothing is drawn, no statistic moves
+@pytest.mark.parametrize("crops", [1, 5])
+@pytest.mark.parametrize("size", [3, 8, 10, 16, 40])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 3.0]])
+def test_the_direction_loss_is_that_of_the_definition(crops, size, weights):
+    embeddings, targets = normal(crops, 16), normal(crops, size, seed=1)
+    expected = direction_by_force(embeddings, targets, DIMS, weights or [1.0] * 3)
+    assert direction_loss(embeddings, targets, DIMS, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_teacher_does_not_learn(folders):
-    teacher = Teacher(folders["head"])
-    assert not teacher.encoder.training and not any(p.requires_grad for p in teacher.encoder.parameters())
-    student = tiny_model(tiny_config(embedding_size=24, matryoshka_dims=[8, 24]), seed=1).train()
-    crops = torch.stack(waves(6000, 6000, 6000))
-    before = {name: value.clone() for name, value in teacher.encoder.state_dict().items()}
-    answer = teacher(crops)
-    assert not answer.requires_grad
-    similarity_loss(student(crops).embeddings, answer, student.config.matryoshka_dims).backward()
-    assert all(torch.equal(value, before[name]) for name, value in teacher.encoder.state_dict().items())
-    assert all(p.grad is None for p in teacher.encoder.parameters())
-    assert student.projection.segments[0].weight.grad.abs().sum() > 0
+@given(seed=st.integers(0, 10**6), mine=st.floats(1e-3, 1e3), other=st.floats(1e-3, 1e3), size=st.integers(1, 24))
+def test_the_direction_loss_is_0_at_equality_and_no_scale_changes_it(seed, mine, other, size):
+    embeddings, targets = normal(6, 16, seed=seed), normal(6, size, seed=seed + 1)
+    loss = direction_loss(embeddings, targets, DIMS)
+    torch.testing.assert_close(direction_loss(mine * embeddings, other * targets, DIMS), loss, rtol=1e-4, atol=1e-6)
+    assert 0 <= loss.item() <= 2 and abs(direction_loss(embeddings, other * embeddings, DIMS).item()) < 1e-6
+    assert direction_loss(embeddings, -embeddings, DIMS).item() == pytest.approx(2)
 
 
-def test_a_teacher_works_in_the_context_it_is_given(folders):
-    entered = []
-
-    @contextlib.contextmanager
-    def autocast():
-        entered.append(True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
-
-    crops = torch.stack(waves(6000, 6000))
-    plain, rounded = Teacher(folders["head"])(crops), Teacher(folders["head"], "cpu", autocast)(crops)
-    assert entered and rounded.dtype == torch.float32
-    assert not torch.equal(plain, rounded)
-    torch.testing.assert_close(plain, rounded, rtol=0.1, atol=0.2)
+def test_numbers_behind_the_targets_get_no_gradient():
+    embeddings = normal(5, 16).requires_grad_()
+    direction_loss(embeddings, normal(5, 10, seed=1), DIMS).backward()
+    assert (embeddings.grad[:, 10:] == 0).all() and (embeddings.grad[:, :10].abs().sum(0) > 0).all()
 
 
-def test_a_teacher_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        Teacher(tmp_path / "nowhere")
+def test_a_prefix_of_weight_0_is_not_taught():
+    embeddings = normal(5, 16).requires_grad_()
+    direction_loss(embeddings, normal(5, 16, seed=1), DIMS, [1.0, 0.0, 0.0]).backward()
+    assert (embeddings.grad[:, 4:] == 0).all()
+
+
+def test_the_direction_loss_is_in_float32_and_finite_where_there_is_no_direction():
+    embeddings, targets = normal(5, 16), normal(5, 8, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = direction_loss(embeddings.bfloat16(), targets, DIMS)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, direction_loss(embeddings.bfloat16().float(), targets, DIMS))
+    zero = torch.zeros(3, 16, requires_grad=True)
+    direction_loss(zero, normal(3, 8), DIMS).backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_no_crop_has_no_direction():
+    with pytest.raises(ValueError, match="got 0 crop, distillation needs at least 1"):
+        direction_loss(torch.ones(0, 16), torch.ones(0, 8), DIMS)
+
+
+def test_principal_axes_keep_cosines_and_put_most_energy_first():
+    speech = (normal(200, 6) * torch.tensor([0.1, 3.0, 0.2, 1.0, 0.5, 0.05])) @ rotation(6).float()
+    axes = PrincipalAxes()
+    axes.fit(speech.numpy())
+    turned = axes.rotated(5.0 * speech)
+    unit = torch.nn.functional.normalize(speech, dim=1)
+    torch.testing.assert_close(turned @ turned.T, unit @ unit.T, atol=1e-5, rtol=0)
+    energies = turned.square().mean(0)
+    assert (energies.diff() <= 0).all() and energies[0] > 0.5
+    again = PrincipalAxes()
+    again.load_state_dict(axes.state_dict())
+    assert torch.equal(again.rotated(speech), axes.rotated(speech))

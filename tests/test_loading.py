@@ -87,7 +87,7 @@ def test_processes_see_different_crops(make):
 
 
 def test_a_probe_is_the_same_in_every_process_and_not_trained_on(make):
-    one, other = (make(rank=rank, world=2).probe(2) for rank in range(2))
+    one, other = (list(make(rank=rank, world=2).probe(2)) for rank in range(2))
     assert same(one, other) and len(one) == 2
     assert not same(one, list(make().batches(0, 1)))
 

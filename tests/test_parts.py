@@ -36,7 +36,8 @@ def run_of(**settings) -> Run:
     [
         ({}, ALWAYS),
         (dict(ema=0.9), ["TrainedModel", "MovingAverage", "Learning"]),
-        (dict(teacher="b6"), ["TrainedModel", "Distillation", "Learning"]),
+        (dict(teacher="b6"), ["Distillation", "TrainedModel", "Learning"]),
+        (dict(teacher="b6", margin_weight=0), ["Distillation", "TrainedModel"]),
         (dict(classifier_sample=2), ["TrainedModel", "SampledClassifier", "Learning"]),
         (dict(rotate_at=[0.5], weight_averaging=0.5), ["TrainedModel", "CheckpointAverage", "Rotation", "Learning"]),
         (dict(rotate_at=[0.01]), ALWAYS),  # before the first step there is nothing to be rotated
@@ -75,6 +76,6 @@ def test_hooks_are_called_at_fixed_points(train, monkeypatch):
     monkeypatch.setattr(setup, "parts_of", lambda *arguments: [*parts_of(*arguments), recorder])
     train(steps=2, evaluate_every=2, gradient_accumulation=2)
     begin = ["start", "begin_phase", "go_on", "phases"]
-    step = ["before_step", *["labels", "loss"] * 2, "after_optimizer", "after_step"]
+    step = ["before_step", *["labels", "loss"] * 2, "after_optimizer", "numbers", "after_step"]
     evaluation = ["evaluating", "may_be_best", "saving", "evaluated"]
     assert recorder.calls == [*begin, *step, *step, *evaluation, "saving"]

@@ -782,7 +782,9 @@ def test_settings_of_what_is_trained_may_not(run, change):
 
 
 # Settings that there were none of at first, and what the others were called.
+OF_TEACHERS = ("loss.margin_weight", "loss.teacher_loss", "loss.teacher_hears")
 NEWER = ("optimizer.max_learning_rate_growth", "data.evaluation_speakers", "model.reuse_classifier", "run.chance_until")
+NEWER += OF_TEACHERS
 EARLIER_NAMES = {new: old for old, new in RENAMED.items() if old != "chance_steps"}
 EARLIER_NAMES |= {"model.start": "model", "optimizer.algorithm": "optimizer", "schedule.lr_schedule": "schedule"}
 
@@ -806,6 +808,19 @@ def test_a_run_from_before_there_were_groups_goes_on(run):
     assert run.load(make_recipe(rank=4, gradient_accumulation=2, model="b0")).step == 3
     with pytest.raises(ValueError, match=r"other settings: .*adapter.rank \(was 4, is 8\)"):
         run.load()
+
+
+@pytest.mark.parametrize(("teacher", "hears"), [(None, "clean"), ("b6", "same")])
+def test_a_run_from_before_teachers_were_of_several_kinds_goes_on(run, teacher, hears):
+    run.save(3, make_recipe(teacher=teacher))
+    file = run.folder / "step-00000003/settings.json"
+    stored = json.loads(file.read_text())
+    for name in OF_TEACHERS:
+        del stored["recipe"]["loss"][name.partition(".")[2]]
+    file.write_text(json.dumps(stored))
+    assert run.load(make_recipe(teacher=teacher, teacher_hears=hears)).step == 3
+    with pytest.raises(ValueError, match=r"other settings: loss.margin_weight \(was 1.0, is 2.0\)"):
+        run.load(make_recipe(teacher=teacher, teacher_hears=hears, margin_weight=2))
 
 
 def test_the_loss_of_a_run_from_before_there_were_groups_was_among_the_options_of_its_model(run):

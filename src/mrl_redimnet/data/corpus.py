@@ -30,6 +30,7 @@ from mrl_redimnet.files import replace_text
 from mrl_redimnet.settings import near
 
 DEFAULT_LAYOUT = "speaker/session/utterance"
+UNLABELLED = "utterance"  # the layout of speech without speakers: files at any depth, each a speaker of its own
 # CN-Celeb's files are called GENRE-SESSION-UTTERANCE.flac: singing-01-001.flac is of the session singing-01.
 LAYOUTS = {
     "voxceleb1": "speaker/session/utterance",  # wav/id10001/1zcIwhmdeo4/00001.wav
@@ -82,7 +83,8 @@ def load_corpus(
     Of a folder: `source` holds the speakers' folders, or holds them in one folder named wav, aac, m4a, flac or data.
     `layout` is a name in LAYOUTS, or names the parts of a path from there on: `speaker` and (last) `utterance` must be
     there, `session` may, `*` is any folder. The last part may join names by "-" or "_" ("session-utterance"): the
-    file's name is then cut at the last of these. Without a session every utterance is its own. Which files are audio,
+    file's name is then cut at the last of these. Without a session every utterance is its own. The layout "utterance"
+    alone is for speech whose speakers are not known: files at any depth, each its own speaker. Which files are audio,
     and what is done with links and hidden files, is said in `mrl_redimnet.audio.scan`. Every file's header is read
     once, in `num_proc` processes (None: one for each processor core, where there are many files); the result is cached
     in `cache_dir` (None: the Hugging Face cache) under a fingerprint of all paths, sizes and modification times, so a
@@ -499,6 +501,8 @@ def layout_of(name: str) -> str:
 
 def path_parser(layout: str) -> Callable[[str], tuple[str, str] | None]:
     """A function from a relative path to (speaker, session), or to None where the path is not laid out so."""
+    if layout == UNLABELLED:
+        return lambda path: (path, path)
     *folders, last = layout.split("/")
     file = re.split(r"([-_])", last)
     names = [name for name in (*folders, *file[::2]) if name != "*"]
@@ -508,7 +512,8 @@ def path_parser(layout: str) -> Callable[[str], tuple[str, str] | None]:
         raise ValueError(
             f"layout {layout!r} must be one of {', '.join(LAYOUTS)}, or be made of 'speaker', optionally 'session', "
             "and any number of '*', separated by '/', each name once, with 'utterance' last (a file's name may join "
-            f"them: 'session-utterance'), for instance {DEFAULT_LAYOUT!r}.{near(layout, LAYOUTS)}"
+            f"them: 'session-utterance'), for instance {DEFAULT_LAYOUT!r}; or be {UNLABELLED!r} alone, where speakers "
+            f"are not known.{near(layout, LAYOUTS)}"
         )
     parts = ["[^/]+" if name == "*" else f"(?P<{name}>[^/]+)" for name in folders]
     # Of a file's name the first part takes what the others leave: the session of live-01-003 is live-01.

@@ -40,11 +40,13 @@ class CropMaker:
     speakers: how many there are. speeds: playback speeds, one drawn per example. Each but the first is a set of
     speakers of its own (speed moves pitch and formants): label = speaker + speakers * index of the speed.
     augment: augment(crop, rng, strength) -> crop, see `mrl_redimnet.audio.augmentation.Chain`; None: crops as they are.
+    keep_clean: examples also hold the crop as it was before `augment`, for a teacher.
     """
 
     speakers: int
     speeds: tuple[float, ...] = (1.0,)
     augment: Callable | None = None
+    keep_clean: bool = False
 
     def draw_speed(self, rng: np.random.Generator) -> int:
         """The index of a drawn speed."""
@@ -62,12 +64,13 @@ class CropMaker:
     ) -> dict | Problem:
         """A crop of `seconds` -> {"input_values": [samples] float32, "label": int, "made_in": seconds of work}.
 
+        With `keep_clean` there is also "clean_values" [samples] float32, the same crop before it was augmented.
         speed: an index into `speeds`; None draws one. A file that cannot be read gives a Problem.
         """
         began = time.perf_counter()
         speed = self.draw_speed(rng) if speed is None else speed
         try:
-            crop = self._crop(source, utterance_seconds, self.speeds[speed], rng, seconds)
+            crop = clean = self._crop(source, utterance_seconds, self.speeds[speed], rng, seconds)
             if not crop.any():
                 raise AudioError(
                     f"{name_of(source)} is silent where a crop was drawn from: leave it out if all of it is"
@@ -79,7 +82,10 @@ class CropMaker:
         except AudioError as error:
             return Problem(source.name if isinstance(source, Encoded) else source, str(error))
         label = speaker + speed * self.speakers
-        return {"input_values": crop, "label": label, "made_in": time.perf_counter() - began}
+        example = {"input_values": crop, "label": label}
+        if self.keep_clean:
+            example["clean_values"] = clean
+        return {**example, "made_in": time.perf_counter() - began}
 
     def _crop(
         self, source: str | Encoded, available: float, speed: float, rng: np.random.Generator, seconds: float
@@ -134,6 +140,9 @@ def _player(speed: float) -> Resample:
 class CropDataset(torch.utils.data.Dataset):
     """Example n of a training run: what `CropMaker.make` makes of an utterance, or a Problem.
 
+    Examples also have "utterance": the corpus's row that the crop is from, -1 where it is played at another speed than
+    1.0 and therefore sounds like somebody else.
+
     corpus: from `load_corpus`, usable rows only; speakers: of them. sampler: "utterance" passes over all utterances
     in a new order each epoch; "speaker" passes over all speakers and draws `utterances_per_speaker` utterances of
     each, longer ones more often, none twice where there are enough; they follow each other and have one speed.
@@ -169,6 +178,7 @@ class CropDataset(torch.utils.data.Dataset):
     def __getitem__(self, draw: int) -> dict | Problem:
         rng = Stream.CROP.generator(self.seed, draw)
         row, speed = self.corpus_row(draw, rng)
+        speed = self.maker.draw_speed(rng) if speed is None else speed
         shortest, longest = self.crop_seconds
         if longest > shortest:
             shortest = Stream.CROP_SECONDS.generator(self.seed, draw // self.batch).uniform(shortest, longest)
@@ -181,9 +191,11 @@ class CropDataset(torch.utils.data.Dataset):
             1.0 if self.strength is None else self.strength(draw),
             speed,
         )
-        if self.targets is not None and isinstance(example, dict):
+        if isinstance(example, Problem):
+            return example
+        if self.targets is not None:
             example["label"] = self.targets[row].item()
-        return example
+        return {**example, "utterance": row if speed == 0 else -1}
 
     def corpus_row(self, draw: int, rng: np.random.Generator) -> tuple[int, int | None]:
         """The corpus's row of a draw, and its speed where that is the group's and not its own."""
@@ -235,6 +247,7 @@ class DrawBatches:
 def collate(examples: list[dict | Problem]) -> dict:
     """Examples to {"input_values": [B, T], "labels": [B], "problems": [(path, reason)], "made_in": seconds}.
 
+    Where the examples have them, also "clean_values" [B, T] and "utterances" [B], see `CropMaker` and `CropDataset`.
     B counts the readable ones; made_in is the work of one process on all of them. Raises AudioError when none is.
     """
     good = [example for example in examples if not isinstance(example, Problem)]
@@ -242,9 +255,14 @@ def collate(examples: list[dict | Problem]) -> dict:
     if not good:
         listed = "; ".join(f"{path}: {reason}" for path, reason in problems[:3])
         raise AudioError(f"No example of a whole batch of {len(examples)} could be read: {listed}")
-    return {
+    batch = {
         "input_values": torch.from_numpy(np.stack([example["input_values"] for example in good])),
         "labels": torch.tensor([example["label"] for example in good]),
         "problems": problems,
         "made_in": sum(example["made_in"] for example in good),
     }
+    if "clean_values" in good[0]:
+        batch["clean_values"] = torch.from_numpy(np.stack([example["clean_values"] for example in good]))
+    if "utterance" in good[0]:
+        batch["utterances"] = torch.tensor([example["utterance"] for example in good])
+    return batch

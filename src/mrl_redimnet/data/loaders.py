@@ -60,10 +60,11 @@ class DrawnCrops:
         draws = DrawBatches(how.batch_size, how.rank, how.world, first, stop)
         return iter(how.loader(self.dataset, batch_sampler=draws, collate_fn=collate))
 
-    def probe(self, count: int) -> list[dict]:
+    def probe(self, count: int) -> Iterator[dict]:
         """`count` batches, the same in every process, none of which is trained on."""
         size = self.loading.batch_size
-        return [collate([self.dataset[BEYOND + i * size + j] for j in range(size)]) for i in range(count)]
+        for i in range(count):
+            yield collate([self.dataset[BEYOND + i * size + j] for j in range(size)])
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
         """Up to `most` drawn utterances, for `SpeakerEncoder.embed_all`."""
@@ -107,11 +108,11 @@ class StreamedCrops:
             self._state.update(batch)
             yield batch
 
-    def probe(self, count: int) -> list[dict]:
+    def probe(self, count: int) -> Iterator[dict]:
         """`count` batches, the same in every process, in another order than those trained on."""
-        size = self.loading.batch_size
-        examples = [item.example for item in islice(self._other(self._make), count * size)]
-        return [collate(examples[i : i + size]) for i in range(0, count * size, size)]
+        examples = (item.example for item in self._other(self._make))
+        for _ in range(count):
+            yield collate(list(islice(examples, self.loading.batch_size)))
 
     def sources(self, most: int, seed: int) -> list[str | Encoded]:
         """The first `most` utterances of another order, for `SpeakerEncoder.embed_all`."""

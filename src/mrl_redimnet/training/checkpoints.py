@@ -117,16 +117,18 @@ def _settings_before(stored: dict, recipe: Recipe, processes: int) -> dict[str, 
     are trained on is compared by their names, and classifier rows are the checkpoint's.
     """
     settings = stored["recipe"]
+    hears = "same" if recipe.loss.teacher is not None else recipe.loss.teacher_hears
+    later = {"loss.margin_weight": 1.0, "loss.teacher_loss": None, "loss.teacher_hears": hears}
     if "steps" in stored:
         values = {f"{group}.{name}": value for group, those in settings.items() for name, value in those.items()}
-        return values | {"schedule.steps": stored["steps"]}
+        return later | values | {"schedule.steps": stored["steps"]}
     growth, wanted = learning_rate_growth(recipe, processes)
     older = {
         "optimizer.max_learning_rate_growth": recipe.optimizer.max_learning_rate_growth if growth == wanted else None,
         "data.evaluation_speakers": recipe.data.evaluation_speakers,
         "model.reuse_classifier": recipe.model.reuse_classifier,
     }
-    return older | of_older_version(settings)
+    return later | older | of_older_version(settings)
 
 
 def newest_step(folder: Path) -> int:

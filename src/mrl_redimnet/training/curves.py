@@ -4,7 +4,8 @@
      "margin": 0.1, "crops_per_s": 80.0, "loader_crops_per_s": 310.0, "step_crops_per_s": 95.0}
     {"step": 200, "kind": "evaluation", "set": "development", "eer": {"64": 0.06, "256": 0.05}, "validation_loss": 7.2}
 
-Rates of errors are in [0, 1], margins in radians. A line may hold less or more; the picture shows what there is.
+A run with a teacher also has its teacher_loss. Rates of errors are in [0, 1], margins in radians. A line may hold less
+or more; the picture shows what there is.
 """
 
 import json
@@ -178,8 +179,15 @@ def _losses(ax: "Axes", lines: Lines):
         if _has(lines.of_set(name), "validation_loss"):
             curve = curve_of(lines.of_set(name), "validation_loss")
             add_line(ax, curve, color="C3", lw=1.6, ls=style, label=f"validation: {plain(name)}")
-    ax.set(title="Loss", ylabel="loss, nats")
-    _legend(ax, ax.get_legend_handles_labels()[0])
+    handles = ax.get_legend_handles_labels()[0]
+    ax.set(title="Loss", ylabel="loss, nats" if handles else "")
+    if _has(lines.train, "teacher_loss"):  # in other units than the losses in nats
+        right = ax.twinx() if handles else ax
+        add_line(right, curve_of(lines.train, "teacher_loss"), color="C2", lw=1.6, label="teacher's loss")
+        right.set(ylabel="teacher's loss")
+        right.set_ylim(bottom=0)
+        handles += right.lines
+    _legend(ax, handles)
 
 
 def _eers(ax: "Axes", lines: Lines):
@@ -233,7 +241,12 @@ def _rates(ax: "Axes", lines: Lines):
 
 # What draws a panel, and whether there is anything for it.
 PANELS: tuple[tuple[Callable[["Axes", Lines], None], Callable[[Lines], bool]], ...] = (
-    (_losses, lambda lines: _has(lines.train, "loss", "prefix_losses") or _has(lines.evaluation, "validation_loss")),
+    (
+        _losses,
+        lambda lines: (
+            _has(lines.train, "loss", "prefix_losses", "teacher_loss") or _has(lines.evaluation, "validation_loss")
+        ),
+    ),
     (_eers, lambda lines: _has(lines.evaluation, "eer")),
     (_schedule, lambda lines: _has(lines.train, "learning_rate", "margin")),
     (_rates, lambda lines: _has(lines.train, *RATES)),

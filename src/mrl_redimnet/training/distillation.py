@@ -1,42 +1,24 @@
-"""What a student learns from a larger, trained model: which crops of a batch sound alike.
+"""What a student learns from a teacher (`mrl_redimnet.training.teachers`), at every Matryoshka prefix.
 
-The teacher says so by the cosines between its embeddings of the batch, which have no dimension: any teacher can teach
-every Matryoshka prefix of any student (relational knowledge distillation, arXiv 1904.05068; similarity-preserving
-distillation, Tung and Mori 2019, arXiv 1907.09682). No projection between the two is learnt, none is left over.
+- Similarity: which crops of a batch sound alike, by the cosines between the teacher's embeddings. These have no
+  dimension, so that any teacher can teach any student (relational knowledge distillation, arXiv 1904.05068;
+  similarity-preserving distillation, Tung and Mori 2019, arXiv 1907.09682).
+- Direction: where the teacher's embedding points, after its space was rotated to its principal axes, so that a prefix
+  of the student learns a principal subspace of the teacher.
+
+No projection between the two is learnt, none is left over.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
 
-from mrl_redimnet.saving import load_model
+from mrl_redimnet.rotation import principal_rotation
 
-
-class Teacher:
-    """A trained model's full-dimension embeddings, without gradients.
-
-    model: a saved model's folder or Hub id, with or without a head; device: where it is to work; autocast: makes the
-    context its forward pass runs in, `accelerator.autocast` for the precision that the student trains in. Raises
-    FileNotFoundError for a folder that is not there, ValueError for another kind of model.
-    """
-
-    def __init__(
-        self,
-        model: str | Path,
-        device: torch.device | str = "cpu",
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        self.encoder = load_model(model).base_model.to(device).eval().requires_grad_(False)
-        self.autocast = autocast
-
-    @torch.no_grad()
-    def __call__(self, input_values: torch.Tensor) -> torch.Tensor:
-        """input_values [B, T] mono at 16 kHz, on any device -> embeddings [B, E] float32, on the teacher's."""
-        with self.autocast():
-            return self.encoder(input_values.to(self.encoder.device)).embeddings.float()
+TEACHER_LOSSES = ("similarity", "direction")
 
 
 def similarity_loss(
@@ -66,6 +48,64 @@ def similarity_loss(
     return loss
 
 
+def direction_loss(
+    embeddings: torch.Tensor,
+    targets: torch.Tensor,
+    dims: Sequence[int],
+    prefix_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """1 - the cosine between a prefix of the student's embedding and of its target, averaged over crops and prefixes.
+
+    embeddings [B, D] of the student and targets [B, E] of the same crops, rotated to principal axes -> loss [], from 0
+    to 2, float32 whatever the dtype around it. dims: the prefixes, rising; prefix_weights: of each in the average, None
+    = all alike; only ratios matter. Of prefixes longer than E the first E numbers count; prefixes that are the same
+    then count once, with the largest of their weights. Targets get no gradient; no scale of either changes anything.
+
+    Raises ValueError for no crops, for batches of different sizes, and for dims or weights that do not fit.
+    """
+    weights = _check(embeddings, targets, dims, prefix_weights, least=1)
+    of_prefix: dict[int, float] = {}
+    for dim, weight in zip(dims, weights, strict=True):
+        dim = min(dim, targets.shape[1])
+        of_prefix[dim] = max(weight, of_prefix.get(dim, 0.0))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        student, wanted = embeddings.float(), targets.detach().float()
+        cosines = {dim: F.cosine_similarity(student[:, :dim], wanted[:, :dim]) for dim in of_prefix}
+        total = sum(of_prefix.values())
+        return sum(weight / total * (1 - cosines[dim]).mean() for dim, weight in of_prefix.items())
+
+
+class PrincipalAxes:
+    """The principal axes of a teacher's length-normalised embeddings, the one of most energy first: [E, E].
+
+    They belong to a checkpoint: computed anew, on another processor for one, axes may have another sign.
+    """
+
+    axes: torch.Tensor  # from `fit` or a checkpoint on
+
+    def fit(self, embeddings: np.ndarray | None) -> None:
+        """From embeddings [N, E] of some speech, in the main process; the others give None and get the same axes.
+
+        Raises ValueError for fewer than two embeddings, or ones that are zero or not finite.
+        """
+        axes = None if embeddings is None else torch.from_numpy(principal_rotation(embeddings)[0]).float()
+        (self.axes,) = broadcast_object_list([axes])
+
+    def rotated(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """embeddings [B, E] -> [B, E] of length 1, in the principal axes, float32."""
+        self.axes = self.axes.to(embeddings.device)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.normalize(embeddings.float(), dim=1) @ self.axes
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint."""
+        return {"axes": self.axes}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """From a checkpoint."""
+        self.axes = state["axes"]
+
+
 def _prefix_cosines(embeddings: torch.Tensor, dims: Sequence[int]) -> Iterator[torch.Tensor]:
     """embeddings [B, D] -> for each prefix in turn, the cosines between the crops, [B, B] float32.
 
@@ -82,16 +122,21 @@ def _prefix_cosines(embeddings: torch.Tensor, dims: Sequence[int]) -> Iterator[t
 
 
 def _check(
-    embeddings: torch.Tensor, teacher: torch.Tensor, dims: Sequence[int], prefix_weights: Sequence[float] | None
+    embeddings: torch.Tensor,
+    teacher: torch.Tensor,
+    dims: Sequence[int],
+    prefix_weights: Sequence[float] | None,
+    least: int = 2,
 ) -> list[float]:
-    """The prefixes' weights, their sum 1, or ValueError."""
+    """The prefixes' weights, their sum 1, or ValueError. least: crops that a loss needs."""
     if embeddings.dim() != 2 or teacher.dim() != 2 or len(embeddings) != len(teacher):
         raise ValueError(
             f"embeddings and teacher: got shapes {tuple(embeddings.shape)} and {tuple(teacher.shape)}, expected [B, D] "
             "and [B, E] of the same crops."
         )
-    if len(embeddings) < 2:
-        raise ValueError(f"batch_size: got {len(embeddings)} crop, distillation compares at least 2 with each other.")
+    if len(embeddings) < least:
+        compared = "compares at least 2 with each other" if least == 2 else "needs at least 1"
+        raise ValueError(f"batch_size: got {len(embeddings)} crop, distillation {compared}.")
     rising = all(a < b for a, b in zip([0, *dims], dims, strict=False))
     if not dims or not rising or dims[-1] > embeddings.shape[1]:
         raise ValueError(f"dims: got {list(dims)}, expected rising prefixes of {embeddings.shape[1]} dimensions.")

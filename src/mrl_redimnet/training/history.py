@@ -33,7 +33,9 @@ class History:
         self.accelerator, self.task, self.config = accelerator, task, config
         self.record = Record(recipe.run.output) if accelerator.is_main_process else None
         self.pending: list[torch.Tensor] = []
-        self.loss: float | None = None
+        self.names: list[str] = []  # of the losses in front of those of the prefixes
+        self.means: dict[str, float] = {}  # of the last log line
+        self.loss: float | None = None  # the first of them: the model's own, or the teacher's where it has none
         bar = not self.accelerator.is_main_process
         self.bar = tqdm(total=self.steps, initial=first_step, disable=bar, unit="step")
         self._restart_clock()
@@ -63,12 +65,17 @@ class History:
         rates = {"crops_per_s": crops / seconds, "loader_crops_per_s": loader, "step_crops_per_s": step}
         return {**rates, "loader_to_step": loader / step}
 
-    def add(self, step: int, answer: ModelOutput) -> None:
-        """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync."""
+    def add(self, step: int, answer: ModelOutput, numbers: dict[str, torch.Tensor]) -> None:
+        """Keeps this step's losses; every `log_every` steps fetches their means, in one device sync.
+
+        numbers: further ones by name, [] on the device, as of `Part.numbers`.
+        """
         self.bar.update()
-        prefixes = answer.get("prefix_losses")
-        loss = answer.loss.detach()[None]
-        self.pending.append(loss if prefixes is None else torch.cat([loss, prefixes]))
+        own = {"loss": answer["loss"].detach()} if answer.get("loss") is not None else {}
+        named = {**own, **numbers}
+        self.names, prefixes = list(named), answer.get("prefix_losses")
+        losses = torch.stack([*named.values()])
+        self.pending.append(losses if prefixes is None else torch.cat([losses, prefixes]))
         if (step + 1) % self.recipe.run.log_every:
             return
         self._fetch()
@@ -79,23 +86,28 @@ class History:
             f"loader alone {rates['loader_to_step']:.1f} times the step"
         )
         margin = margin_at(step, self.recipe, self.steps, self.config.margin)
-        values = {"loss": self.loss, "learning_rate": learning_rate, "margin": margin, **rates}
+        margins = {"margin": margin} if self.recipe.loss.margin_weight else {}
+        values = {**self.means, "learning_rate": learning_rate, **margins, **rates}
         if self.record is not None:
             self.record.add(step + 1, "train", {**values, "prefix_losses": self.prefix_losses})
         self.accelerator.log({**values, **{f"loss/{d}": v for d, v in self.prefix_losses.items()}}, step=step + 1)
 
     def _fetch(self):
         losses = self.accelerator.reduce(torch.stack(self.pending), "mean")
-        self.loss = losses[:, 0].mean().item()
-        prefixes = losses[:, 1:].nanmean(0).tolist()  # those left out of a step are NaN
+        own = len(self.names)
+        self.means = dict(zip(self.names, losses[:, :own].mean(0).tolist(), strict=True))
+        self.loss = self.means[self.names[0]]
+        prefixes = losses[:, own:].nanmean(0).tolist()  # those left out of a step are NaN
         self.prefix_losses = dict(zip(map(str, self.config.matryoshka_dims), prefixes, strict=False))
         self.pending = []
         self.check_finite()
 
     def check_finite(self) -> None:
         """Raises FloatingPointError when a loss since the last log line was no number."""
-        losses = torch.stack([losses[0] for losses in self.pending]).tolist() if self.pending else []  # one device sync
-        if not all(map(math.isfinite, losses if self.loss is None else [self.loss, *losses])):
+        own = len(self.names)
+        pending = [losses[:own] for losses in self.pending]
+        losses = torch.cat(pending).tolist() if pending else []  # one device sync
+        if not all(map(math.isfinite, [*self.means.values(), *losses])):
             raise FloatingPointError(
                 "The loss is no number. Lower learning_rate or max_gradient_norm, or train with mixed_precision: no; "
                 "if it comes back at the same step, look at that batch's audio."

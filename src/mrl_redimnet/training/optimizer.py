@@ -5,21 +5,23 @@ from torch import nn
 
 from mrl_redimnet.training.recipe import Recipe
 
-# The parameters that each choice of `finetune` leaves trainable, by the beginning of their names.
+# The parameters that each choice of `finetune` leaves trainable, by the beginning of their names in the encoder, or in
+# the model around it.
 TRAINED_PARTS = {
     "all": ("",),
-    "head": ("redimnet.pooling.", "redimnet.projection.", "classifier."),
-    "projection": ("redimnet.projection.", "classifier."),
+    "head": ("pooling.", "projection.", "classifier."),
+    "projection": ("projection.", "classifier."),
 }
 
 
-TRUNK = ("redimnet.front_end.", "redimnet.trunk.")
+TRUNK = ("front_end.", "trunk.")
 
 
 def freeze(model: nn.Module, recipe: Recipe, step: int, steps: int) -> None:
     """Leaves trainable what the recipe trains at `step` of `steps`; frozen batch norms keep their statistics, too."""
     trunk_waits = step < int(recipe.schedule.trunk_frozen_until * steps)
     for name, parameter in model.named_parameters():
+        name = name.removeprefix(f"{model.base_model_prefix}.")
         trained = name.startswith(TRAINED_PARTS[recipe.model.finetune])
         parameter.requires_grad_(trained and not (trunk_waits and name.startswith(TRUNK)))
 
@@ -68,7 +70,7 @@ def part_of(name: str) -> str:
     """Whether a parameter belongs to trunk, head or classifier; an adapter's to the layers it adapts."""
     if name.startswith("classifier."):
         return "classifier"
-    return "trunk" if any(f".{inner}." in name for inner in ("front_end", "trunk")) else "head"
+    return "trunk" if any(f".{inner}." in f".{name}" for inner in ("front_end", "trunk")) else "head"
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

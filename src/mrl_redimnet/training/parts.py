@@ -18,7 +18,7 @@ from mrl_redimnet.rotation import ROTATION_UTTERANCES, rotate
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.training.averaging import Ema, LastWeights
 from mrl_redimnet.training.checkpoints import Progress, newest_step
-from mrl_redimnet.training.distillation import Teacher, similarity_loss
+from mrl_redimnet.training.distillation import PrincipalAxes, direction_loss, similarity_loss
 from mrl_redimnet.training.guards import ChanceGuard, chance_loss
 from mrl_redimnet.training.history import History
 from mrl_redimnet.training.optimizer import freeze
@@ -26,6 +26,7 @@ from mrl_redimnet.training.run import Part, Run, Trained
 from mrl_redimnet.training.sampled_classifier import SampledRows
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
 from mrl_redimnet.training.tasks import Attribute, Verification
+from mrl_redimnet.training.teachers import Listener, Table, load_teacher, source_of
 
 ROTATION_IN_TRAINING = (600, 3.0)  # utterances, and the seconds of each: training makes up for what is approximate
 PROBE_BATCHES = 8  # training batches that data-driven ranks and initialisations look at
@@ -38,18 +39,19 @@ def parts_of(run: Run, facts: AdapterFacts | None, fresh_classifier: bool) -> li
     from an earlier model. Checkpoints hold the parts' states in this order.
     """
     recipe = run.recipe
-    parts: list[Part] = [TrainedModel() if facts is None else TrainedAdapter(facts)]
+    parts: list[Part] = []
+    if recipe.loss.teacher is not None:  # first: an adapter may begin with what the loss says
+        parts.append(Distillation(recipe.loss.taught))
+    parts.append(TrainedModel() if facts is None else TrainedAdapter(facts))
     if recipe.loss.classifier_sample:
         parts.append(SampledClassifier(run))
-    if recipe.loss.teacher is not None:
-        parts.append(Distillation())
     if recipe.optimizer.ema:
         parts.append(MovingAverage())
     if recipe.optimizer.weight_averaging:
         parts.append(CheckpointAverage(run))
     if rotations_of(run):
         parts.append(Rotation(rotations_of(run)))
-    if isinstance(run.task, Verification):
+    if isinstance(run.task, Verification) and recipe.loss.margin_weight:
         parts.append(Learning(run, fresh_classifier))
     return parts
 
@@ -98,9 +100,9 @@ class TrainedAdapter(Trained):
             options=recipe.peft_options,
             known_ranks=json.loads(known.read_text()) if resumed and known.is_file() else None,
         )
-        host = run.model if isinstance(run.task, Attribute) else run.model.redimnet
+        host = run.model if isinstance(run.task, Attribute) else run.model.base_model
         run.model.to(run.accelerator.device)
-        probe = Probe(lambda: _probe_batches(run), lambda batch: run.model(**batch).loss)
+        probe = Probe(lambda: _probe_batches(run), lambda batch: _probe_loss(run, batch))
         self.strategy = STRATEGIES[recipe.strategy](host, plan, probe)
         if run.accelerator.is_main_process:  # which alone saves adapters
             self.strategy.keep_start(run.output / "adapter_at_start")
@@ -118,7 +120,7 @@ class TrainedAdapter(Trained):
         if self.strategy.changes_ranks and step == self.strategy.plan.cut_step:
             run.accelerator.print(self.strategy.cut())
 
-    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor | float:
+    def loss(self, run: Run, batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor | float:
         """The strategy's penalty."""
         return self.strategy.penalty()
 
@@ -141,8 +143,15 @@ class TrainedAdapter(Trained):
 
 def _probe_batches(run: Run) -> list[dict]:
     """The same few training batches in every process, none of which is trained on."""
-    keys = ("input_values", "labels")
-    return [{key: batch[key].to(run.accelerator.device) for key in keys} for batch in run.crops.probe(PROBE_BATCHES)]
+    return [run.batch_on_device(batch) for batch in run.crops.probe(PROBE_BATCHES)]
+
+
+def _probe_loss(run: Run, batch: dict) -> torch.Tensor:
+    """The model's own loss or, where it has none, the teacher's."""
+    teaching = run.part(Distillation)
+    if teaching is None or run.recipe.loss.margin_weight:
+        return run.model(batch["input_values"], labels=run.on_device(batch["labels"])).loss
+    return teaching.loss(run, batch, run.model(batch["input_values"]), {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,19 +183,45 @@ class SampledClassifier(Part):
 
 
 class Distillation(Part):
-    """A teacher's embeddings of the batch, whose cosines every prefix is to have."""
+    """A teacher's embeddings of the batch, from which every prefix learns. taught: which of `TEACHER_LOSSES`."""
 
-    teacher: Teacher  # from `start` on
+    teacher: Listener | Table  # from `start` on
+    last: torch.Tensor  # the loss of the last batch
+
+    def __init__(self, taught: str) -> None:
+        self.axes = PrincipalAxes() if taught == "direction" else None
 
     def start(self, run: Run, step: int, resumed: bool) -> None:
-        """Loads the teacher."""
-        self.teacher = Teacher(run.recipe.loss.teacher, run.accelerator.device, run.accelerator.autocast)
+        """Loads the teacher; the axes of its space are computed once, and then are the checkpoint's."""
+        self.teacher, loss = load_teacher(run), run.recipe.loss
+        run.accelerator.print(
+            f"Teacher: {loss.teacher} ({source_of(loss.teacher)}); its {loss.taught} has the weight "
+            f"{loss.teacher_weight:g}, the margin loss {loss.margin_weight:g}."
+        )
+        if self.axes is None:
+            return
+        run.accelerator.register_for_checkpointing(self.axes)
+        if not resumed:
+            run.accelerator.print("Computing the principal axes of the teacher's space.")
+            self.axes.fit(self.teacher.sample(run) if run.accelerator.is_main_process else None)
 
-    def loss(self, run: Run, inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor:
-        """The weighted difference to the teacher's cosines."""
-        dims, weights = run.model.config.matryoshka_dims, options["prefix_weights"]
-        likeness = similarity_loss(answer.embeddings, self.teacher(inputs), dims, weights)
-        return run.recipe.loss.teacher_weight * likeness
+    def loss(self, run: Run, batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor:
+        """The weighted loss over the crops that the teacher has an answer to; 0 where it has none."""
+        config, found = run.model.config, self.teacher(batch)
+        student = answer.embeddings if found.crops is None else answer.embeddings[run.on_device(found.crops)]
+        weights = options.get("prefix_weights") or config.prefix_weights
+        if found.crops is not None and len(student) < (2 if self.axes is None else 1):
+            loss = 0.0 * answer.embeddings.sum()  # a gradient of zeros, which other processes wait for
+        elif self.axes is not None:
+            loss = direction_loss(student, self.axes.rotated(found.embeddings), config.matryoshka_dims, weights)
+        else:
+            loss = similarity_loss(student, found.embeddings, config.matryoshka_dims, weights)
+        self.last = loss.detach()
+        return run.recipe.loss.teacher_weight * loss
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The teacher's loss, without its weight."""
+        return {"teacher_loss": self.last}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,7 +294,10 @@ class Rotation(Part):
         if (average := run.part(MovingAverage)) is not None:
             average.ema.transform(run.model, turn)
         turn(run.model)
-        for parameter in (*run.model.redimnet.projection.segments.parameters(), run.model.classifier.weight):
+        rotated = [*run.model.base_model.projection.segments.parameters()]
+        if run.recipe.loss.margin_weight:
+            rotated.append(run.model.classifier.weight)
+        for parameter in rotated:
             run.optimizer.state.pop(parameter, None)
 
 

@@ -199,7 +199,9 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Recipe
         for name, field in kind.model_fields.items():
             options = [f"--{group}.{name}", f"--{name}"] + ([f"--{group}"] if name == kind.main else [])
             text = f"{field.description} [{shown_default(field)}; {shown_values(field)}]".replace("%", "%%")
-            section.add_argument(*options, dest=f"{group}.{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+            section.add_argument(
+                *options, dest=f"{group}.{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text
+            )
     known, rest = parser.parse_known_args(argv)
     overrides = {name: value for name, value in vars(known).items() if name in SETTINGS}
     if (known.recipe or "").startswith("--"):  # argparse takes an unknown option with a space in it for the recipe

@@ -19,10 +19,11 @@ from mrl_redimnet.adapters.placement import PLACEMENTS, lora_config
 from mrl_redimnet.adapters.strategies import STRATEGIES
 from mrl_redimnet.audio.augmentation import check_augmentations
 from mrl_redimnet.audio.domains import DOMAINS, check_domain
-from mrl_redimnet.data.corpus import COLUMN_ROLES, layout_of
+from mrl_redimnet.data.corpus import COLUMN_ROLES, UNLABELLED, layout_of
 from mrl_redimnet.extras import extra
 from mrl_redimnet.scoring.trials import FORMATS
 from mrl_redimnet.settings import nearest
+from mrl_redimnet.training.distillation import TEACHER_LOSSES
 from mrl_redimnet.training.fields import (
     AtLeast1,
     Between0And1,
@@ -46,6 +47,7 @@ from mrl_redimnet.training.fields import (
     choice,
     numbers_in,
 )
+from mrl_redimnet.training.teachers import source_of
 
 with extra("train"):
     from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -126,7 +128,8 @@ class Data(Group):
     )
     layout: Text = Field(
         "speaker/session/utterance",
-        description="what the parts of a path below `train` mean, or the name of a corpus such as voxceleb2",
+        description="what the parts of a path below `train` mean, or the name of a corpus such as voxceleb2; utterance "
+        "alone: speech without speaker labels, at any depth, for margin_weight: 0",
     )
     columns: dict[choice(*COLUMN_ROLES), Text] = Field(
         {}, description="names of columns of parquet and Hub data, such as {speaker: spk_id}, where they are not usual"
@@ -231,7 +234,8 @@ class Model(Group):
 
 
 class Loss(Group):
-    """The margin loss over every Matryoshka prefix, and distillation.
+    """The margin loss over every Matryoshka prefix, and a teacher's: loss = margin_weight * margin loss +
+    teacher_weight * teacher's loss.
 
     null: as in the model to start from; a new model has the values of MRLReDimNetConfig.
     """
@@ -270,10 +274,40 @@ class Loss(Group):
     classifier_sample: CountOr0 = Field(
         0, description="speakers of the classifier used in a step (partial FC), for 100,000 and more; 0: all"
     )
-    teacher: Text | None = Field(
-        None, description="a trained model to distil from: every prefix learns the similarities of its full embedding"
+    margin_weight: NotNegative = Field(
+        1.0, description="weight of the margin loss; 0: no classifier and no speaker labels, a teacher says all"
     )
-    teacher_weight: NotNegative = Field(10.0, description="weight of the distillation loss")
+    teacher: Text | None = Field(
+        None,
+        description="what every prefix learns from besides the labels: a saved model (folder or Hub id), a table of "
+        "embeddings by utterance (what `mrl-redimnet embed` writes, or a parquet file), FILE.onnx, or a function "
+        "package.module:name",
+    )
+    teacher_loss: choice(*TEACHER_LOSSES) | None = Field(
+        None,
+        description="similarity: which crops of a batch are alike; direction: where the teacher's embedding points, in "
+        "its principal axes; null: direction with margin_weight: 0, else similarity",
+    )
+    teacher_hears: choice("clean", "same") = Field(
+        "clean",
+        description="what a teacher that is run beside the training is given: the clean crop, before augmentations and "
+        "domain, or the same crop as the student",
+    )
+    teacher_weight: NotNegative = Field(10.0, description="weight of the teacher's loss, of either kind")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Loss":
+        if not self.margin_weight:
+            if self.teacher is None or not self.teacher_weight:
+                raise ValueError("margin_weight: with 0 there is nothing to learn but from a teacher; name one.")
+            if self.classifier_sample:
+                raise ValueError("classifier_sample: with margin_weight: 0 there is no classifier; leave it out.")
+        return self
+
+    @property
+    def taught(self) -> str:
+        """Which of `TEACHER_LOSSES` a teacher's loss is: `teacher_loss`, or its default."""
+        return self.teacher_loss or ("similarity" if self.margin_weight else "direction")
 
     @property
     def of_model(self) -> dict[str, Any]:
@@ -349,7 +383,8 @@ class Schedule(Group):
     rotate_at: Rotations = Field(
         None,
         description="ratios of the run at which the embedding's basis is rotated to its principal axes; null: [0.1, "
-        "0.3, 0.5] if the whole model is trained on speakers with all classifier rows, else none",
+        "0.3, 0.5] if the whole model is trained on speakers with all classifier rows, and no teacher says the basis "
+        "(teacher_loss: direction), else none",
     )
     trunk_frozen_until: Ratio = Field(0.0, description="ratio of the run in which the trunk is frozen (head first)")
 
@@ -507,6 +542,7 @@ class Recipe(Group):
         self._check_parts()
         self._check_attribute()
         self._check_classifier_sample()
+        self._check_teacher()
         self._check_domain()
         self._check_model_options()
         return self
@@ -517,7 +553,13 @@ class Recipe(Group):
         if self.schedule.rotate_at is not None:
             return self.schedule.rotate_at
         possible = self.model.finetune == "all" and not self.data.label_column and not self.loss.classifier_sample
+        possible = possible and not self.basis_is_taught
         return [0.1, 0.3, 0.5] if possible else []
+
+    @property
+    def basis_is_taught(self) -> bool:
+        """Whether the teacher says what each number of the embedding is to be."""
+        return self.loss.teacher is not None and self.loss.taught == "direction"
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -571,6 +613,7 @@ class Recipe(Group):
             return
         for name, value in (
             ("teacher", self.loss.teacher),
+            ("margin_weight", self.loss.margin_weight != 1.0),
             ("classifier_sample", self.loss.classifier_sample),
             ("prefix_starts", self.schedule.prefix_starts),
             ("prefixes_per_step", self.loss.prefixes_per_step),
@@ -592,6 +635,19 @@ class Recipe(Group):
         if self.optimizer.gradient_accumulation > 1:
             raise ValueError(
                 "classifier_sample: works with gradient_accumulation: 1, since a step has one set of rows."
+            )
+
+    def _check_teacher(self):
+        if self.basis_is_taught and self.schedule.rotate_at:
+            raise ValueError("rotate_at: with teacher_loss: direction the basis is the teacher's; leave it out.")
+        if self.loss.teacher is not None and self.data.streaming and source_of(self.loss.teacher) == "table":
+            raise ValueError(
+                "teacher: a table has embeddings of known utterances, a stream has none; streaming: false."
+            )
+        if self.data.layout == UNLABELLED and (self.loss.margin_weight or self.evaluation.dev_trials is None):
+            raise ValueError(
+                f"layout: {UNLABELLED} says that no speaker is known; give margin_weight: 0 with a teacher, and "
+                "dev_trials with dev_folder."
             )
 
     def _check_domain(self):

@@ -119,13 +119,13 @@ def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, fl
         systems["base"] = task.build_model(recipe)[0].to(device).eval()
     if run.part(TrainedAdapter) is not None:
         model = task.build_model(recipe)[0].to(device).eval()
-        PeftModel.from_pretrained(model if isinstance(task, Attribute) else model.redimnet, folder)
+        PeftModel.from_pretrained(model if isinstance(task, Attribute) else model.base_model, folder)
         return {**systems, "adapter": model}, "adapter", {}
     trained = {"as trained": type(run.model).from_pretrained(folder).to(device)}
     if (average := run.part(CheckpointAverage)) is not None:
         trained["mean of the last"] = copy.deepcopy(trained["as trained"])
         average.mean_into(run, trained["mean of the last"], progress.step)
-    if isinstance(task, Verification) and recipe.model.finetune == "all":
+    if isinstance(task, Verification) and recipe.model.finetune == "all" and not recipe.basis_is_taught:
         for name, model in list(trained.items()):
             turned = "rotated" if name == "as trained" else f"{name}, rotated"
             trained[turned] = copy.deepcopy(model)
@@ -147,9 +147,14 @@ def training_sentence(run: Run, progress: Progress, saved: str) -> str:
     adapter, kind = recipe.adapter, recipe.augmentation
     whole = recipe.model.finetune != "adapter"
     what = "Trained" if whole else f"An adapter ({adapter.placement}, {adapter.strategy}) trained"
+    loss, taught = recipe.loss, ""
+    if loss.teacher is not None:
+        teacher = Path(loss.teacher).name if Path(loss.teacher).exists() else loss.teacher
+        labels = "with" if loss.margin_weight else "without"
+        taught = f", {labels} speaker labels and with the teacher `{teacher}` ({loss.taught})"
     domain = "" if kind.domain == "clean" else f", {1 - kind.clean_ratio:.0%} of them made {kind.domain},"
     return (
         f"{what} from {start} by `train_hf.py`: {progress.step} steps of {crops} crops of {length} s"
-        f"{domain} from {run.task.speech}. Step {progress.best_step} was best on the development speech."
+        f"{domain} from {run.task.speech}{taught}. Step {progress.best_step} was best on the development speech."
         + (f" Saved is: {saved}." if whole else "")
     )

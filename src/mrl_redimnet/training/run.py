@@ -50,9 +50,15 @@ class Part:
         """labels [B] on the CPU -> those that the model is given."""
         return labels
 
-    def loss(self, run: "Run", inputs: torch.Tensor, answer: ModelOutput, options: dict) -> torch.Tensor | float:
-        """What is added to the model's own loss. inputs [B, T] on the device; options: those of the forward pass."""
+    def loss(self, run: "Run", batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor | float:
+        """What is added to the model's own loss. batch: with its waveforms on the device; options: those of the forward
+        pass.
+        """
         return 0.0
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """What the record keeps of the last batch's loss, by name: numbers [] on the device, the same names always."""
+        return {}
 
     def after_optimizer(self, run: "Run", step: int, skipped: bool) -> None:
         """After the optimiser's step, with its gradients still there.
@@ -130,6 +136,11 @@ class Run:
         """A batch's tensor where the model is. A GPU fetches it from pinned memory while the host goes on."""
         device = self.accelerator.device
         return tensor.to(device, non_blocking=device.type == "cuda")
+
+    def batch_on_device(self, batch: dict) -> dict:
+        """A batch with its waveforms where the model is; labels and the rest stay."""
+        waves = {name: self.on_device(batch[name]) for name in ("input_values", "clean_values") if name in batch}
+        return {**batch, **waves}
 
     def begin_phase(self, step: int) -> None:
         """Sets what is trained from `step` on, with an optimiser of its own."""

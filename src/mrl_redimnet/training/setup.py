@@ -38,6 +38,7 @@ from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.schedules import Timing, augmentation_strength
 from mrl_redimnet.training.tasks import Task, base_speakers, make_task, training_domain
+from mrl_redimnet.training.teachers import hears_clean
 
 with extra("train"):
     import psutil
@@ -172,7 +173,9 @@ def build_crops(recipe: Recipe, task: Task, accelerator: Accelerator, steps: int
     talkers = None if data.streaming else CorpusTalkers(task.corpus)
     chain = make_augmentations(kind.augmentations, Sources(kind.noise, kind.rooms, talkers))
     domain = None if kind.domain == "clean" else InDomain(training_domain(recipe), kind.clean_ratio)
-    maker = CropMaker(len(task.speakers), tuple(kind.speed_perturb), partial(augmented, chain, domain))
+    maker = CropMaker(
+        len(task.speakers), tuple(kind.speed_perturb), partial(augmented, chain, domain), hears_clean(recipe)
+    )
     loading = Loading(
         batch_size=data.batch_size,
         accumulation=recipe.optimizer.gradient_accumulation,
@@ -279,10 +282,11 @@ def describe(run: Run) -> None:
     if saved_in not in (None, torch.float32):
         accelerator.print(f"{recipe.model.start} is saved in {saved_in}; it is trained in float32.")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    classes = max(1, len(task.labels)) if task.classes is None else len(task.classes)
+    labels = max(1, len(task.labels)) if task.classes is None else len(task.classes)
+    classifier = f" with the classifier of {labels:,} classes" if hasattr(run.model, "classifier") else ""
     accelerator.print(
-        f"{recipe.model.start}: {sum(p.numel() for p in run.model.parameters()):,} parameters with the classifier of "
-        f"{classes:,} classes, {trained:,} of them trained ({recipe.model.finetune}).\n"
+        f"{recipe.model.start}: {sum(p.numel() for p in run.model.parameters()):,} parameters{classifier}, "
+        f"{trained:,} of them trained ({recipe.model.finetune}).\n"
         f"{task.speech}; "
         + "; ".join(f"{title}: {len(test):,} trials or utterances" for title, test in task.development.items())
         + f".\n{run.steps} steps of {recipe.data.batch_size} x {recipe.optimizer.gradient_accumulation} x "

@@ -19,6 +19,7 @@ from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import (
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
+    MRLReDimNetModel,
     MRLReDimNetPreTrainedModel,
 )
 from mrl_redimnet.audio.augmentation import FileTalkers, Sources, make_augmentations
@@ -26,6 +27,7 @@ from mrl_redimnet.audio.domains import Domain, make_domain
 from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.audio.waveforms import into_domain
 from mrl_redimnet.data.corpus import (
+    UNLABELLED,
     SpeakerTable,
     check_problems,
     labels_of,
@@ -46,6 +48,7 @@ from mrl_redimnet.settings import near
 from mrl_redimnet.streams import Stream
 from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.schedules import margin_at, prefix_weights_at
+from mrl_redimnet.training.teachers import SOURCES, source_of
 
 M = TypeVar("M", bound=MRLReDimNetPreTrainedModel)
 
@@ -155,13 +158,14 @@ class Task(ABC, Generic[Test, Row]):
 
 
 class Verification(Task[TrialTest, VerificationRow]):
-    """Speakers are told apart by a margin classifier over every prefix; models are judged by the EER of trials."""
+    """Speakers are told apart by a margin classifier over every prefix, or as a teacher does, by the encoder alone
+    (margin_weight: 0); models are judged by the EER of trials.
+    """
 
     name = "verification"
     adapter_task = "FEATURE_EXTRACTION"  # the classifier stays behind: adapters are the encoder's
     labels = ()
     targets = None
-    classes: SpeakerTable
 
     def __init__(self, recipe: Recipe, corpus: Dataset | StreamContents) -> None:
         """corpus: the usable training rows, of which the development speakers are taken out; or what is to stream."""
@@ -183,8 +187,11 @@ class Verification(Task[TrialTest, VerificationRow]):
             check_present(test.trials, test.folder)  # now, not after the training
         contents = corpus if streamed else contents_of(self.corpus)
         self.utterances, self.speakers, self.speech = contents.rows, contents.speakers, told(contents)
+        if recipe.data.layout == UNLABELLED:
+            self.speech = self.speech.replace(f" of {len(self.speakers):,} speakers", " of unknown speakers")
         self.unreadable = Unreadable(recipe, self.utterances)
-        self.classes = classes_of(self.speakers, recipe.augmentation.speed_perturb)
+        labelled = recipe.loss.margin_weight > 0
+        self.classes = classes_of(self.speakers, recipe.augmentation.speed_perturb) if labelled else None
         self.development_speakers = speakers_in(dev)
         self.notes = notes_on_speakers(
             recipe,
@@ -194,8 +201,10 @@ class Verification(Task[TrialTest, VerificationRow]):
             {n: speakers_in(t.trials) for n, t in self.tests.items()},
         )
 
-    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector, bool]:
+    def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector | MRLReDimNetModel, bool]:
         """The model to train, and whether its classifier knows none of the classes yet."""
+        if self.classes is None:
+            return start_model(MRLReDimNetModel, recipe)[0], False
         if recipe.model.start in SIZES:
             return start_model(MRLReDimNetForXVector, recipe, num_speakers=len(self.classes))
         model, headless = start_model(MRLReDimNetForXVector, recipe)
@@ -436,6 +445,8 @@ def check_files(recipe: Recipe) -> None:
         kind = recipe.augmentation
         make_augmentations(kind.augmentations, Sources(kind.noise, kind.rooms, talkers))
         training_domain(recipe)
+    if recipe.loss.teacher is not None:
+        SOURCES[source_of(recipe.loss.teacher)].check(recipe.loss.teacher)
 
 
 def start_config(recipe: Recipe) -> MRLReDimNetConfig:
