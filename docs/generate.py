@@ -79,6 +79,7 @@ PURPOSES = {
     "hub_cards": "model cards",
     "train_hf": "the training loop",
     "encoder": "SpeakerEncoder",
+    "published": "checkpoints by name",
     "speed": "faster forms of modules",
     "mrl_redimnet_cli": "one module per command",
 }

@@ -13,7 +13,7 @@ FLOORS = (
     {"pretrained_mrl_redimnet", "feature_extraction_mrl_redimnet"},
     {"modeling_mrl_redimnet"},
     {"speed"},
-    {"extras", "files", "fingerprints", "settings", "streams", "tables"},
+    {"extras", "files", "fingerprints", "published", "settings", "streams", "tables"},
     {"audio", "plotting", "rows"},
     {"hub_cards", "convert", "data", "scoring"},
     {"saving"},

@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    MODEL,
     add_command,
     add_push_options,
     file,
     folder,
+    model_source,
     must_be_there,
     print_pushed,
     push_options,
@@ -50,7 +52,7 @@ def add(commands):
     must_be_there(detect, detector=folder, files=file)
 
     mix = add_command(actions, "mix", mix_into, help="mix several adapters of one base into a new adapter")
-    mix.add_argument("base", help="the base: a path or Hub id")
+    mix.add_argument("base", help=f"the base: {MODEL}")
     mix.add_argument(
         "weights", nargs="+", metavar="ADAPTER=WEIGHT", help="an adapter (a path or Hub id) and its weight in the mix"
     )
@@ -64,7 +66,7 @@ def add(commands):
     mix.add_argument(
         "--density", type=float, help="share of the numbers that the methods ties, dare and magnitude_prune keep"
     )
-    must_be_there(mix, base=source)
+    must_be_there(mix, base=model_source)
 
     merge = add_command(
         actions,
@@ -72,10 +74,10 @@ def add(commands):
         merge_into,
         help="merge an adapter into the weights of its base, and save that as a plain model",
     )
-    merge.add_argument("base", help="the base: a path or Hub id")
+    merge.add_argument("base", help=f"the base: {MODEL}")
     merge.add_argument("adapter", help="the adapter: a path or Hub id")
     merge.add_argument("out", type=Path, help="a new folder")
-    must_be_there(merge, base=source, adapter=source)
+    must_be_there(merge, base=model_source, adapter=source)
 
 
 def push_folder(arguments: argparse.Namespace):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import add_command, folder, must_be_there, source
+from mrl_redimnet_cli.arguments import MODEL, add_command, folder, model_source, must_be_there
 
 
 def add(commands):
@@ -14,10 +14,10 @@ def add(commands):
         run,
         help="rotate a model's embedding, so that its first numbers hold as much of it as they can",
     )
-    parser.add_argument("model", help="the model: a path or Hub id")
+    parser.add_argument("model", help=f"the model: {MODEL}")
     parser.add_argument("audio", type=Path, metavar="AUDIO_DIR", help="speech of many speakers, at any depth")
     parser.add_argument("out", type=Path, help="a new folder")
-    must_be_there(parser, model=source, audio=folder)
+    must_be_there(parser, model=model_source, audio=folder)
 
 
 def run(arguments: argparse.Namespace):
