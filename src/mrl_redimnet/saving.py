@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel
@@ -135,6 +135,6 @@ def convert_published(checkpoint: Checkpoint, embedding_size: int | None = None)
     return model if embedding_size is None else convert_checkpoint(file, embedding_size)
 
 
-def card_facts(checkpoint: Checkpoint) -> dict[str, object]:
+def card_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the card of a published checkpoint states, as `save_model` takes it."""
     return {"training": checkpoint.origin, "licence": checkpoint.licence, "datasets": checkpoint.corpora}
