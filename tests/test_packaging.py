@@ -99,6 +99,17 @@ def test_lock_meets_the_declared_ranges():
                         assert packaging.Requirement(requirement).specifier.contains(version), requirement
 
 
+def test_files_that_are_no_code_are_packaged():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "mrl_redimnet"
+    ]
+    package = ROOT / "src/mrl_redimnet"
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {"py.typed", "published.json"} <= {file.name for file in files}
+    for file in (*files, package / "models/any/model.safetensors", package / "models/any/config.json"):
+        assert any(file.relative_to(package).match(pattern) for pattern in patterns), file
+
+
 # ---------------------------------------------------------------- the command line
 
 

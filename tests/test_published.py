@@ -231,9 +231,14 @@ def test_a_cache_that_cannot_be_written(release):
     folder = CHECKPOINT.cache()
     folder.rmdir()
     folder.write_text("")
-    with pytest.raises(FetchError, match="there is no folder for it in the cache .* Set HF_HOME to a folder that can"):
+    with pytest.raises(
+        FetchError, match="cannot be kept in the cache .*existing file.*Set HF_HOME to a folder that can"
+    ):
         fetch(CHECKPOINT)
     folder.unlink()
+    (CHECKPOINT.cache() / "converting.lock").mkdir()  # where a file is to be written
+    with pytest.raises(FetchError, match="cannot be kept in the cache .*Is a directory.* Set HF_HOME"):
+        resolve_model(NAME)
 
 
 def test_offline(online, release, monkeypatch):
@@ -352,6 +357,7 @@ def test_a_model_that_comes_with_the_package(packaged, capsys):
     assert resolve_model("tiny") == packaged
     encoder = SpeakerEncoder.from_pretrained("tiny", device="cpu")
     assert encoder.name == "tiny" and fingerprint(encoder.model) == fingerprint(tiny_model())
+    capsys.readouterr()
     message = refusal(capsys, "verify", "tiny", "no.wav", "--test", "no.wav")
     assert "MODEL" not in message and "ENROL: no file no.wav" in message
     assert "or the name of a model (the nearest are tiny)" in refusal(capsys, "rotate", "tinyy", ".", "out")

@@ -97,8 +97,11 @@ class Checkpoint:
         )
 
     def cache(self) -> Path:
-        """The folder of the cache for this checkpoint, which is made if need be."""
-        return cached_assets_path("mrl-redimnet", namespace=self.owner, subfolder=self.name)
+        """The folder of the cache for this checkpoint, which is made if need be. FetchError where it cannot be."""
+        try:
+            return cached_assets_path("mrl-redimnet", namespace=self.owner, subfolder=self.name)
+        except (OSError, ValueError) as error:  # ValueError: huggingface_hub's, for a file in the place of a folder
+            raise _unwritable(self, error) from error
 
 
 def _read_list() -> Iterator[Checkpoint]:
@@ -157,11 +160,11 @@ def fetch(checkpoint: Checkpoint) -> Path:
 
     Raises FetchError, see there.
     """
-    folder = _folder(checkpoint)
+    folder = checkpoint.cache()
     file = folder / checkpoint.file
     if file.is_file():
         return file
-    with _writing(checkpoint, folder), WeakFileLock(folder / "fetching.lock"):
+    with writing_to_cache(checkpoint), WeakFileLock(folder / "fetching.lock"):
         if not file.is_file():
             partial = folder / f"{checkpoint.file}.part"
             _download(checkpoint, partial)
@@ -183,36 +186,30 @@ def refused(checkpoint: Checkpoint, file: Path, problem: str) -> FetchError:
     )
 
 
-def _folder(checkpoint: Checkpoint) -> Path:
-    try:
-        return checkpoint.cache()
-    except (OSError, ValueError) as error:  # ValueError: huggingface_hub's, for a file in the place of a folder
-        raise FetchError(
-            f"{checkpoint.id} cannot be kept: there is no folder for it in the cache ({error}). Set HF_HOME to a "
-            f"folder that can be written, or {checkpoint.by_hand}"
-        ) from error
-
-
 @contextmanager
-def _writing(checkpoint: Checkpoint, folder: Path) -> Iterator[None]:
-    """Around what writes to the cache: says in a FetchError what the system has against it."""
+def writing_to_cache(checkpoint: Checkpoint) -> Iterator[None]:
+    """Around what writes to the cache: what the system has against it becomes a FetchError."""
     try:
         yield
-    except FetchError:
+    except MRLReDimNetError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(checkpoint, folder) from error
-        raise FetchError(
-            f"{checkpoint.id} cannot be kept in the cache ({error}). Set HF_HOME to a folder that can be written, or "
-            f"{checkpoint.by_hand}"
-        ) from error
+            raise _disk_full(checkpoint) from error
+        raise _unwritable(checkpoint, error) from error
 
 
-def _disk_full(checkpoint: Checkpoint, folder: Path) -> FetchError:
+def _unwritable(checkpoint: Checkpoint, error: Exception) -> FetchError:
     return FetchError(
-        f"{checkpoint.id} cannot be fetched: the disk of {folder} is full. Make room, and the next call goes on with "
-        f"what is there; or set HF_HOME to a folder on another disk; or {checkpoint.by_hand}"
+        f"{checkpoint.id} cannot be kept in the cache ({error}). Set HF_HOME to a folder that can be written, or "
+        f"{checkpoint.by_hand}"
+    )
+
+
+def _disk_full(checkpoint: Checkpoint) -> FetchError:
+    return FetchError(
+        f"{checkpoint.id} cannot be kept: the disk of {checkpoint.cache()} is full. Make room, and the next call goes "
+        f"on with what is there; or set HF_HOME to a folder on another disk; or {checkpoint.by_hand}"
     )
 
 
@@ -264,7 +261,7 @@ def _receive(checkpoint: Checkpoint, partial: Path) -> None:
         length = answer.headers.get("Content-Length")
         missing = int(length) if length and length.isdecimal() else None
         if missing is not None and shutil.disk_usage(partial.parent).free < missing:
-            raise _disk_full(checkpoint, partial.parent)
+            raise _disk_full(checkpoint)
         validator = answer.headers.get("ETag", "")
         if validator.startswith('"'):  # weak ones, W/"...", do not promise the same bytes
             etag.write_text(validator)

@@ -16,7 +16,7 @@ from mrl_redimnet.convert import ConversionError, convert_checkpoint
 from mrl_redimnet.files import refuse_missing, replace_folder
 from mrl_redimnet.hub_cards import base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
-from mrl_redimnet.published import Checkpoint, fetch, find_checkpoint, nearest_names, refused
+from mrl_redimnet.published import Checkpoint, fetch, find_checkpoint, nearest_names, refused, writing_to_cache
 from pretrained_mrl_redimnet import WeightsError, refuse_wrapped
 
 if TYPE_CHECKING:  # training alone has what these take a second to import for
@@ -113,7 +113,9 @@ def converted_folder(checkpoint: Checkpoint) -> Path:
     Another version of this package converts anew. Raises as `convert_published`.
     """
     folder = checkpoint.cache() / f"model-{version('mrl-redimnet')}"
-    with WeakFileLock(folder.with_name("converting.lock")):
+    if folder.is_dir():  # asked without a lock, which a cache that is for reading only does not give
+        return folder
+    with writing_to_cache(checkpoint), WeakFileLock(folder.with_name("converting.lock")):
         if not folder.is_dir():
             save_model(convert_published(checkpoint), folder, name=checkpoint.name, **card_facts(checkpoint))
     return folder
