@@ -42,6 +42,7 @@ from mrl_redimnet.adapters.stored import (
 from mrl_redimnet.adapters.strategies import explicit_config
 from mrl_redimnet.files import replace_folder
 from mrl_redimnet.fingerprints import fingerprint, same_weights
+from mrl_redimnet.saving import resolve_model
 from mrl_redimnet.speed import speed_up
 
 ACTIVE = "__active__"
@@ -83,13 +84,14 @@ class AdapterBank:
         dtype: torch.dtype | None = None,
         any_base: bool = False,
     ) -> "AdapterBank":
-        """A bank over `base` (folder, Hub id, or a model, which it takes over), `adapters` {name: folder or Hub id}.
+        """A bank over `base` (as of `mrl_redimnet.saving.resolve_model`, or a model, which it takes over), `adapters`
+        {name: folder or Hub id}.
 
         revision: of the base. dtype: to load the base in; a model keeps its own. None of the adapters is active at
         first. Raises as `add` does, FileNotFoundError for a folder that is not there.
         """
         if isinstance(base, str | Path):
-            folder = local_folder(base, revision, token)
+            folder = local_folder(resolve_model(base), revision, token)
             model = MRLReDimNetModel.from_pretrained(folder, dtype=dtype or "auto")
             name = str(base)
         elif dtype is None:

@@ -1,7 +1,8 @@
 """Writes the pages of this folder that are made from the code: `python docs/generate.py`, or `make docs`.
 
-cli.md is the help of every command; architecture.svg shows the parts of the package and which import which. A test says
-when either is not what the code would give today.
+cli.md is the help of every command, recipe.md has every setting of training, published.md lists the published
+checkpoints; architecture.svg shows the parts of the package and which import which. A test says when one is not what
+the code would give today.
 """
 
 import contextlib
@@ -79,6 +80,7 @@ PURPOSES = {
     "hub_cards": "model cards",
     "train_hf": "the training loop",
     "encoder": "SpeakerEncoder",
+    "published": "checkpoints by name",
     "speed": "faster forms of modules",
     "mrl_redimnet_cli": "one module per command",
 }
@@ -160,7 +162,56 @@ def recipe_page() -> str:
     return page()
 
 
-GENERATED = {"cli.md": command_line_page, "recipe.md": recipe_page, "architecture.svg": picture}
+# ---------------------------------------------------------------- published.md
+
+PUBLISHED_HEAD = """# List of published checkpoints
+
+The names that `mrl-redimnet convert`, every other command and `SpeakerEncoder.from_pretrained` take. This page is
+written by `python docs/generate.py` from the list in the package, `published.json`; how to use the names is said in
+[Published checkpoints](checkpoints.md).
+
+The parts of a name are the size, the training data and the kind of training: `ptn` is the first training, `ft_lm` and
+`lm` the large-margin fine-tuning after it, `ft_mix` fine-tuning with mixed utterances, `dis` distillation.
+
+**Sizes and hashes are not the authors'.** Those below were recorded by other public projects that pin these files. A
+dash means that none was found; such a file is only checked by its conversion. None of the addresses could be reached
+where this list was made.
+"""
+
+
+def linked(text: str) -> str:
+    """Addresses in brackets as links."""
+    return re.sub(r"\((https://[^)]+)\)", r"(<\1>)", text)
+
+
+def published_page() -> str:
+    """docs/published.md."""
+    from mrl_redimnet.published import PUBLISHED
+
+    parts, groups = [PUBLISHED_HEAD], {}
+    for checkpoint in PUBLISHED.values():
+        groups.setdefault(checkpoint.owner, {}).setdefault(checkpoint.corpora, []).append(checkpoint)
+    for owner, by_data in groups.items():
+        (first, *_), *_ = by_data.values()
+        parts.append(
+            f"## {first.network}, from {owner}\n\nRepository: <{first.repository}>. Files: `{first.address}`.\n"
+        )
+        for corpora, checkpoints in by_data.items():
+            parts.append(f"### {first.network}: {', '.join(corpora)}\n\n{linked(checkpoints[0].terms)}\n")
+            rows = ["| name | bytes | SHA-256 |", "|---|---|---|"]
+            for one in checkpoints:
+                size, digest = f"{one.size:,}" if one.size else "-", f"`{one.sha256}`" if one.sha256 else "-"
+                rows.append(f"| `{one.id}` | {size} | {digest} |")
+            parts.append("\n".join([*rows, ""]))
+    return "\n".join(parts)
+
+
+GENERATED = {
+    "cli.md": command_line_page,
+    "recipe.md": recipe_page,
+    "published.md": published_page,
+    "architecture.svg": picture,
+}
 
 
 def main() -> None:

@@ -99,6 +99,17 @@ def test_lock_meets_the_declared_ranges():
                         assert packaging.Requirement(requirement).specifier.contains(version), requirement
 
 
+def test_files_that_are_no_code_are_packaged():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "mrl_redimnet"
+    ]
+    package = ROOT / "src/mrl_redimnet"
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {"py.typed", "published.json"} <= {file.name for file in files}
+    for file in (*files, package / "models/any/model.safetensors", package / "models/any/config.json"):
+        assert any(file.relative_to(package).match(pattern) for pattern in patterns), file
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -168,7 +179,7 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
 data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
-rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
+published rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
 speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
 """.split()
 # And of others, beside what the classes of transformers it needs import.

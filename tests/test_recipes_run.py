@@ -148,11 +148,14 @@ def test_a_recipe_is_started_by_the_command_of_its_comment(path, world, tmp_path
 
 
 def test_the_other_commands_of_the_comments_are_commands(world, monkeypatch, capsys):
-    """They are understood; what is refused is that the corpus is not whole, and the checkpoint not there."""
+    """They are understood; what is refused is that the corpus is not whole, and the speech not there."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "cache")
     others = [words for path in RECIPES for words in commands(path) if words[0] != "accelerate"]
-    refused = {"prepare": "16 usable utterances", "convert": "no file b2-vox2-ft_lm.pt"}
+    refused = {
+        "prepare": "16 usable utterances",
+        "convert": "no folder VOX2/SOME_SPEECH",
+    }
     assert {words[1] for words in others} == set(refused)
     for words in others:
         assert cli_main(words[1:]) == 2

@@ -32,7 +32,7 @@ from mrl_redimnet.audio.scan import drawn, files_below
 from mrl_redimnet.audio.waveforms import Prepare, length_batches, read_waveform
 from mrl_redimnet.data.utterances import Input, as_inputs, distinct
 from mrl_redimnet.fingerprints import fingerprint
-from mrl_redimnet.saving import load_model
+from mrl_redimnet.saving import load_model, resolve_model
 from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Thresholds
 from mrl_redimnet.scoring.decisions import Candidate, Decision, DecisionRule, Identification
 from mrl_redimnet.scoring.scorers import SCORERS, TOP, Scorer, enrolment_units, make_scorer
@@ -134,19 +134,22 @@ class SpeakerEncoder:
         """A saved model, with an adapter merged into its weights where one is given.
 
         Args:
-            model, adapter: path or Hub id. (For several adapters, load the model alone and use `adapters`.)
+            model: a folder, the Hub id of a model, or the name of a published checkpoint such as
+                "IDRnD/b2-vox2-ft_lm", which is fetched and converted once: see `mrl_redimnet.saving.resolve_model`.
+            adapter: path or Hub id. (For several adapters, load the model alone and use `adapters`.)
             device: by default an accelerator where there is one.
             revision: of a model on the Hub, a branch, tag or commit. token: for the Hub, where not logged in.
 
         Raises:
             FileNotFoundError: what is not there.
-            OSError: what cannot be read from the Hub.
+            OSError: what cannot be read from the Hub, or fetched.
             WeightsError: weights that are not wholly the model's.
             WrongBaseError: an adapter of another base.
             ValueError: an adapter that does not fit.
         """
         name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-        loaded, merged, weights = load_model(model, revision, token), None, None
+        source = resolve_model(model)
+        loaded, merged, weights = load_model(source, revision, token), None, None
         if adapter is not None:
             from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
 
@@ -157,7 +160,7 @@ class SpeakerEncoder:
             merged = facts.domain if facts else Path(adapter).name
             loaded = AdapterBank.load(loaded, {"adapter": adapter}, token=token).merged("adapter")
         loaded = loaded.to(PartialState().device if device is None else device)
-        return cls(loaded, name, adapter=merged, fingerprint=weights, source=model, revision=revision, token=token)
+        return cls(loaded, name, adapter=merged, fingerprint=weights, source=source, revision=revision, token=token)
 
     # ------------------------------------------------------------ what it is
 

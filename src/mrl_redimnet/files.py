@@ -23,15 +23,20 @@ class NotTextError(MRLReDimNetError, ValueError):
     """A text file is not in the encoding it should be in. The message says where."""
 
 
-def refuse_missing(source: str | Path, names: Iterable[str] = ()) -> None:
+def refuse_missing(source: str | Path, names: Iterable[str] = (), nearest: Iterable[str] = ()) -> None:
     """Raises FileNotFoundError where `source` reads like a folder, not like a Hub id OWNER/NAME, and there is none.
 
-    names: what could have been given as well, for the message.
+    names: what could have been given as well, for the message. nearest: names that `source` may be a misspelling of; if
+    there are any, it is not taken for a Hub id.
     """
-    may_be_hub_id = isinstance(source, str) and "/" in source and not source.startswith(("/", ".", "~"))
+    nearest = ", ".join(nearest)
+    may_be_hub_id = isinstance(source, str) and "/" in source and not source.startswith(("/", ".", "~")) and not nearest
     if not may_be_hub_id and not Path(source).is_dir():
         or_name = f", or one of {', '.join(names)}" if names else ""
-        raise FileNotFoundError(f"{source} is not a folder: give a saved folder, or a Hub id (OWNER/NAME){or_name}.")
+        near = f" The nearest names are {nearest}." if nearest else ""
+        raise FileNotFoundError(
+            f"{source} is not a folder: give a saved folder, or a Hub id (OWNER/NAME){or_name}.{near}"
+        )
 
 
 def refuse_existing(folder: Path) -> None:

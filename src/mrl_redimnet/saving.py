@@ -1,21 +1,29 @@
-"""Models as complete Hub folders, written whole or not at all."""
+"""Models as complete Hub folders, written whole or not at all; and the names that a model may be loaded by."""
 
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel
 
 import modeling_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
+from mrl_redimnet.convert import ConversionError, convert_checkpoint
 from mrl_redimnet.files import refuse_missing, replace_folder
 from mrl_redimnet.hub_cards import base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
+from mrl_redimnet.published import Checkpoint, fetch, find_checkpoint, nearest_names, refused, writing_to_cache
+from pretrained_mrl_redimnet import WeightsError, refuse_wrapped
 
 if TYPE_CHECKING:  # training alone has what these take a second to import for
     from mrl_redimnet.data.corpus import SpeakerTable
-from pretrained_mrl_redimnet import WeightsError, refuse_wrapped
+
+# The models that come with the package: a folder for each, named as the model is.
+MODELS = Path(__file__).with_name("models")
 
 
 def save_model(
@@ -48,17 +56,87 @@ def save_model(
 
 
 def load_model(model: str | Path, revision: str | None = None, token: str | None = None) -> MRLReDimNetPreTrainedModel:
-    """A saved model from a path or Hub id, with whatever head it was saved with, in eval mode.
+    """A saved model, with whatever head it was saved with, in eval mode.
 
-    revision: branch, tag or commit of a Hub id. token: for a private one, where not logged in.
+    model: a folder, a name or a Hub id, as of `resolve_model`. revision: branch, tag or commit of a Hub id. token: for
+    a private one, where not logged in.
 
     Raises WeightsError for weights that are not wholly those of that model, FileNotFoundError and OSError for what is
-    not there or is pickle only.
+    not there or is pickle only; and as `resolve_model`.
     """
-    refuse_missing(model)
+    source = resolve_model(model)
     where = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
-    config = MRLReDimNetConfig.from_pretrained(model, **where)
+    config = MRLReDimNetConfig.from_pretrained(source, **where)
     name = (config.architectures or [MRLReDimNetModel.__name__])[0]
     if name not in modeling_mrl_redimnet.__all__:
         raise ValueError(f"{model} is a {name}, expected one of {', '.join(modeling_mrl_redimnet.__all__)}.")
-    return getattr(modeling_mrl_redimnet, name).from_pretrained(model, **where).eval()
+    return getattr(modeling_mrl_redimnet, name).from_pretrained(source, **where).eval()
+
+
+def resolve_model(model: str | Path, others: Iterable[str] = ()) -> str | Path:
+    """What a name of a model stands for: a folder, or a Hub id, which is not looked for here.
+
+    The first of these that fits:
+
+    1. a folder of that path, so that nothing in the package or on the network changes what a path means;
+    2. a model that comes with the package, such as "nano" (where its folder is there): no network is needed;
+    3. a published checkpoint, OWNER/NAME or NAME, see `mrl_redimnet.published`: it is fetched and converted at the
+       first use, and both are kept in the cache;
+    4. a Hub id OWNER/NAME.
+
+    others: names that could have been given as well, for the message.
+
+    Raises FileNotFoundError for what is none of these, with the nearest names; ValueError for a NAME that two owners
+    have; FetchError for a published checkpoint that cannot be fetched.
+    """
+    if isinstance(model, Path) or Path(model).is_dir():
+        refuse_missing(model)
+        return model
+    packaged = packaged_models()
+    if model in packaged:
+        return packaged[model]
+    if (checkpoint := find_checkpoint(model)) is not None:
+        return converted_folder(checkpoint)
+    others = [*others, *packaged]
+    refuse_missing(model, others, nearest_names(model, others))
+    return model
+
+
+def packaged_models() -> dict[str, Path]:
+    """The models that come with the package, {name: folder}."""
+    return {file.parent.name: file.parent for file in sorted(MODELS.glob("*/config.json"))}
+
+
+def converted_folder(checkpoint: Checkpoint) -> Path:
+    """The folder in the cache with a published checkpoint as a model, which is fetched and converted if need be.
+
+    Another version of this package converts anew. Raises as `convert_published`.
+    """
+    folder = checkpoint.cache() / f"model-{version('mrl-redimnet')}"
+    if folder.is_dir():  # asked without a lock, which a cache that is for reading only does not give
+        return folder
+    with writing_to_cache(checkpoint), WeakFileLock(folder.with_name("converting.lock")):
+        if not folder.is_dir():
+            save_model(convert_published(checkpoint), folder, name=checkpoint.name, **card_facts(checkpoint))
+    return folder
+
+
+def convert_published(checkpoint: Checkpoint, embedding_size: int | None = None) -> MRLReDimNetModel:
+    """A published checkpoint as a model, from the cache or fetched. embedding_size: as of `convert_checkpoint`.
+
+    Raises FetchError, also for a file without a known hash that is no checkpoint, such as a page of a proxy; else as
+    `convert_checkpoint`.
+    """
+    file = fetch(checkpoint)
+    try:
+        model = convert_checkpoint(file)
+    except ConversionError as error:
+        if checkpoint.sha256 is not None:  # it is the authors' file
+            raise
+        raise refused(checkpoint, file, f"it cannot be converted ({str(error).rstrip('.')})") from error
+    return model if embedding_size is None else convert_checkpoint(file, embedding_size)
+
+
+def card_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the card of a published checkpoint states, as `save_model` takes it."""
+    return {"training": checkpoint.origin, "licence": checkpoint.licence, "datasets": checkpoint.corpora}

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from mrl_redimnet_cli.arguments import (
+    MODEL,
     Commands,
     add_command,
     add_push_options,
     file,
     folder,
+    model_source,
     must_be_there,
     print_pushed,
     push_options,
@@ -51,7 +53,7 @@ def add(commands: Commands) -> None:
     must_be_there(detect, detector=folder, files=file)
 
     mix = add_command(actions, "mix", mix_into, help="mix several adapters of one base into a new adapter")
-    mix.add_argument("base", help="the base: a path or Hub id")
+    mix.add_argument("base", help=f"the base: {MODEL}")
     mix.add_argument(
         "weights", nargs="+", metavar="ADAPTER=WEIGHT", help="an adapter (a path or Hub id) and its weight in the mix"
     )
@@ -65,7 +67,7 @@ def add(commands: Commands) -> None:
     mix.add_argument(
         "--density", type=float, help="share of the numbers that the methods ties, dare and magnitude_prune keep"
     )
-    must_be_there(mix, base=source)
+    must_be_there(mix, base=model_source)
 
     merge = add_command(
         actions,
@@ -73,10 +75,10 @@ def add(commands: Commands) -> None:
         merge_into,
         help="merge an adapter into the weights of its base, and save that as a plain model",
     )
-    merge.add_argument("base", help="the base: a path or Hub id")
+    merge.add_argument("base", help=f"the base: {MODEL}")
     merge.add_argument("adapter", help="the adapter: a path or Hub id")
     merge.add_argument("out", type=Path, help="a new folder")
-    must_be_there(merge, base=source, adapter=source)
+    must_be_there(merge, base=model_source, adapter=source)
 
 
 def push_folder(arguments: argparse.Namespace) -> None:

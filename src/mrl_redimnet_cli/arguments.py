@@ -1,11 +1,14 @@
 """What several commands take, and the check that the paths on a command line are there."""
 
 import argparse
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mrl_redimnet_cli.names import CHOICES, VALUES
+from mrl_redimnet_cli.names import CHOICES, VALUES, model_names, published_names
+
+MODEL = "a path, Hub id, or name such as b2-vox2-ft_lm"  # what a model may be given as, for help texts
 
 if TYPE_CHECKING:
     from mrl_redimnet.adapters.hub import Pushed
@@ -31,9 +34,9 @@ def add_command(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `model`, and --adapter."""
-    parser.add_argument("model", help="the model: a path or Hub id")
+    parser.add_argument("model", help=f"the model: {MODEL}")
     parser.add_argument("--adapter", help="an adapter to put on the model: a path or Hub id")
-    must_be_there(parser, model=source, adapter=source)
+    must_be_there(parser, model=model_source, adapter=source)
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -180,12 +183,33 @@ def anything(path: str | Path) -> str | None:
     return None if Path(path).exists() else f"no file or folder {path}"
 
 
-def source(model: str) -> str | None:
-    """What is wrong with a model or an adapter: a folder, or a Hub id, which is not looked for here."""
-    may_be_hub_id = "/" in model and not model.startswith(("/", ".", "~"))
-    if may_be_hub_id or Path(model).is_dir():
+def source(adapter: str) -> str | None:
+    """What is wrong with an adapter: a folder, or a Hub id, which is not looked for here."""
+    may_be_hub_id = "/" in adapter and not adapter.startswith(("/", ".", "~"))
+    if may_be_hub_id or Path(adapter).is_dir():
         return None
-    return f"{model} is not a folder: give a saved folder, or a Hub id (OWNER/NAME)"
+    return f"{adapter} is not a folder: give a saved folder, or a Hub id (OWNER/NAME)"
+
+
+def model_source(given: str) -> str | None:
+    """What is wrong with a model: as `source`, or the name of one."""
+    if given in model_names() or (problem := source(given)) is None:
+        return None
+    return f"{problem}, or the name of a model{_nearest(given, model_names())}"
+
+
+def checkpoint(given: str) -> str | None:
+    """What is wrong with a published checkpoint: its file, or its name."""
+    if given in published_names() or (problem := file(given)) is None:
+        return None
+    return (
+        f"{problem}, and no published checkpoint of that name{_nearest(given.removesuffix('.pt'), published_names())}"
+    )
+
+
+def _nearest(given: str, names: tuple[str, ...]) -> str:
+    found = difflib.get_close_matches(given, names, cutoff=0.75)
+    return f" (the nearest are {', '.join(found)})" if found else ""
 
 
 def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str | None]) -> None:

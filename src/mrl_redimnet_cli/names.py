@@ -4,6 +4,12 @@ Importing `mrl_redimnet` imports torch, which takes seconds; help and usage erro
 compares every entry with the package's own.
 """
 
+import json
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "mrl_redimnet"
+
 # The choices of options, by the place in `mrl_redimnet` that defines them.
 CHOICES = {
     "scoring.trials.FORMATS": ("voxceleb", "kaldi", "cnceleb", "sitw"),
@@ -36,3 +42,16 @@ VALUES = {
     "evaluation.robustness.REPORT": "robustness.json",
     "evaluation.robustness.PICTURE": "robustness.png",
 }
+
+
+@cache
+def published_names() -> tuple[str, ...]:
+    """The published checkpoints by OWNER/NAME, and by NAME alone."""
+    releases = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["releases"]
+    ids = [(owner, name) for owner, release in releases.items() for name in release["checkpoints"]]
+    return (*(f"{owner}/{name}" for owner, name in ids), *dict.fromkeys(name for _, name in ids))
+
+
+def model_names() -> tuple[str, ...]:
+    """The models that a name stands for: those that come with the package, and the published checkpoints."""
+    return (*(file.parent.name for file in sorted(PACKAGE.glob("models/*/config.json"))), *published_names())

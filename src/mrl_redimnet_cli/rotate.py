@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrl_redimnet_cli.arguments import Commands, add_command, folder, must_be_there, source
+from mrl_redimnet_cli.arguments import MODEL, Commands, add_command, folder, model_source, must_be_there
 
 if TYPE_CHECKING:
     from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
@@ -18,10 +18,10 @@ def add(commands: Commands) -> None:
         run,
         help="rotate a model's embedding, so that its first numbers hold as much of it as they can",
     )
-    parser.add_argument("model", help="the model: a path or Hub id")
+    parser.add_argument("model", help=f"the model: {MODEL}")
     parser.add_argument("audio", type=Path, metavar="AUDIO_DIR", help="speech of many speakers, at any depth")
     parser.add_argument("out", type=Path, help="a new folder")
-    must_be_there(parser, model=source, audio=folder)
+    must_be_there(parser, model=model_source, audio=folder)
 
 
 def run(arguments: argparse.Namespace) -> None:

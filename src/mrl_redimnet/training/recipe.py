@@ -217,7 +217,9 @@ class Model(Group):
     main = "start"
 
     start: Text = Field(
-        "nano", description="a size (nano, b0 ... b6, redimnet2-...), or the path or Hub id of a model to start from"
+        "nano",
+        description="a size (nano, b0 ... b6, redimnet2-...), or the path, Hub id or published name of a model to "
+        "start from",
     )
     model_options: Options = Field(
         {}, description="fields of MRLReDimNetConfig to replace, such as {matryoshka_dims: [64, 256]}"

@@ -37,7 +37,7 @@ from mrl_redimnet.training.reading import flat
 from mrl_redimnet.training.recipe import EvaluationSet, Recipe
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.schedules import Timing, augmentation_strength
-from mrl_redimnet.training.tasks import Task, base_speakers, make_task, training_domain
+from mrl_redimnet.training.tasks import Task, base_speakers, make_task, saved_start, training_domain
 from mrl_redimnet.training.teachers import hears_clean
 
 with extra("train"):
@@ -278,7 +278,7 @@ def claim_output(recipe: Recipe, task: Task, resume: bool) -> None:
 def describe(run: Run) -> None:
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
-    saved_in = None if recipe.model.start in SIZES else MRLReDimNetConfig.from_pretrained(recipe.model.start).dtype
+    saved_in = None if recipe.model.start in SIZES else MRLReDimNetConfig.from_pretrained(saved_start(recipe)).dtype
     if saved_in not in (None, torch.float32):
         accelerator.print(f"{recipe.model.start} is saved in {saved_in}; it is trained in float32.")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)

@@ -40,8 +40,9 @@ from mrl_redimnet.data.streaming import StreamContents
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.groups import error_rates, read_groups_for
 from mrl_redimnet.evaluation.results import attribute_row, check_present, embed_trials, evaluate_trials, without
-from mrl_redimnet.files import path_below, refuse_missing, replace_file, text_lines
+from mrl_redimnet.files import path_below, replace_file, text_lines
 from mrl_redimnet.rows import AttributeRow, GroupRow, VerificationRow
+from mrl_redimnet.saving import resolve_model
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError, make_trials, read_trials
 from mrl_redimnet.settings import near
@@ -208,7 +209,7 @@ class Verification(Task[TrialTest, VerificationRow]):
         if recipe.model.start in SIZES:
             return start_model(MRLReDimNetForXVector, recipe, num_speakers=len(self.classes))
         model, headless = start_model(MRLReDimNetForXVector, recipe)
-        old = None if headless or not recipe.model.reuse_classifier else saved_speakers(recipe.model.start)
+        old = None if headless or not recipe.model.reuse_classifier else saved_speakers(saved_start(recipe))
         carried = carry_classifier(model, old, self.classes)
         if old is not None and carried:
             self.notes["classifier"] = (
@@ -324,7 +325,7 @@ class Attribute(Task[LabelledTest, AttributeRow]):
         if self.labels:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, **names)
-        if recipe.model.start not in SIZES and not self._is_own_head(recipe.model.start):
+        if recipe.model.start not in SIZES and not self._is_own_head(saved_start(recipe)):
             model.classifier.reset_parameters()  # it may have been of the same shape, for something else
             fresh = True
         if fresh and not self.labels:
@@ -332,7 +333,7 @@ class Attribute(Task[LabelledTest, AttributeRow]):
                 model.classifier.bias.fill_(float(self.targets.mean()))
         return model, False
 
-    def _is_own_head(self, folder: str) -> bool:
+    def _is_own_head(self, folder: str | Path) -> bool:
         """Whether a saved model's head is for these very labels."""
         config = MRLReDimNetConfig.from_pretrained(folder)
         same = not self.labels or tuple(config.id2label.values()) == self.labels
@@ -449,12 +450,16 @@ def check_files(recipe: Recipe) -> None:
         SOURCES[source_of(recipe.loss.teacher)].check(recipe.loss.teacher)
 
 
+def saved_start(recipe: Recipe) -> str | Path:
+    """The folder or Hub id of the saved model that the recipe starts from. Raises as `resolve_model`."""
+    return resolve_model(recipe.model.start, SIZES)
+
+
 def start_config(recipe: Recipe) -> MRLReDimNetConfig:
     """The configuration of the model that is to be trained, without its head. Raises as `start_model`."""
     if recipe.model.start in SIZES:
         return MRLReDimNetConfig.from_size(recipe.model.start, **recipe.config_changes)
-    refuse_missing(recipe.model.start, SIZES)
-    return MRLReDimNetConfig.from_pretrained(recipe.model.start, **recipe.config_changes)
+    return MRLReDimNetConfig.from_pretrained(saved_start(recipe), **recipe.config_changes)
 
 
 def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
@@ -464,15 +469,14 @@ def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
     """
     if recipe.model.start in SIZES:
         return kind(MRLReDimNetConfig.from_size(recipe.model.start, **config, **recipe.config_changes)), True
-    refuse_missing(recipe.model.start, SIZES)
     config = {"dtype": torch.float32, **config, **recipe.config_changes}
     model, info = kind.from_pretrained(
-        recipe.model.start, ignore_mismatched_sizes=True, output_loading_info=True, **config
+        saved_start(recipe), ignore_mismatched_sizes=True, output_loading_info=True, **config
     )
     return model, bool(info["missing_keys"] or info["mismatched_keys"])
 
 
-def saved_speakers(model: str) -> SpeakerTable | None:
+def saved_speakers(model: str | Path) -> SpeakerTable | None:
     """The classes of a saved model's classifier, as its speakers.json tells them; None where it has none."""
     file = cached_file(model, "speakers.json", _raise_exceptions_for_missing_entries=False)
     return None if file is None else SpeakerTable.load(file)
@@ -485,8 +489,7 @@ def base_speakers(recipe: Recipe) -> set[str] | None:
     """
     if recipe.model.start in SIZES:
         return set()
-    refuse_missing(recipe.model.start, SIZES)
-    table = saved_speakers(recipe.model.start)
+    table = saved_speakers(saved_start(recipe))
     return None if table is None else {re.sub(r" at speed [\d.]+$", "", name) for name in table.names}
 
 
