@@ -302,6 +302,7 @@ def test_strides_of_one_axis_among_pairs_are_named(checkpoint):
         convert_checkpoint(with_config(checkpoint, stages_setup=rows))
 
 
+@pytest.mark.slow
 def test_every_tensor_of_redimnet2_is_used_and_needed():
     checkpoint = reference_checkpoint("redimnet2_convatt_dual_normed")
     tensors = checkpoint["state_dict"]

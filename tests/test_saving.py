@@ -22,7 +22,7 @@ from mrl_redimnet.files import recover_folder, refuse_existing, replace_folder
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.rows import AttributeRow, VerificationRow
 from mrl_redimnet.saving import load_model, save_model
-from mrl_redimnet.training.distillation import Teacher
+from mrl_redimnet.training.teachers import model_function
 from mrl_redimnet_cli import main
 
 BATCH = torch.stack(waves(*[4000] * 2))
@@ -111,7 +111,7 @@ def test_weights_that_are_not_wholly_the_models_are_refused(saved, tmp_path, cha
     for load in (
         load_model,
         AdapterBank.load,
-        Teacher,
+        model_function,
         MRLReDimNetModel.from_pretrained,
         AutoModel.from_pretrained,
         lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True),

@@ -15,6 +15,8 @@ from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
 from mrl_redimnet.speed import speed_up
 from mrl_redimnet.speed.norms import FastBatchNorm, synchronise_batch_norms
 
+pytestmark = pytest.mark.slow  # the processes take ten seconds to start
+
 # Variant and whether with gradient checkpointing.
 MODELS = [
     ("convnext_convatt", False),
@@ -154,7 +156,6 @@ def both(tmp_path_factory) -> list[dict]:
 # What must come out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "saving"), MODELS)
 def test_two_processes_are_one_with_the_joined_batch(both, variant, saving):
     """Embeddings, statistics, and gradients averaged by DistributedDataParallel; saving: gradient checkpointing."""
