@@ -1027,6 +1027,7 @@ class MatryoshkaMarginClassifier(nn.Module):
             return self.scaled_cosines(embeddings.float(), self.weight.float())
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
         return (
             f"speakers={self.num_speakers}, dims={self.dims}, loss={self.config.loss}, margin={self.margin}, "
             f"scale={self.scale}"
