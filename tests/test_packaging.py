@@ -200,6 +200,7 @@ READS = {
 }
 
 
+@pytest.mark.slow
 def test_verify_imports_what_it_needs(tmp_path):
     save_model(tiny_model(), tmp_path / "model")
     for number, wave in enumerate(waves(16_000, 12_000)):

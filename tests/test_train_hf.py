@@ -204,6 +204,7 @@ def two(corpus) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(two):
     assert [path.name for path in two.rglob("results.json")] == ["results.json"]
     assert len(list((two / "checkpoints/step-00000006").glob("random_states_*"))) == 2
