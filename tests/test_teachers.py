@@ -29,6 +29,7 @@ from mrl_redimnet.training.curves import Record
 from mrl_redimnet.training.distillation import direction_loss, similarity_loss
 from mrl_redimnet.training.parts import Distillation
 from mrl_redimnet.training.reading import make_recipe
+from mrl_redimnet.training.tasks import check_files
 from mrl_redimnet.training.teachers import (
     SOURCES,
     Listener,
@@ -523,6 +524,11 @@ TRIALS = dict(dev_trials="trials.txt", dev_folder="wav")
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(**settings)
+
+
+def test_a_misspelt_published_teacher_is_refused_with_the_nearest_names():
+    with pytest.raises(FileNotFoundError, match=r"nearest names are .*b2-vox2-ft_lm"):
+        check_files(make_recipe(teacher="b2-vox2-ft_l", train=str(Path(__file__).parent)))
 
 
 def test_defaults_of_what_is_taught():

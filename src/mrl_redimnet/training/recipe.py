@@ -281,9 +281,9 @@ class Loss(Group):
     )
     teacher: Text | None = Field(
         None,
-        description="what every prefix learns from besides the labels: a saved model (folder or Hub id), a table of "
-        "embeddings by utterance (what `mrl-redimnet embed` writes, or a parquet file), FILE.onnx, or a function "
-        "package.module:name",
+        description="what every prefix learns from besides the labels: a saved model (folder, Hub id or published "
+        "name), a table of embeddings by utterance (what `mrl-redimnet embed` writes, or a parquet file), FILE.onnx, "
+        "or a function package.module:name",
     )
     teacher_loss: choice(*TEACHER_LOSSES) | None = Field(
         None,

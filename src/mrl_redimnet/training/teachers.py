@@ -6,7 +6,7 @@
   parquet file or folder of them;
 - onnx: FILE.onnx, from waveforms [B, T] float32 at 16 kHz to embeddings [B, E];
 - function: package.module:name, a function (or torch module) from such waveforms to embeddings;
-- model: a saved model of this package, a folder or Hub id.
+- model: a saved model of this package, a folder, a Hub id or a published name.
 """
 
 import importlib
@@ -29,8 +29,7 @@ from datasets import Dataset
 
 from mrl_redimnet.data.corpus import blocks_of
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import refuse_missing
-from mrl_redimnet.saving import load_model
+from mrl_redimnet.saving import load_model, resolve_model
 from mrl_redimnet.settings import near
 from mrl_redimnet.speed import speed_up
 from mrl_redimnet.streams import Stream
@@ -370,7 +369,7 @@ SOURCES = {
     ),
     "model": Source(
         lambda name: True,
-        refuse_missing,
+        resolve_model,
         lambda name, run: model_function(name, run.accelerator.device, run.accelerator.autocast),
     ),
 }
