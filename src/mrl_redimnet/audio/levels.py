@@ -48,9 +48,8 @@ def levels(audio: np.ndarray) -> Levels:
     sounding = np.mean(off > 1.5 * _STEP, axis=1) >= _SHARE_OF_FRAME
     seconds = len(audio) / SAMPLING_RATE
     sound = min(seconds, np.count_nonzero(sounding) * _FRAME / SAMPLING_RATE)
-    problem = ""
     if len(audio) < _FRAME // 2:
-        pass  # too short for any model, which says so
+        problem = ""  # too short for any model, which says so
     elif np.ptp(audio) == 0:
         problem = "is silent" if audio[0] == 0 else f"holds nothing but the constant {audio[0]:.3g}"
     elif sound < min(_LEAST_SECONDS, _LEAST_SHARE * seconds):
@@ -58,6 +57,8 @@ def levels(audio: np.ndarray) -> Levels:
         problem = "is far too quiet to hold speech" if quiet else "holds no speech, a few clicks at most"
     elif _is_clipped(frames[sounding] - np.median(audio)):
         problem = "is clipped for the most part"
+    else:
+        problem = ""
     return Levels(float(dbfs), float(sound), seconds, problem)
 
 

@@ -148,11 +148,7 @@ def prepare(
     named, layout = layout, layout_of(layout)
     usable, problems = split_usable(load_corpus(root, layout, cache_dir, num_proc), min_seconds=0)
     lacks = what_lacks(usable, expect, listing)
-    if lacks and not allow_incomplete:
-        unusable = [check_problems(problems, len(usable) + len(problems), 1.0)] if problems else []
-        raise IncompleteError("\n".join([f"{root} is not complete:", *lacks, *unusable]))
-    if not len(usable):
-        raise ValueError(f"{root}: none of its {len(problems):,} files can be used, first: {problems[0]}")
+    _refuse_incomplete(root, len(usable), problems, [] if allow_incomplete else lacks)
 
     left_out = None
     if not evaluation_speakers:
@@ -185,6 +181,15 @@ def prepare(
         note.unlink()
     os.replace(work, out)
     return index
+
+
+def _refuse_incomplete(root: str | os.PathLike, usable: int, problems: list[tuple[str, str]], lacks: list[str]) -> None:
+    """Raises IncompleteError where something lacks, ValueError where no file can be used."""
+    if lacks:
+        unusable = [check_problems(problems, usable + len(problems), 1.0)] if problems else []
+        raise IncompleteError("\n".join([f"{root} is not complete:", *lacks, *unusable]))
+    if not usable:
+        raise ValueError(f"{root}: none of its {len(problems):,} files can be used, first: {problems[0]}")
 
 
 @dataclass(frozen=True)
