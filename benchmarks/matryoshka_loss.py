@@ -21,7 +21,8 @@ from memory import in_fresh_process, peak_on_gpu, peak_resident, resident
 from timing import machine, quartiles, take_turns
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import MatryoshkaMarginClassifier, angular_margin
+from losses_mrl_redimnet import angular_margin
+from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 
 DIMS = [64, 128, 192, 256]
 SPEAKERS, BATCHES = (5_994, 100_000), (32, 64)  # VoxCeleb2's, and many

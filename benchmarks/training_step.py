@@ -29,7 +29,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from configuration_mrl_redimnet import SAMPLING_RATE, SIZES, MRLReDimNetConfig
-from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel, angular_margin
+from losses_mrl_redimnet import angular_margin
+from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.adapters.strategies import AdapterPlan, Vanilla
 from mrl_redimnet.convert import convert_state_dict
 

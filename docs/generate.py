@@ -67,7 +67,8 @@ def command_line_page() -> str:
 BOX_HEIGHT, GAP, FLOOR_HEIGHT, MARGIN, LETTER = 34, 18, 92, 16, 7.6
 PURPOSES = {
     "configuration_mrl_redimnet": "fields, checks, sizes",
-    "modeling_mrl_redimnet": "network, losses, models",
+    "modeling_mrl_redimnet": "network, models",
+    "losses_mrl_redimnet": "AAM, SphereFace2",
     "pretrained_mrl_redimnet": "loading, saving",
     "feature_extraction_mrl_redimnet": "waveforms to batches",
     "audio": "files, codecs, rooms, domains",

@@ -5,6 +5,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
+import configuration_mrl_redimnet as configuration
+import losses_mrl_redimnet as losses
+import modeling_mrl_redimnet as network
 from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetModel
 
@@ -26,6 +29,14 @@ PUBLISHED_PARAMETERS = {
     "redimnet2-b3": 4_205_768 - 24 * 72,
     "redimnet2-b6": 12_394_784 - 64 * 72,
 }
+
+
+def test_the_configuration_names_all_that_the_network_has():
+    """It is read without torch, and so has the names alone."""
+    assert sorted(configuration.BLOCKS_1D) == sorted(network.BLOCKS_1D)
+    assert sorted(configuration.BLOCKS_2D) == sorted(network.BLOCKS_2D)
+    assert sorted(configuration.NETWORKS) == sorted(network.SQUEEZES)
+    assert sorted(configuration.SPEAKER_LOSSES) == sorted(losses.LOSSES)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ FILES = {
     "config.json",
     "configuration_mrl_redimnet.py",
     "feature_extraction_mrl_redimnet.py",
+    "losses_mrl_redimnet.py",
     "model.safetensors",
     "modeling_mrl_redimnet.py",
     "pretrained_mrl_redimnet.py",

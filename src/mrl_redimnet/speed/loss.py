@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import NORM_FLOOR, MatryoshkaMarginClassifier, angular_gain, angular_margin, nearest_wrong
+from losses_mrl_redimnet import NORM_FLOOR, angular_gain, angular_margin, nearest_wrong
+from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 from mrl_redimnet.speed.linear import runs_on_cpu
 
 # Of logits [R, K, N]: losses [R, K], their slopes by the logits, and the sums of their slopes by each bias [K] or None.
