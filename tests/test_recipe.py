@@ -130,7 +130,7 @@ def test_recipes_parse(path):
 @EACH_RECIPE
 def test_recipes_set_fields_that_models_have(path):
     recipe = shipped(path)
-    size = recipe.model.start if recipe.model.start in SIZES else "nano"
+    size = recipe.model.size or "nano"
     config = MRLReDimNetConfig.from_size(size, **recipe.model.model_options)
     assert all(getattr(config, name) == value for name, value in recipe.model.model_options.items())
 
@@ -176,7 +176,7 @@ def test_what_recipes_do_to_crops_can_be_done(path, sounds):
 def test_the_last_stage_follows_the_first(sounds):
     """It starts from its model, with the classes of its speakers: the same ones are held out."""
     first, last = (shipped(FOLDER / f"recipes/voxceleb2{stage}.yaml") for stage in ("", "_large_margin"))
-    assert last.model.start == f"{first.run.output}/best" and first.model.start in SIZES
+    assert last.model.start == f"{first.run.output}/best" and first.model.size in SIZES
     assert (last.data.layout, last.evaluation.dev_speakers, last.run.seed) == (
         first.data.layout,
         first.evaluation.dev_speakers,
@@ -248,7 +248,7 @@ def test_no_is_a_word(recipe_file):
         ("part_learning_rates", "1e-5", "'1e-5'", "a mapping with some of the keys trunk, head, classifier"),
         ("speed_perturb", "0.9", "0.9", "a list of different speeds from 0.1 to 10 that begins with 1.0"),
         ("tests", "[1]", r"[1]", "a mapping"),
-        ("start", "null", "None", "non-empty text"),
+        ("output", "null", "None", "non-empty text"),
         ("train", "[a]", "['a']", "non-empty text or null"),
     ],
 )
@@ -296,8 +296,8 @@ def test_a_setting_has_a_full_name_and_its_last_part(recipe_file):
 
 
 def test_a_group_given_as_one_value_is_its_main_setting(recipe_file):
-    expected = make_recipe(start="b2", name="sphereface2", algorithm="sgd", lr_schedule="exponential")
-    words = dict(model="b2", loss="sphereface2", optimizer="sgd", schedule="exponential")
+    expected = make_recipe(start="my-b2", name="sphereface2", algorithm="sgd", lr_schedule="exponential")
+    words = dict(model="my-b2", loss="sphereface2", optimizer="sgd", schedule="exponential")
     assert parse(*(f"--{group}={word}" for group, word in words.items())) == expected
     assert parse(recipe_file("\n".join(f"{group}: {word}" for group, word in words.items()))) == expected
 
@@ -508,6 +508,9 @@ def test_a_missing_file(capsys):
         (["--tests", "{vox: null}"], "tests.vox: got "),
         (["--finetune", "trunk"], "finetune: got 'trunk', expected one of all, head, projection, adapter"),
         (["--strategy", "adalora"], "strategy: got 'adalora', expected one of vanilla, dynamic, warm_up, mixed"),
+        (["--model=b2"], "start: b2 is a size, and no model of that name comes with the package"),
+        (["--model=b2", "--size=b2"], "size: b2 is a network with random weights, start: b2 has weights"),
+        (["--size=b7"], "size: got 'b7', expected one of nano, b0"),
         (["--label_key", "file"], "label_key: got 'file', expected one of speaker, path"),
         (["--clean_ratio", "1"], "clean_ratio: got 1, expected a ratio from 0 to below 1"),
         (["--clean_ratio=-0.1"], "clean_ratio: got -0.1, expected a ratio"),

@@ -639,9 +639,9 @@ def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, 
     assert not fresh and kept(rows_of(before, old), rows_of(model, task.classes)) == {names[3]}
 
 
-def test_a_misspelt_size_is_not_looked_for_on_the_hub(speech, recipe):
-    settings = recipe(model="redimnet2-nan")
-    with pytest.raises(FileNotFoundError, match="redimnet2-nan is not a folder: .* or one of nano, .*redimnet2-nano"):
+def test_a_misspelt_name_is_not_looked_for_on_the_hub(speech, recipe):
+    settings = recipe(model="b2-vox2-ft_ml")
+    with pytest.raises(FileNotFoundError, match="b2-vox2-ft_ml is not a folder: .*nearest names are .*b2-vox2-ft_lm"):
         make_task(settings, speech).build_model(settings)
 
 

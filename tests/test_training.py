@@ -795,17 +795,16 @@ def as_older_run(run, **settings):
     stored = json.loads(file.read_text())
     values = {f"{group}.{name}": value for group, those in stored["recipe"].items() for name, value in those.items()}
     old = {EARLIER_NAMES.get(n, n.partition(".")[2]): value for n, value in values.items() if n not in NEWER}
-    old = {name: value for name, value in old.items() if name not in ("name", *LOSS_FIELDS)} | {
-        "steps": stored["steps"]
-    }
+    old = {name: value for name, value in old.items() if name not in ("name", "size", *LOSS_FIELDS)}
+    old |= {"steps": stored["steps"], "model": values["model.start"] or values["model.size"] or "nano"}
     file.write_text(json.dumps({"recipe": old | settings, "processes": 1}))
 
 
 def test_a_run_from_before_there_were_groups_goes_on(run):
-    run.save(3, make_recipe(rank=4, gradient_accumulation=2, model="b0"))
+    run.save(3, make_recipe(rank=4, gradient_accumulation=2, size="b0"))
     as_older_run(run)
     assert "accumulation" in (run.folder / "step-00000003/settings.json").read_text()
-    assert run.load(make_recipe(rank=4, gradient_accumulation=2, model="b0")).step == 3
+    assert run.load(make_recipe(rank=4, gradient_accumulation=2, size="b0")).step == 3
     with pytest.raises(ValueError, match=r"other settings: .*adapter.rank \(was 4, is 8\)"):
         run.load()
 

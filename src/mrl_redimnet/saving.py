@@ -1,6 +1,5 @@
 """Models as complete Hub folders, written whole or not at all; and the names that a model may be loaded by."""
 
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ def load_model(model: str | Path, revision: str | None = None, token: str | None
     return getattr(modeling_mrl_redimnet, name).from_pretrained(source, **where).eval()
 
 
-def resolve_model(model: str | Path, others: Iterable[str] = ()) -> str | Path:
+def resolve_model(model: str | Path) -> str | Path:
     """What a name of a model stands for: a folder, or a Hub id, which is not looked for here.
 
     The first of these that fits:
@@ -83,8 +82,6 @@ def resolve_model(model: str | Path, others: Iterable[str] = ()) -> str | Path:
     3. a published checkpoint, OWNER/NAME or NAME, see `mrl_redimnet.published`: it is fetched and converted at the
        first use, and both are kept in the cache;
     4. a Hub id OWNER/NAME.
-
-    others: names that could have been given as well, for the message.
 
     Raises FileNotFoundError for what is none of these, with the nearest names; ValueError for a NAME that two owners
     have; FetchError for a published checkpoint that cannot be fetched.
@@ -97,8 +94,7 @@ def resolve_model(model: str | Path, others: Iterable[str] = ()) -> str | Path:
         return packaged[model]
     if (checkpoint := find_checkpoint(model)) is not None:
         return converted_folder(checkpoint)
-    others = [*others, *packaged]
-    refuse_missing(model, others, nearest_names(model, others))
+    refuse_missing(model, packaged, nearest_names(model, packaged))
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configuration_mrl_redimnet import SIZES
 from mrl_redimnet.training.optimizer import learning_rate_growth
 from mrl_redimnet.training.reading import flat, in_groups, of_older_version
 from mrl_redimnet.training.recipe import Recipe
@@ -121,14 +122,22 @@ def _settings_before(stored: dict, recipe: Recipe, processes: int) -> dict[str, 
     later = {"loss.margin_weight": 1.0, "loss.teacher_loss": None, "loss.teacher_hears": hears}
     if "steps" in stored:
         values = {f"{group}.{name}": value for group, those in settings.items() for name, value in those.items()}
-        return later | values | {"schedule.steps": stored["steps"]}
+        return later | _size_of_older(values, recipe) | {"schedule.steps": stored["steps"]}
     growth, wanted = learning_rate_growth(recipe, processes)
     older = {
         "optimizer.max_learning_rate_growth": recipe.optimizer.max_learning_rate_growth if growth == wanted else None,
         "data.evaluation_speakers": recipe.data.evaluation_speakers,
         "model.reuse_classifier": recipe.model.reuse_classifier,
     }
-    return later | older | of_older_version(settings)
+    return later | older | _size_of_older(of_older_version(settings), recipe)
+
+
+def _size_of_older(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Settings from before random weights were named by `model.size`: a size stood in `model.start`."""
+    start = settings.get("model.start")
+    if "model.size" in settings or start not in SIZES:
+        return settings
+    return settings | {"model.start": None, "model.size": recipe.model.size if recipe.model.name == start else start}
 
 
 def newest_step(folder: Path) -> int:

@@ -154,7 +154,7 @@ Options = Annotated[dict[str, Any], BeforeValidator(numbers_in), Expected("a map
 class Group(BaseModel):
     """Settings that belong together. They cannot be changed after they were read.
 
-    main: the setting that is meant where the group is given as one value (`model: b2` is `model: {start: b2}`).
+    main: the setting that is meant where the group is given as one value (`model: nano` is `model: {start: nano}`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

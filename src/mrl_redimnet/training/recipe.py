@@ -21,6 +21,7 @@ from mrl_redimnet.audio.augmentation import check_augmentations
 from mrl_redimnet.audio.domains import DOMAINS, check_domain
 from mrl_redimnet.data.corpus import COLUMN_ROLES, UNLABELLED, layout_of
 from mrl_redimnet.extras import extra
+from mrl_redimnet.saving import packaged_models
 from mrl_redimnet.scoring.trials import FORMATS
 from mrl_redimnet.settings import nearest
 from mrl_redimnet.training.distillation import TEACHER_LOSSES
@@ -212,14 +213,17 @@ class Augmentation(Group):
 
 
 class Model(Group):
-    """The model to start from, and which part of it is trained."""
+    """The model to start from, or the size of one with random weights, and which part of it is trained."""
 
     main = "start"
 
-    start: Text = Field(
-        "nano",
-        description="a size (nano, b0 ... b6, redimnet2-...), or the path, Hub id or published name of a model to "
-        "start from",
+    start: Text | None = Field(
+        None,
+        description="the model to start from: the name of one that comes with the package or is published, a path or "
+        "a Hub id; null: random weights",
+    )
+    size: choice(*SIZES) | None = Field(
+        None, description="the size of a network with random weights, where start is null (default nano)"
     )
     model_options: Options = Field(
         {}, description="fields of MRLReDimNetConfig to replace, such as {matryoshka_dims: [64, 256]}"
@@ -233,6 +237,25 @@ class Model(Group):
         True, description="start with the classifier rows that the model has for speakers of the same names"
     )
     sync_batch_norm: bool = Field(True, description="batch-norm statistics are those of the batches of all processes")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Model":
+        if self.start is not None and self.size is not None:
+            raise ValueError(
+                f"size: {self.size} is a network with random weights, start: {self.start} has weights; leave out one "
+                "(as null, where a recipe file has the other)."
+            )
+        if self.start in SIZES and self.start not in packaged_models() and not Path(self.start).is_dir():
+            raise ValueError(
+                f"start: {self.start} is a size, and no model of that name comes with the package; random weights of "
+                f"that size are size: {self.start}."
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """What is trained, in a word: the model to start from, or the size of one with random weights."""
+        return self.start or self.size or "nano"
 
 
 class Loss(Group):
@@ -672,9 +695,9 @@ class Recipe(Group):
             raise ValueError("model_options.num_speakers: leave it out, the training speech says how many there are.")
         for name, value in given.items():
             check_value(f"model_options.{name}", value, hints[name])
-        changes, start = self.config_changes, self.model.start
+        changes, start = self.config_changes, self.model.name
         try:
-            if start in SIZES:
+            if self.model.start is None:
                 MRLReDimNetConfig.from_size(start, **changes)
             elif (Path(start) / "config.json").is_file():
                 saved = json.loads((Path(start) / "config.json").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ adapter:
 accelerate launch train_hf.py RECIPE.yaml --adapter.rank 4     # the same as --rank 4
 ```
 
-A group that is given as one value stands for its main setting: `model: b2` is `model: {start: b2}`, `loss: aam` is
+A group that is given as one value stands for its main setting: `model: nano` is `model: {start: nano}`, `loss: aam` is
 `loss: {name: aam}`; so do `--optimizer sgd` (algorithm) and `--schedule cosine` (lr_schedule).
 """
 

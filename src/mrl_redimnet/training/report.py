@@ -10,7 +10,6 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from configuration_mrl_redimnet import SIZES
 from mrl_redimnet.adapters import AdapterFacts
 from mrl_redimnet.adapters.publishing import publish_adapter
 from mrl_redimnet.data.corpus import check_problems
@@ -115,7 +114,7 @@ def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, fl
     recipe, task, device = run.recipe, run.task, run.accelerator.device
     folder = run.output / "best_as_trained"
     systems = {}
-    if recipe.model.start not in SIZES and isinstance(task, Verification):
+    if recipe.model.start is not None and isinstance(task, Verification):
         systems["base"] = task.build_model(recipe)[0].to(device).eval()
     if run.part(TrainedAdapter) is not None:
         model = task.build_model(recipe)[0].to(device).eval()
@@ -141,7 +140,7 @@ def final_systems(run: Run, progress: Progress) -> tuple[dict, str, dict[str, fl
 def training_sentence(run: Run, progress: Progress, saved: str) -> str:
     """What the card says about the training."""
     recipe = run.recipe
-    start = "random weights" if recipe.model.start in SIZES else f"`{Path(recipe.model.start).name}`"
+    start = "random weights" if recipe.model.start is None else f"`{Path(recipe.model.start).name}`"
     crops = crops_per_step(recipe, run.accelerator)
     length = " to ".join(f"{seconds:g}" for seconds in dict.fromkeys(recipe.data.crop_range))
     adapter, kind = recipe.adapter, recipe.augmentation

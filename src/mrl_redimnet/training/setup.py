@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.audio.augmentation import InDomain, Sources, make_augmentations
 from mrl_redimnet.data.corpus import (
@@ -210,8 +210,8 @@ def check_fit(recipe: Recipe, config: MRLReDimNetConfig) -> None:
         raise ValueError(f"report_dims: {wrong} are not between 1 and the embedding's {config.embedding_size}.")
     if recipe.schedule.rotate_at and config.embedding_norm:
         raise ValueError("rotate_at: a rotation folds embedding_norm in, which training still needs; leave out either.")
-    if recipe.model.finetune == "adapter" and recipe.model.start in SIZES:
-        raise ValueError(f"finetune: an adapter needs a trained base; model: {recipe.model.start} is random weights.")
+    if recipe.model.finetune == "adapter" and recipe.model.start is None:
+        raise ValueError("finetune: an adapter needs a trained base; name it by model.start (--model nano).")
     starts, ranks, dims = recipe.schedule.prefix_starts, recipe.adapter.segment_ranks, config.matryoshka_dims
     if starts and len(starts) != len(dims):
         raise ValueError(f"prefix_starts: {len(starts)} ratios for the prefixes {dims}.")
@@ -223,8 +223,8 @@ def facts_of(recipe: Recipe, task: Task, model: torch.nn.Module) -> AdapterFacts
     """What the adapter's folder is to say; None when no adapter is trained."""
     if recipe.model.finetune != "adapter":
         return None
-    local = Path(recipe.model.start)
-    repository = recipe.adapter.base_repository or (local.resolve().name if local.is_dir() else recipe.model.start)
+    local = Path(recipe.model.name)
+    repository = recipe.adapter.base_repository or (local.resolve().name if local.is_dir() else recipe.model.name)
     base = Base(repository, getattr(model.config, "_commit_hash", None), fingerprint(model))
     domain = recipe.data.label_column or recipe.augmentation.domain
     return AdapterFacts(domain, base, task=task.name, labels=list(task.labels))
@@ -278,14 +278,14 @@ def claim_output(recipe: Recipe, task: Task, resume: bool) -> None:
 def describe(run: Run) -> None:
     """What is about to be trained, on what."""
     recipe, task, accelerator = run.recipe, run.task, run.accelerator
-    saved_in = None if recipe.model.start in SIZES else MRLReDimNetConfig.from_pretrained(saved_start(recipe)).dtype
+    saved_in = None if recipe.model.start is None else MRLReDimNetConfig.from_pretrained(saved_start(recipe)).dtype
     if saved_in not in (None, torch.float32):
         accelerator.print(f"{recipe.model.start} is saved in {saved_in}; it is trained in float32.")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     labels = max(1, len(task.labels)) if task.classes is None else len(task.classes)
     classifier = f" with the classifier of {labels:,} classes" if hasattr(run.model, "classifier") else ""
     accelerator.print(
-        f"{recipe.model.start}: {sum(p.numel() for p in run.model.parameters()):,} parameters{classifier}, "
+        f"{recipe.model.name}: {sum(p.numel() for p in run.model.parameters()):,} parameters{classifier}, "
         f"{trained:,} of them trained ({recipe.model.finetune}).\n"
         f"{task.speech}; "
         + "; ".join(f"{title}: {len(test):,} trials or utterances" for title, test in task.development.items())

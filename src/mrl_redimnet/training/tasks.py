@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers.utils import cached_file
 
-from configuration_mrl_redimnet import SIZES, MRLReDimNetConfig
+from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import (
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
@@ -206,7 +206,7 @@ class Verification(Task[TrialTest, VerificationRow]):
         """The model to train, and whether its classifier knows none of the classes yet."""
         if self.classes is None:
             return start_model(MRLReDimNetModel, recipe)[0], False
-        if recipe.model.start in SIZES:
+        if recipe.model.start is None:
             return start_model(MRLReDimNetForXVector, recipe, num_speakers=len(self.classes))
         model, headless = start_model(MRLReDimNetForXVector, recipe)
         old = None if headless or not recipe.model.reuse_classifier else saved_speakers(saved_start(recipe))
@@ -325,7 +325,7 @@ class Attribute(Task[LabelledTest, AttributeRow]):
         if self.labels:
             names |= {"id2label": dict(enumerate(self.labels)), "label2id": {v: i for i, v in enumerate(self.labels)}}
         model, fresh = start_model(MRLReDimNetForSequenceClassification, recipe, **names)
-        if recipe.model.start not in SIZES and not self._is_own_head(saved_start(recipe)):
+        if recipe.model.start is not None and not self._is_own_head(saved_start(recipe)):
             model.classifier.reset_parameters()  # it may have been of the same shape, for something else
             fresh = True
         if fresh and not self.labels:
@@ -452,13 +452,13 @@ def check_files(recipe: Recipe) -> None:
 
 def saved_start(recipe: Recipe) -> str | Path:
     """The folder or Hub id of the saved model that the recipe starts from. Raises as `resolve_model`."""
-    return resolve_model(recipe.model.start, SIZES)
+    return resolve_model(recipe.model.name)
 
 
 def start_config(recipe: Recipe) -> MRLReDimNetConfig:
     """The configuration of the model that is to be trained, without its head. Raises as `start_model`."""
-    if recipe.model.start in SIZES:
-        return MRLReDimNetConfig.from_size(recipe.model.start, **recipe.config_changes)
+    if recipe.model.start is None:
+        return MRLReDimNetConfig.from_size(recipe.model.name, **recipe.config_changes)
     return MRLReDimNetConfig.from_pretrained(saved_start(recipe), **recipe.config_changes)
 
 
@@ -467,8 +467,8 @@ def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
 
     In float32, whatever it is saved in: in bfloat16 most steps of an optimiser are too small to change a weight.
     """
-    if recipe.model.start in SIZES:
-        return kind(MRLReDimNetConfig.from_size(recipe.model.start, **config, **recipe.config_changes)), True
+    if recipe.model.start is None:
+        return kind(MRLReDimNetConfig.from_size(recipe.model.name, **config, **recipe.config_changes)), True
     config = {"dtype": torch.float32, **config, **recipe.config_changes}
     model, info = kind.from_pretrained(
         saved_start(recipe), ignore_mismatched_sizes=True, output_loading_info=True, **config
@@ -487,7 +487,7 @@ def base_speakers(recipe: Recipe) -> set[str] | None:
 
     None where it does not say: published checkpoints have no speakers.json.
     """
-    if recipe.model.start in SIZES:
+    if recipe.model.start is None:
         return set()
     table = saved_speakers(saved_start(recipe))
     return None if table is None else {re.sub(r" at speed [\d.]+$", "", name) for name in table.names}
