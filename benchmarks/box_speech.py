@@ -8,7 +8,7 @@ A SPLIT holds wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv with the colum
 
 - OUT/speech: every utterance in five versions, each a speaker of its own: as it is, slower, faster (resampled: pitch,
   formants and tempo move together), and two virtual voices, whose formants, pitch and tempo Praat moves apart;
-- OUT/teacher.parquet: CAM++'s embedding of each whole utterance, halfway to the mean of its speaker's;
+- OUT/teacher.parquet: CAM++'s embedding of each whole utterance;
 - OUT/dev, OUT/dev_trials.txt: speakers that are left out of OUT/speech, and trials of them.
 
 A speaker is a task of its own, on `--processes` processes, and is skipped where OUT has it already.
@@ -96,16 +96,14 @@ def make_versions(folder: Path, out: Path) -> None:
              for file in sorted(folder.rglob("*.*"))}  # fmt: skip
     ids, rows = [], []
     for suffix, version in versions(folder.name, waves):
-        own = []
         for name, wave in version.items():
             ids.append(f"{folder.name}{suffix}/{name}")
             target = out / "speech" / ids[-1]
             target.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(target, np.clip(wave, -1, 1), SAMPLING_RATE, subtype="PCM_16")
             with torch.inference_mode():
-                own.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
-        rows.append(halfway(np.stack(own)))
-    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows).ravel()), rows[0].shape[1])
+                rows.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows)), len(rows[0]))
     pq.write_table(pa.table({"id": ids, "embedding": embeddings}), f"{part}.new")
     os.replace(f"{part}.new", part)
 
@@ -147,14 +145,6 @@ def level_of(voice: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """A voice at the level of the utterance it was made of, or lower where it would clip."""
     voice = voice * np.sqrt(np.mean(np.square(wave, dtype=np.float64)) / max(np.mean(np.square(voice)), 1e-18))
     return (voice * min(1.0, 0.99 / max(np.abs(voice).max(), 1e-9))).astype(np.float32)
-
-
-def halfway(embeddings: np.ndarray) -> np.ndarray:
-    """A speaker's embeddings [N, E], of length 1, moved halfway to their mean: what is not the speaker's shrinks."""
-    own = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    mean = own.mean(0)
-    moved = own + mean / np.linalg.norm(mean)
-    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
