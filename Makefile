@@ -1,5 +1,5 @@
-# make demo: train on the embedded corpus, then two adapters; push all to a Hub on this machine, pull, swap, evaluate;
-#            a page of results in runs/demo-report.
+# make demo: verify recordings with the model in the package; train two adapters for it on synthetic voices; push all to a
+#            Hub on this machine, pull, swap, evaluate; a page of results in runs/demo-report.
 # make test: lint, types, and the tests that are not slow: five minutes on two cores.
 # make test-all: lint, types and all tests, with more examples of each property: what has to pass before a change lands.
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
@@ -21,14 +21,14 @@ SHORT := --steps 60 --evaluate_every 30 --tests '{}'
 .PHONY: demo test test-all test-gpu test-newest test-oldest docs lock
 
 demo: .venv/ready
-	rm -rf runs/demo runs/demo-telephony runs/demo-noisy
-	$(TRAIN) --output runs/demo
-	$(TRAIN) adapters/telephony.yaml --model runs/demo/best $(SHORT) --output runs/demo-telephony
-	$(TRAIN) adapters/noisy.yaml --model runs/demo/best $(SHORT) --output runs/demo-noisy
-	$(BIN)/python examples/adapters_over_the_hub.py runs/demo/best telephony=runs/demo-telephony/best \
+	rm -rf runs/demo-telephony runs/demo-noisy
+	$(BIN)/python examples/first_steps.py
+	$(TRAIN) adapters/telephony.yaml --model nano $(SHORT) --output runs/demo-telephony
+	$(TRAIN) adapters/noisy.yaml --model nano $(SHORT) --output runs/demo-noisy
+	$(BIN)/python examples/adapters_over_the_hub.py nano telephony=runs/demo-telephony/best \
 		noisy=runs/demo-noisy/best --local --owner demo --trials data/synthetic/test/trials.txt \
 		--folder data/synthetic/test/wav --noise data/synthetic/train
-	$(BIN)/mrl-redimnet evaluate runs/demo/best --trials data/synthetic/test/trials.txt \
+	$(BIN)/mrl-redimnet evaluate nano --trials data/synthetic/test/trials.txt \
 		--folder data/synthetic/test/wav --page runs/demo-report
 
 PYTEST := python -m pytest -n auto --dist worksteal

@@ -23,7 +23,12 @@ import mrl_redimnet  # noqa: F401  registers the models with transformers
 from mrl_redimnet.training.checkpoints import Progress, save_checkpoint
 from mrl_redimnet.training.history import History
 from mrl_redimnet.training.reading import parse_command_line
-from mrl_redimnet.training.report import final_report, report_unreadable, with_place_to_resume
+from mrl_redimnet.training.report import (
+    final_report,
+    one_sentence_for_bad_input,
+    report_unreadable,
+    with_place_to_resume,
+)
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.schedules import due, learning_rate_at
 from mrl_redimnet.training.setup import (
@@ -161,4 +166,5 @@ def evaluate_and_keep_best(run: Run, progress: Progress, history: History) -> No
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence_for_bad_input("train_hf.py"):
+        main()

@@ -40,7 +40,7 @@ from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.files import refuse_missing
 from mrl_redimnet.hub_cards import PLACEHOLDER
-from mrl_redimnet.saving import load_model
+from mrl_redimnet.saving import code_files, load_model, packaged_models
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
@@ -145,9 +145,15 @@ def push_base(
     token: str | None = None,
     message: str | None = None,
 ) -> Pushed:
-    """Puts a model that `mrl_redimnet.saving.save_model` wrote into `repository`; the rest is as in `push_adapter`."""
-    folder = Path(folder)
+    """Puts a model that `mrl_redimnet.saving.save_model` wrote into `repository`; the rest is as in `push_adapter`.
+
+    folder: or the name of a model that comes with the package, where there is no such folder.
+    """
+    packaged = packaged_models().get(str(folder)) if not Path(folder).is_dir() else None
+    folder = packaged or Path(folder)
     sent, left_out = _files(folder, ALLOWED_IN_BASE)
+    if packaged is not None:
+        sent |= {file.name: file for file in code_files()}
     if "config.json" not in sent or not any(name.endswith(".safetensors") for name in sent):
         raise HubError(f"{folder} is no model: it lacks config.json or model.safetensors. Save it with save_model.")
     for file in sorted(sent.keys() & {"config.json", "preprocessor_config.json"}):

@@ -82,6 +82,7 @@ PURPOSES = {
     "train_hf": "the training loop",
     "encoder": "SpeakerEncoder",
     "published": "checkpoints by name",
+    "recordings": "three, for first steps",
     "speed": "faster forms of modules",
     "mrl_redimnet_cli": "one module per command",
 }

@@ -1,6 +1,6 @@
 """A base and its adapters to a Hub, and back: pushed by one process, pulled by id into an empty cache, swapped, judged.
 
-    python examples/adapters_over_the_hub.py BASE_FOLDER telephony=FOLDER noisy=FOLDER \
+    python examples/adapters_over_the_hub.py BASE telephony=FOLDER noisy=FOLDER \
         --trials FILE --folder DIR --noise NOISE_DIR --owner ME
 
 goes to the Hub that HF_ENDPOINT names (or huggingface.co) with the token you logged in with. With --local it starts a
@@ -22,7 +22,7 @@ LOCAL_HUB = Path(__file__).with_name("local_hub.py")
 def main():
     """Parses the command line, with a local Hub if asked, and goes there and back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="a saved model")
+    parser.add_argument("base", help="a saved model's folder, or a model that comes with the package")
     parser.add_argument("adapters", nargs="+", metavar="DOMAIN=FOLDER")
     parser.add_argument("--trials", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="what the trials' paths are relative to")
@@ -64,7 +64,8 @@ def there_and_back(arguments: argparse.Namespace, cache: str):
 
     disable_progress_bar()  # of small files, between the lines that count
     disable_progress_bars()
-    base = f"{arguments.owner}/redimnet-mrl-{arguments.base.parent.name}"
+    folder = Path(arguments.base)
+    base = f"{arguments.owner}/redimnet-mrl-{folder.resolve().parent.name if folder.is_dir() else arguments.base}"
     print(f"{push_base(arguments.base, base).url}: pushed")
     for pair in arguments.adapters:
         domain, _, folder = pair.partition("=")

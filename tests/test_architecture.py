@@ -13,7 +13,7 @@ FLOORS = (
     {"losses_mrl_redimnet", "pretrained_mrl_redimnet", "feature_extraction_mrl_redimnet"},
     {"modeling_mrl_redimnet"},
     {"speed"},
-    {"extras", "files", "fingerprints", "published", "settings", "streams", "tables"},
+    {"extras", "files", "fingerprints", "published", "recordings", "settings", "streams", "tables"},
     {"audio", "plotting", "rows"},
     {"hub_cards", "convert", "data", "scoring"},
     {"saving"},
@@ -31,8 +31,6 @@ def sources() -> dict[str, Path]:
     found = {f"mrl_redimnet.{folder}.{file.stem}": file for folder in ("adapters", "hub_cards")
              for file in (ROOT / folder).glob("*.py")}  # fmt: skip
     for file in (ROOT / "src").rglob("*.py"):
-        if file.is_relative_to(ROOT / "src/mrl_redimnet/models"):  # the code that a saved model carries, a copy of ours
-            continue
         found[".".join(file.relative_to(ROOT / "src").with_suffix("").parts)] = file
     found |= {file.stem: file for file in ROOT.glob("*.py")}
     return {name.removesuffix(".__init__"): file for name, file in found.items()}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -101,6 +103,14 @@ def world(tmp_path_factory) -> Path:
     (folder / "age.csv").write_text(
         "path,age\n" + "".join(f"{'/'.join(file.parts[-3:])},{20 + i % 9}\n" for i, file in enumerate(sorted(files)))
     )
+
+    (folder / "packaged").mkdir()
+    (folder / "packaged/speech").symlink_to(folder / "VOX2/dev/aac")
+    (folder / "packaged/dev").symlink_to(folder / "VOX1/test/wav")
+    (folder / "packaged/dev_trials.txt").write_text((folder / "FILE").read_text())
+    ids = ["/".join(file.parts[-3:]) for file in sorted(folder.glob("VOX2/dev/aac/*/*/*.wav"))]
+    table = pa.table({"id": ids, "embedding": list(rng.standard_normal((len(ids), 12)))})
+    pq.write_table(table, folder / "packaged/teacher.parquet")
 
     torch.manual_seed(0)
     for name, speakers in (("BASE", many[:4]), ("runs/b2/best", many[:4]), ("my-b2", None)):

@@ -43,6 +43,7 @@ from mrl_redimnet.saving import save_model
 from mrl_redimnet.training import parts, setup
 from mrl_redimnet.training.curves import Record
 from mrl_redimnet.training.reading import make_recipe
+from mrl_redimnet.training.report import one_sentence_for_bad_input
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.tasks import Verification
 from mrl_redimnet_cli import main as cli_main
@@ -333,6 +334,23 @@ def test_settings_the_model_cannot_meet_are_refused_before_speech_is_read(train,
         train(model="/nowhere", model_options="{}")
     with pytest.raises(FileNotFoundError, match="noise: /nowhere is not a folder"):
         train(noise="/nowhere")
+
+
+def test_what_cannot_be_trained_on_is_said_in_a_sentence(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--train=/nowhere", f"--output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALONE})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train_hf.py: /nowhere is not there: give the folder")
+
+
+def test_an_error_before_the_first_step_is_a_sentence_and_a_later_one_is_raised(capsys):
+    with pytest.raises(SystemExit, match="2"), one_sentence_for_bad_input("train_hf.py"):
+        raise FileNotFoundError("no such speech")
+    assert capsys.readouterr().err == "train_hf.py: no such speech\n"
+    later = ValueError("loss: not a number")
+    later.add_note("The run stopped after step 3.")
+    with pytest.raises(ValueError, match="not a number"), one_sentence_for_bad_input("train_hf.py"):
+        raise later
 
 
 def test_a_converted_model_is_trained_further(train, tmp_path, capsys):

@@ -19,6 +19,7 @@ from modeling_mrl_redimnet import (
     MRLReDimNetForXVector,
     MRLReDimNetModel,
 )
+from mrl_redimnet import recordings
 from mrl_redimnet.convert import ConversionError, convert_checkpoint
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.rotation import rotate
@@ -40,6 +41,7 @@ __all__ = [
     "MRLReDimNetModel",
     "SpeakerEncoder",
     "convert_checkpoint",
+    "recordings",
     "rotate",
     "speed_up",
 ]

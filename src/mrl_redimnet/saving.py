@@ -1,5 +1,6 @@
 """Models as complete Hub folders, written whole or not at all; and the names that a model may be loaded by."""
 
+import inspect
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel
 
+import configuration_mrl_redimnet
+import feature_extraction_mrl_redimnet
+import losses_mrl_redimnet
 import modeling_mrl_redimnet
+import pretrained_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
@@ -99,8 +104,15 @@ def resolve_model(model: str | Path) -> str | Path:
 
 
 def packaged_models() -> dict[str, Path]:
-    """The models that come with the package, {name: folder}."""
+    """The models that come with the package, {name: folder}. Their folders lack the code, which is the package's."""
     return {file.parent.name: file.parent for file in sorted(MODELS.glob("*/config.json"))}
+
+
+def code_files() -> list[Path]:
+    """The Python files that a model's repository needs to be loaded without this package."""
+    modules = (configuration_mrl_redimnet, feature_extraction_mrl_redimnet, losses_mrl_redimnet,
+               modeling_mrl_redimnet, pretrained_mrl_redimnet)  # fmt: skip
+    return [Path(inspect.getfile(module)) for module in modules]
 
 
 def converted_folder(checkpoint: Checkpoint) -> Path:

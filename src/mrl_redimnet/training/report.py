@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +25,18 @@ from mrl_redimnet.training.reading import flat, in_groups
 from mrl_redimnet.training.run import Run
 from mrl_redimnet.training.setup import crops_per_step
 from mrl_redimnet.training.tasks import Attribute, Verification
+
+
+@contextmanager
+def one_sentence_for_bad_input(program: str) -> Iterator[None]:
+    """What was wrong before the first step is said without a traceback; exit status 2. Later errors are raised."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if hasattr(error, "__notes__"):  # of `with_place_to_resume`: the run had begun
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager

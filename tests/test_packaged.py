@@ -1,0 +1,128 @@
+"""The models and recordings that come with the package."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from mrl_redimnet import MRLReDimNetModel, SpeakerEncoder, recordings
+from mrl_redimnet.adapters.hub import pull, push_base
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.saving import code_files, packaged_models
+from mrl_redimnet.scoring.calibration import Thresholds
+from mrl_redimnet_cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+EACH = pytest.mark.parametrize("name", packaged_models())
+
+LOADER = """
+import sys
+import soundfile, torch
+from transformers import AutoModel
+
+hidden = ["mrl_redimnet", "modeling_mrl_redimnet", "losses_mrl_redimnet", "configuration_mrl_redimnet",
+          "pretrained_mrl_redimnet"]
+sys.modules |= {name: None for name in hidden}  # as if the package were not installed
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+wave = torch.from_numpy(soundfile.read(sys.argv[2], dtype="float32")[0])[None]
+with torch.inference_mode():
+    print(model(wave).embeddings[0].tolist())
+"""
+
+
+def test_there_are_models():
+    assert "nano" in packaged_models()
+
+
+@EACH
+def test_a_model_is_small_and_has_no_names_of_speakers_and_no_code(name):
+    folder = packaged_models()[name]
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    expected = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "thresholds.json"}
+    assert expected <= files.keys() and sum(files.values()) < 10e6
+    assert not [file for file in files if file.endswith(".py") or "speakers" in file]
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} <= {torch.float16, torch.int64}
+
+
+@EACH
+def test_a_model_computes_in_float32(name):
+    model = MRLReDimNetModel.from_pretrained(packaged_models()[name])
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert AutoModel.from_pretrained(packaged_models()[name]).dtype == torch.float32
+
+
+@EACH
+def test_thresholds_are_of_these_weights_and_of_every_dimension(name):
+    encoder = SpeakerEncoder.from_pretrained(name, device="cpu")
+    thresholds = Thresholds.load(packaged_models()[name])
+    for dim in encoder.config.matryoshka_dims:
+        for enrolments in (1, 2, 3):
+            thresholds.find(dim, weights=encoder.fingerprint, enrolments=enrolments)
+
+
+@EACH
+def test_a_model_knows_one_woman_from_another_at_every_dimension_of_64_or_more(name):
+    encoder = SpeakerEncoder.from_pretrained(name, device="cpu")
+    for dim in [dim for dim in encoder.config.matryoshka_dims if dim >= 64]:
+        for first, same in (
+            (recordings.FIRST, recordings.SAME_SPEAKER),
+            (recordings.SAME_SPEAKER, recordings.FIRST),
+        ):
+            found = encoder.verify([first], [same, recordings.OTHER_SPEAKER], dim)
+            assert [decision.accepted for decision in found] == [True, False], (dim, found)
+
+
+def test_recordings_are_a_few_seconds_each():
+    for file in (recordings.FIRST, recordings.SAME_SPEAKER, recordings.OTHER_SPEAKER):
+        wave = read_audio(file)
+        assert 3 < len(wave) / 16_000 < 6 and np.abs(wave).max() > 0.05
+
+
+def test_the_first_example_of_the_readme_is_the_one_that_the_demo_runs():
+    example = ROOT / "examples/first_steps.py"
+    assert f"```python\n{example.read_text()}```" in (ROOT / "README.md").read_text()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(example))
+    assert printed.getvalue().count("accepted") == printed.getvalue().count("rejected") == 2
+
+
+def test_the_command_line_decides(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    enrolled, same, other = (
+        str(file) for file in (recordings.FIRST, recordings.SAME_SPEAKER, recordings.OTHER_SPEAKER)
+    )
+    assert not main(["verify", "nano", enrolled, "--test", same])
+    assert "accepted " in capsys.readouterr().out
+    assert main(["verify", "nano", enrolled, "--test", other])
+    assert "rejected " in capsys.readouterr().out
+
+
+def test_a_model_of_the_package_is_pushed_with_the_code_it_needs(hub, tmp_path):
+    push_base("nano", "anna/voices")
+    folder = pull("anna/voices")
+    assert {file.name for file in code_files()} <= {file.name for file in folder.iterdir()}
+    assert "anna/voices" in (folder / "README.md").read_text()
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(folder), str(recordings.FIRST)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = SpeakerEncoder.from_pretrained("nano", device="cpu").embed([recordings.FIRST])[0]
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), ours, atol=2e-4)
