@@ -185,8 +185,8 @@ class CheckedModel(PreTrainedModel):
             return
         problems, cause = _name_problems(missing, unknown)
         if shapes:
-            told = [f"{name} {found}, expected {wanted}" for name, (found, wanted) in shapes.items()]
-            problems = " and ".join(filter(None, [problems, f"{_counted(shapes)} of another shape ({_some(told)})"]))
+            shown = [f"{name} {found}, expected {wanted}" for name, (found, wanted) in shapes.items()]
+            problems = " and ".join(filter(None, [problems, f"{_counted(shapes)} of another shape ({_some(shown)})"]))
         if head and head >= missing | shapes.keys():
             cause = "It is the head alone: ignore_mismatched_sizes=True puts a new one in its place."
         raise WeightsError(f"{source} does not hold the weights of {cls.__name__}: {problems}. {cause}")

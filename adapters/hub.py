@@ -307,15 +307,15 @@ def _files(folder: Path, allowed: Iterable[str]) -> tuple[dict[str, Path | bytes
 def _naming_the_base(folder: Path, repository: str, base: str | None) -> dict[str, bytes]:
     """The files of an adapter that name its base, with the base's repository for whatever they name."""
     config, facts = _json(folder / CONFIG_FILE), _facts(folder)
-    told, revision = config.get("base_model_name_or_path"), config.get("revision")
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if facts is not None:
-        told, revision = facts.base.repository, facts.base.revision
+        named, revision = facts.base.repository, facts.base.revision
     if base is None:
-        base = _published(folder, told)
+        base = _published(folder, named)
     else:
         _check_id(base, owned=True)
-        revision = revision if base == told else None
-    stale = {name for name in (config.get("base_model_name_or_path"), told) if name and name != base}
+        revision = revision if base == named else None
+    stale = {name for name in (config.get("base_model_name_or_path"), named) if name and name != base}
     edited = {CONFIG_FILE: _dump(config | {"base_model_name_or_path": base, "revision": revision}, indent=2)}
     if facts is not None:
         content = _json(folder / FACTS_FILE)
@@ -337,21 +337,21 @@ def _check_paths(folder: Path, sent: dict[str, Path | bytes]) -> None:
                     raise HubError(f"{folder / name} says {path}, a place on this machine. Remove it, then push again.")
 
 
-def _published(folder: Path, told: str | None) -> str:
+def _published(folder: Path, named: str | None) -> str:
     """The base's repository as the adapter tells it. Raises HubError for one that is on this machine only."""
     try:
-        _check_id(told or "", owned=True)
+        _check_id(named or "", owned=True)
     except HubError as error:
         raise HubError(
-            f"{folder} names {told!r} as its base, which is not a repository on the Hub. Push the base first, then "
+            f"{folder} names {named!r} as its base, which is not a repository on the Hub. Push the base first, then "
             "push the adapter with base= (--base) its repository."
         ) from error
-    if told is None or Path(told).is_dir():
+    if named is None or Path(named).is_dir():
         raise HubError(
-            f"{folder} names {told!r} as its base, a folder here. Push with base= the repository it is in (or, if that "
-            "is just its name, base= the same)."
+            f"{folder} names {named!r} as its base, a folder here. Push with base= the repository it is in (or, if "
+            "that is just its name, base= the same)."
         )
-    return told
+    return named
 
 
 def _card(folder: Path, repository: str, base: str, stale: set[str], facts: AdapterFacts | None) -> str:

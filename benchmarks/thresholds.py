@@ -120,8 +120,8 @@ def main():
         lines += ["|---|" + "---|" * len(WANTED)]
         for decision, by_wanted in rates(speech, development).items():
             cells = [100 * np.array(by_wanted[wanted]) for wanted in WANTED]
-            told = [f"{cell.mean():.2f} [{cell.min():.2f}, {cell.max():.2f}]" for cell in cells]
-            lines.append(f"| {decision} | {' | '.join(told)} |")
+            ranges = [f"{cell.mean():.2f} [{cell.min():.2f}, {cell.max():.2f}]" for cell in cells]
+            lines.append(f"| {decision} | {' | '.join(ranges)} |")
     arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

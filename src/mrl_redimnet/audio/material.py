@@ -37,10 +37,10 @@ def usable(files: Sequence[str], what: str) -> list[str]:
             reasons.append(str(error))
     if reasons:
         more = f"; and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
-        told = f"{what}: {len(reasons):,} of {len(files):,} files cannot be used: {'; '.join(reasons[:_NAMED])}{more}"
+        text = f"{what}: {len(reasons):,} of {len(files):,} files cannot be used: {'; '.join(reasons[:_NAMED])}{more}"
         if not good:
-            raise AudioError(told)
-        warnings.warn(f"{printable(told)}. They are left out", AudioWarning, stacklevel=3)
+            raise AudioError(text)
+        warnings.warn(f"{printable(text)}. They are left out", AudioWarning, stacklevel=3)
     return good
 
 

@@ -36,9 +36,9 @@ class LeftOut:
         parts = []
         if self.suffixes:
             common = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]
-            told = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in common)
+            kinds = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in common)
             more = ", ..." if len(self.suffixes) > _NAMED else ""
-            parts.append(f"{self.suffixes.total():,} files that are not named as audio ({told}{more})")
+            parts.append(f"{self.suffixes.total():,} files that are not named as audio ({kinds}{more})")
         if self.hidden:
             parts.append(f"{self.hidden:,} hidden files or folders")
         if self.others:

@@ -155,8 +155,8 @@ def error_rates(
     # which the false-alarm rate does not count.
     between = _Part.of(trials, scores, groups[0] != groups[1], beside=trials.labels == 1)
     values = {group: part.rates(threshold, resamples, seed) for seed, (group, part) in enumerate(parts.items())}
-    told = [group for group, rates in values.items() if rates]
-    reference = max(told, key=lambda group: parts[group].counts["speakers"], default=None)
+    rated = [group for group, rates in values.items() if rates]
+    reference = max(rated, key=lambda group: parts[group].counts["speakers"], default=None)
     rows = []
     for group, part in parts.items():
         rates: dict[str, Any] = {name: _rate(drawn) for name, drawn in values[group].items()}

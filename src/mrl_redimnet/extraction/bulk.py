@@ -369,8 +369,8 @@ class Parts:
             key = int(shard), int(block)
             if holds(turns, key) and self.file(key).is_file():  # else it will be done again
                 embedded = set(pq.read_table(self.file(key), columns=["id"])["id"].to_pylist())  # by a stopped retry
-                told = [Problem(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-                found[key] = [problem for problem in told if problem.id not in embedded]
+                problems = [Problem(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+                found[key] = [problem for problem in problems if problem.id not in embedded]
         return found
 
     def write(self, key: Key, table: pa.Table, utterances: int, problems: list[Problem]) -> None:
