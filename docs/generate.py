@@ -170,7 +170,7 @@ PUBLISHED_HEAD = """# List of published checkpoints
 
 The names that `mrl-redimnet convert`, every other command and `SpeakerEncoder.from_pretrained` take. This page is
 written by `python docs/generate.py` from the list in the package, `published.json`; how to use the names is said in
-[Published checkpoints](checkpoints.md).
+[Models by name](checkpoints.md).
 
 The parts of a name are the size, the training data and the kind of training: `ptn` is the first training, `ft_lm` and
 `lm` the large-margin fine-tuning after it, `ft_mix` fine-tuning with mixed utterances, `dis` distillation.
