@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 import mrl_redimnet  # noqa: F401  registers the models with transformers
+from mrl_redimnet.speed.recompute import recomputing
 from mrl_redimnet.training.checkpoints import Progress, save_checkpoint
 from mrl_redimnet.training.history import History
 from mrl_redimnet.training.reading import parse_command_line
@@ -138,7 +139,8 @@ def forward(run: Run, batch: dict, step: int) -> tuple[ModelOutput, torch.Tensor
         labels = part.labels(run, labels, step)
     options = run.task.loss_options(step, run.steps, run.recipe, run.model.config)
     labelled = {"labels": run.on_device(labels), **options} if weight else {}
-    answer = run.prepared(batch["input_values"], **labelled)
+    with recomputing(run.recipe.run.recompute):
+        answer = run.prepared(batch["input_values"], **labelled)
     loss = weight * answer.loss if weight else 0.0
     for part in run.parts:
         loss = loss + part.loss(run, batch, answer, options)

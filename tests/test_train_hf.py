@@ -94,7 +94,7 @@ def whole(corpus) -> Path:
 @pytest.fixture(scope="module")
 def resumed(corpus) -> Path:
     """The same run, killed in an evaluation, in a step, and while it writes a checkpoint; the last time it goes on
-    with another number of workers."""
+    with another number of workers, and keeps what it computed again before."""
     output = corpus.parent / "resumed"
     argv = command_line(corpus, output, augmentations=NOISE, **EVERYTHING)
     killed_when(start(corpus, argv), lambda: trained_steps(output) >= 6)  # the evaluation follows at once
@@ -102,7 +102,7 @@ def resumed(corpus) -> Path:
     killed_when(start(corpus, argv), lambda: trained_steps(output) >= 8)
     killed_when(start(corpus, argv), lambda: (output / "checkpoints/writing-00000009").exists())
     assert not (output / "results.json").exists()
-    printed = finish(start(corpus, [*argv, "--workers=1"]))
+    printed = finish(start(corpus, [*argv, "--workers=1", "--recompute=false"]))
     assert "Resuming at step 6 of 12" in printed or "Resuming at step 9 of 12" in printed
     return output
 

@@ -44,6 +44,7 @@ FREE_SETTINGS = {
     "run.checkpoint_every",
     "run.tracker",
     "run.chance_until",
+    "run.recompute",
     "data.workers",
     "evaluation.evaluate_every",
     "evaluation.tests",

@@ -531,6 +531,11 @@ class Running(Group):
     output: Text = Field("runs/nano", description="folder of the run: checkpoints, best and last model, results")
     seed: Seed = Field(0, description="random seed of weights, batches and dropout")
     mixed_precision: choice("no", "bf16", "fp16") = Field("no", description="number format of most operations")
+    recompute: bool = Field(
+        True,
+        description="compute cheap activations again in the backward pass instead of keeping them: less memory, the "
+        "same numbers; false is some per cent faster where memory is enough",
+    )
     checkpoint_every: LengthAbove0 = Field(100, description="distance between checkpoints that --resume goes on from")
     log_every: Count = Field(10, description="steps between log lines")
     tracker: choice("tensorboard", "wandb", "trackio", "none") = Field("tensorboard", description="experiment tracker")
