@@ -3,8 +3,8 @@
 - Similarity: which crops of a batch sound alike, by the cosines between the teacher's embeddings. These have no
   dimension, so that any teacher can teach any student (relational knowledge distillation, arXiv 1904.05068;
   similarity-preserving distillation, Tung and Mori 2019, arXiv 1907.09682).
-- Direction: where the teacher's embedding points from the mean of its space, on principal axes, so that a prefix of the
-  student learns a principal subspace of the teacher.
+- Direction: where the teacher's embedding points, after its space was rotated to its principal axes, so that a prefix
+  of the student learns a principal subspace of the teacher.
 
 No projection between the two is learnt, none is left over.
 """
@@ -76,45 +76,34 @@ def direction_loss(
 
 
 class PrincipalAxes:
-    """A teacher's space around the mean of its length-normalised embeddings, on principal axes, most energy first.
+    """The principal axes of a teacher's length-normalised embeddings, the one of most energy first: [E, E].
 
-    Without its mean, embeddings of different speakers are at right angles on average. What all embeddings share says
-    nothing of who speaks, but a student that learnt it would be rewarded for it first.
-
-    Mean [E] and axes [E, E] belong to a checkpoint: computed anew, on another processor for one, axes may have another
-    sign.
+    They belong to a checkpoint: computed anew, on another processor for one, axes may have another sign.
     """
 
-    mean: torch.Tensor  # both from `fit` or a checkpoint on
-    axes: torch.Tensor
+    axes: torch.Tensor  # from `fit` or a checkpoint on
 
     def fit(self, embeddings: np.ndarray | None) -> None:
-        """From embeddings [N, E] of some speech, in the main process; the others give None and get the same.
+        """From embeddings [N, E] of some speech, in the main process; the others give None and get the same axes.
 
         Raises ValueError for fewer than two embeddings, or ones that are zero or not finite.
         """
-        found = None
-        if embeddings is not None:
-            principal_rotation(embeddings)  # raises for what has no axes
-            unit = F.normalize(torch.as_tensor(embeddings).double(), dim=1)
-            mean = unit.mean(0)
-            found = mean.float(), torch.from_numpy(principal_rotation((unit - mean).numpy())[0]).float()
-        ((self.mean, self.axes),) = broadcast_object_list([found])
+        axes = None if embeddings is None else torch.from_numpy(principal_rotation(embeddings)[0]).float()
+        (self.axes,) = broadcast_object_list([axes])
 
     def rotated(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """embeddings [B, E] -> [B, E] of length 1, around the mean, in the principal axes, float32."""
-        self.mean, self.axes = self.mean.to(embeddings.device), self.axes.to(embeddings.device)
+        """embeddings [B, E] -> [B, E] of length 1, in the principal axes, float32."""
+        self.axes = self.axes.to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.normalize(F.normalize(embeddings.float(), dim=1) - self.mean, dim=1) @ self.axes
+            return F.normalize(embeddings.float(), dim=1) @ self.axes
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        return {"mean": self.mean, "axes": self.axes}
+        return {"axes": self.axes}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """From a checkpoint. Those of earlier versions have no mean: it stayed in."""
+        """From a checkpoint."""
         self.axes = state["axes"]
-        self.mean = state.get("mean", torch.zeros(len(self.axes)))
 
 
 def _prefix_cosines(embeddings: torch.Tensor, dims: Sequence[int]) -> Iterator[torch.Tensor]:
