@@ -8,7 +8,8 @@ A SPLIT holds wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv with the colum
 
 - OUT/speech: every utterance in five versions, each a speaker of its own: as it is, slower, faster (resampled: pitch,
   formants and tempo move together), and two virtual voices, whose formants, pitch and tempo Praat moves apart;
-- OUT/teacher.parquet: CAM++'s embedding of each whole utterance;
+- OUT/teacher.parquet: CAM++'s embedding of each whole utterance, in a space in which utterances of one speaker differ
+  alike in all directions;
 - OUT/dev, OUT/dev_trials.txt: speakers that are left out of OUT/speech, and trials of them.
 
 A speaker is a task of its own, on `--processes` processes, and is skipped where OUT has it already.
@@ -68,11 +69,13 @@ def main():
         tasks = pool.imap_unordered(functools.partial(make_versions, out=arguments.out), kept)
         for _ in tqdm(tasks, total=len(kept), unit="speaker"):
             pass
-    tables = [pq.read_table(file) for file in sorted((arguments.out / "parts").glob("*.parquet"))]
-    pq.write_table(pa.concat_tables(tables), arguments.out / "teacher.parquet")
+    heard = pa.concat_tables([pq.read_table(file) for file in sorted((arguments.out / "parts").glob("*.parquet"))])
+    embeddings = np.stack(heard["embedding"].to_numpy())
+    whitened = within_speaker_whitened(embeddings, [name.split("/")[0] for name in heard["id"].to_pylist()])
+    pq.write_table(pa.table({"id": heard["id"], "embedding": [*whitened]}), arguments.out / "teacher.parquet")
     lines = development(held_out, speakers, genders, arguments.out / "dev", rng)
     (arguments.out / "dev_trials.txt").write_text("\n".join(lines) + "\n")
-    print(f"{arguments.out}: {sum(map(len, tables)):,} utterances of {len(kept) * (len(SPEEDS) + len(VOICES)):,} "
+    print(f"{arguments.out}: {len(heard):,} utterances of {len(kept) * (len(SPEEDS) + len(VOICES)):,} "
           f"speakers; {len(lines):,} development trials of {len(held_out)} others")  # fmt: skip
 
 
@@ -145,6 +148,26 @@ def level_of(voice: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """A voice at the level of the utterance it was made of, or lower where it would clip."""
     voice = voice * np.sqrt(np.mean(np.square(wave, dtype=np.float64)) / max(np.mean(np.square(voice)), 1e-18))
     return (voice * min(1.0, 0.99 / max(np.abs(voice).max(), 1e-9))).astype(np.float32)
+
+
+def within_speaker_whitened(embeddings: np.ndarray, speakers: list[str], shrinkage: float = 0.1) -> np.ndarray:
+    """[N, E] -> [N, E] float32 of length 1, without their mean, whitened by the covariance within speakers.
+
+    Within-class covariance normalisation (Hatch, Kajarekar, Stolcke 2006): what differs much between utterances of one
+    speaker counts less in a cosine. shrinkage: as much of the mean variance is added to the variances.
+    """
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).astype(np.float64)
+    unit = unit - unit.mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    _, own, counts = np.unique(speakers, return_inverse=True, return_counts=True)
+    means = np.stack([np.bincount(own, column) for column in unit.T], axis=1) / counts[:, None]
+    several = counts[own] > 1
+    spread = (unit - means[own])[several] * np.sqrt(counts / np.maximum(counts - 1, 1))[own][several, None]
+    covariance = spread.T @ spread / len(spread)
+    values, vectors = np.linalg.eigh(covariance)
+    values += shrinkage * values.mean()
+    whitened = unit @ (vectors / np.sqrt(values)) @ vectors.T
+    return (whitened / np.linalg.norm(whitened, axis=1, keepdims=True)).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
