@@ -339,7 +339,7 @@ def test_another_architecture_is_refused(tmp_path):
 def test_a_path_without_a_model_is_not_taken_for_a_hub_id(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder: give a saved folder, or a Hub id"):
         load_model(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match=r"my-b2 is not a folder: .* Hub id \(OWNER/NAME\)\.$"):
+    with pytest.raises(FileNotFoundError, match=r"my-b2 is not a folder: .* Hub id \(OWNER/NAME\), or one of nano\.$"):
         load_model("my-b2")
 
 

@@ -190,7 +190,7 @@ def test_two_processes_train_one_adapter_through_the_cut(corpus, base):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(finetune="adapter"), "an adapter needs a trained base; model: nano is random weights"),
+        (dict(finetune="adapter"), "an adapter needs a trained base; name it by model.start"),
         (dict(model="/nowhere", model_options="{}"), "/nowhere is not a folder: give a saved folder, or a Hub id"),
         (dict(segment_ranks=[4, 2], finetune="adapter", base=True), "segment_ranks: 2 ranks for the segments of"),
     ],
