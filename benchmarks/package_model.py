@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--trials", required=True, help="development trials, for the thresholds")
     parser.add_argument("--folder", required=True, help="their speech")
     parser.add_argument("--speech", type=Path, nargs="+", required=True, metavar="SPLIT")
+    parser.add_argument("--training", help="a sentence on it for the card [that of RUN/best's card]")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over speakers [1000]")
     parser.add_argument("--out", type=Path, default=MODELS, help="[src/mrl_redimnet/models]")
     arguments = parser.parse_args()
@@ -62,7 +63,8 @@ def main():
     if command_line(["calibrate", str(folder), *lists, "--enrolments", "1", "2", "3"]):
         raise SystemExit(1)
     written = load_model(folder)
-    training = re.search(r"## Training\n\n(.*?)\n", (arguments.trained / "README.md").read_text())[1]
+    card = (arguments.trained / "README.md").read_text()
+    training = arguments.training or re.search(r"## Training\n\n(.*?)\n", card)[1]
     evaluation = evaluated(written, arguments.speech, arguments.resamples)
     facts = {"training": f"{training} {TEACHER}", "licence": LICENCE, "datasets": DATASETS}
     save_card(base_card(written, name=arguments.name, evaluation=evaluation, **facts), folder, evaluation)
