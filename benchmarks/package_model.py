@@ -41,7 +41,7 @@ TEACHER = (
     "The teacher is CAM++ (3D-Speaker, Apache 2.0, 7.2 M parameters): the embedding of a crop learns to point where "
     "the teacher's embedding of the whole utterance points. `benchmarks/packaged_speech.py` and the recipe say how."
 )
-LICENCE = "mit"
+LICENCE = "cc-by-sa-4.0"  # of the strictest of the data
 SYSTEM = "as packaged"
 
 

@@ -6,12 +6,15 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 # Before the libraries that read these: no network but the tests' own Hub, no file of the user's home, one thread.
 os.environ.update(HF_HOME=tempfile.mkdtemp(prefix="hf-of-tests-"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
 
 import numpy as np
 import pytest
@@ -75,6 +78,19 @@ def pytest_unconfigure(config: pytest.Config):
     """Removes the home that the Hugging Face libraries had."""
     gc.unfreeze()
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def run_alone(code: str, *arguments: object, folder: Path) -> str:
+    """What Python code prints in a process of its own, in `folder`, without this one's paths and caches, offline."""
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
+    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 # ---------------------------------------------------------------- models and waveforms

@@ -1,15 +1,12 @@
 """Cards state what was measured and nothing else; their metadata is the Hub's; what they tell users to type works."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, waves
+from conftest import run_alone, tiny_config, tiny_model, waves
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -505,18 +502,8 @@ def answers(tmp_path_factory):
         code = python(card).replace("org/the-base", f"{folder}/{base}")
         snippets[kind] = code.replace("org/the-adapter", f"{folder}/{kind}")
     (folder / "snippets.json").write_text(json.dumps(snippets))
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", RUNNER, str(folder / "snippets.json"), str(folder / "answers.safetensors")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return models, load_file(folder / "answers.safetensors"), done.stdout
+    printed = run_alone(RUNNER, folder / "snippets.json", folder / "answers.safetensors", folder=folder)
+    return models, load_file(folder / "answers.safetensors"), printed
 
 
 def batch(tensors: dict, kind: str):

@@ -3,15 +3,13 @@
 import contextlib
 import io
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_alone
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -113,16 +111,6 @@ def test_a_model_of_the_package_is_pushed_with_the_code_it_needs(hub, tmp_path):
     folder = pull("anna/voices")
     assert {file.name for file in code_files()} <= {file.name for file in folder.iterdir()}
     assert "anna/voices" in (folder / "README.md").read_text()
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(folder), str(recordings.FIRST)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_alone(LOADER, folder, recordings.FIRST, folder=tmp_path)
     ours = SpeakerEncoder.from_pretrained("nano", device="cpu").embed([recordings.FIRST])[0]
-    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), ours, atol=2e-4)
+    np.testing.assert_allclose(json.loads(printed.splitlines()[-1]), ours, atol=2e-4)

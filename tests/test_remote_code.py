@@ -1,13 +1,10 @@
 """A saved folder works where nothing of this project is installed: the code in it is all that a user needs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, waves
+from conftest import run_alone, tiny_config, tiny_model, waves
 from safetensors.torch import load_file, save_file
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
@@ -97,18 +94,8 @@ def test_saved_folder_holds_the_code(folder, name):
 
 def test_loads_where_nothing_is_installed(folder, tmp_path):
     """The encoder, each head, and the encoder out of each head's folder, bit for bit as loaded here."""
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     out = tmp_path / "answers.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOADER, str(folder), str(out)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_alone(LOADER, folder, out, folder=tmp_path)
     answers = load_file(out)
     assert len(answers) == 6
     batch = MRLReDimNetFeatureExtractor()(waves(4_800, 8_000), sampling_rate=16_000)

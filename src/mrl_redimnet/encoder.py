@@ -134,8 +134,9 @@ class SpeakerEncoder:
         """A saved model, with an adapter merged into its weights where one is given.
 
         Args:
-            model: a folder, the Hub id of a model, or the name of a published checkpoint such as
-                "IDRnD/b2-vox2-ft_lm", which is fetched and converted once: see `mrl_redimnet.saving.resolve_model`.
+            model: a folder, the Hub id of a model, the name of one that comes with the package ("nano"), or that of a
+                published checkpoint such as "IDRnD/b2-vox2-ft_lm", which is fetched and converted once: see
+                `mrl_redimnet.saving.resolve_model`.
             adapter: path or Hub id. (For several adapters, load the model alone and use `adapters`.)
             device: by default an accelerator where there is one.
             revision: of a model on the Hub, a branch, tag or commit. token: for the Hub, where not logged in.

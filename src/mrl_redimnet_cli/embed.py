@@ -11,7 +11,6 @@ from mrl_redimnet_cli.names import CHOICES, VALUES
 
 def add(commands: Commands) -> None:
     """Adds the command to the subparsers `commands`."""
-    part_size, batch_seconds = VALUES["extraction.bulk.PART_SIZE"], VALUES["encoder.BATCH_SECONDS"]
     parser = add_command(
         commands,
         "embed",
@@ -55,6 +54,13 @@ def add(commands: Commands) -> None:
         metavar="ROLE=NAME",
         help="which columns of tables hold the audio and the path: audio=NAME, path=NAME [recognised]",
     )
+    _add_costs(parser)
+    must_be_there(parser, inputs=_input)
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
+    """Options that change how fast it goes and what lies in a file, but no embedding."""
+    part_size, batch_seconds = VALUES["extraction.bulk.PART_SIZE"], VALUES["encoder.BATCH_SECONDS"]
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that decode audio, for each process that embeds [1]"
     )
@@ -70,7 +76,6 @@ def add(commands: Commands) -> None:
         default=part_size,
         help=f"the most utterances in one parquet file [{part_size}]",
     )
-    must_be_there(parser, inputs=_input)
 
 
 def _input(source: str) -> str | None:

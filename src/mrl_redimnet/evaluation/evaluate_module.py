@@ -4,6 +4,7 @@ A module is a subclass of `TrialMetric` that names its measures; see `metrics/ee
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ Args:
 """
 
 
-class TrialMetric(evaluate.Metric):
+class TrialMetric(evaluate.Metric, ABC):
     """A metric of verification trials.
 
     The results hold each measure under its name and, where the configuration has speakers, NAME_low and NAME_high.
@@ -51,9 +52,9 @@ class TrialMetric(evaluate.Metric):
             self.options["seed"] = keywords["seed"]  # evaluate knows this one, but not what for
         self._measures_and_interval(self.options)
 
+    @abstractmethod
     def measures(self, **options: Any) -> Measures:
         """The functions of the module's results, by name; its keywords are the options of the module."""
-        raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in CONFIGS:
