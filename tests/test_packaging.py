@@ -179,8 +179,8 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms convert
 data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
-published rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers scoring.trials tables
-speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
+published recordings rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers
+scoring.trials tables speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch
