@@ -294,6 +294,7 @@ class MRLReDimNetConfig(PretrainedConfig):
     """
 
     model_type = "mrl_redimnet"
+    attribute_map = {"hidden_size": "embedding_size"}  # the name by which other libraries ask
 
     # The architecture. Front end
     front_end: str = "mel"

@@ -1,19 +1,35 @@
-"""Waveforms of any length to a padded batch for ReDimNet-MRL. Travels beside the weights to the Hub."""
+"""Speech of any length to a padded batch for ReDimNet-MRL. Travels beside the weights to the Hub."""
 
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
+# Only files need the first, and only audio of another rate the second.
+try:
+    import soundfile
+except ImportError:
+    soundfile = None
+try:
+    from torchaudio.functional import resample
+except ImportError:
+    resample = None
+
 logger = logging.get_logger(__name__)
 
 
+NUMBERS = (int, float, np.number)
+
+
 class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
-    """Checks waveforms and pads them into `input_values` [B, T] float32 and `attention_mask` [B, T].
+    """Reads audio, checks it and pads it into `input_values` [B, T] float32 and `attention_mask` [B, T].
 
     Args:
         sampling_rate: the rate the model was trained for, in Hz.
@@ -32,19 +48,54 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
 
     def __call__(
         self,
-        raw_speech: ArrayLike | torch.Tensor | Sequence[ArrayLike | torch.Tensor],
+        raw_speech: Any,
         sampling_rate: int | None = None,
         padding: bool | str = True,
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """raw_speech: one waveform or a list of them, each a mono array, tensor or list [samples] (or [1, samples]),
-        floating point (any precision) in -1 .. 1, or int16/int32 (scaled to it); sampling_rate in Hz: pass it, a wrong
-        one is refused.
+        """One utterance, or a list of them, as a batch.
 
-        `padding` and further arguments are those of SequenceFeatureExtractor.pad. Raises ValueError saying which
-        waveform is wrong, how, and what to do.
+        raw_speech: each utterance is one of these:
+
+        - a mono waveform: an array, tensor or list [samples] (or [1, samples]), floating point (any precision) in
+          -1 .. 1, or int16/int32 (scaled to it);
+        - a file, see `read`: its path or URL, its bytes, an open binary file;
+        - a row of a data set's audio column: a dict with `array` and `sampling_rate`, or with `bytes` or `path`, or a
+          decoder of torchcodec.
+
+        sampling_rate of waveforms in Hz: pass it, a wrong one is refused. Files and rows know theirs.
+        `padding` and further arguments are those of SequenceFeatureExtractor.pad.
+
+        Raises ValueError saying which utterance is wrong, how, and what to do; OSError for a file that is not there;
+        ImportError where reading it takes a package that is not installed.
         """
+        if isinstance(raw_speech, (list, tuple)) and not (len(raw_speech) > 0 and isinstance(raw_speech[0], NUMBERS)):
+            utterances = list(raw_speech)
+        else:
+            utterances = [raw_speech]
+        if not utterances:
+            raise ValueError("raw_speech: an empty list, expected at least one waveform.")
+        checked = [self.waveform(each, sampling_rate, f"raw_speech[{i}]") for i, each in enumerate(utterances)]
+        return self.pad(
+            BatchFeature({"input_values": checked}), padding=padding, return_tensors=return_tensors, **kwargs
+        )
+
+    def waveform(self, utterance: Any, sampling_rate: int | None = None, where: str = "the utterance") -> np.ndarray:
+        """One utterance, as for a call, as float32 [samples]; errors begin with `where`, its name."""
+        if isinstance(utterance, Mapping) and utterance.get("array") is None:  # a row that is not decoded
+            utterance = utterance.get("path") if utterance.get("bytes") is None else utterance["bytes"]
+            if utterance is None:
+                raise ValueError(f"{where}: a dict without audio; expected `array`, `bytes` or `path`.")
+        if isinstance(utterance, (str, os.PathLike, bytes)) or hasattr(utterance, "read"):
+            utterance, sampling_rate = self.read(utterance, where)
+        elif isinstance(utterance, Mapping):
+            if "sampling_rate" not in utterance:
+                raise ValueError(f"{where}: a dict with `array` needs `sampling_rate`, in Hz.")
+            utterance, sampling_rate = self._resampled(utterance["array"], utterance["sampling_rate"], where)
+        elif hasattr(utterance, "get_all_samples"):  # torchcodec's AudioDecoder
+            samples = utterance.get_all_samples()
+            utterance, sampling_rate = self._resampled(samples.data.mean(0), samples.sample_rate, where)
         if sampling_rate is None:
             logger.warning_once(f"No sampling_rate given: taking the audio for {self.sampling_rate} Hz.")
         elif sampling_rate != self.sampling_rate:
@@ -52,17 +103,43 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
                 f"sampling_rate: the audio has {sampling_rate} Hz, the model needs {self.sampling_rate} Hz. "
                 f"Resample first: torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})."
             )
-        waveforms: list[ArrayLike | torch.Tensor]
-        if isinstance(raw_speech, (list, tuple)) and not (len(raw_speech) > 0 and np.isscalar(raw_speech[0])):
-            waveforms = list(raw_speech)
-        else:
-            waveforms = [raw_speech]
-        if not waveforms:
-            raise ValueError("raw_speech: an empty list, expected at least one waveform.")
-        checked = [self.checked(waveform, f"raw_speech[{i}]") for i, waveform in enumerate(waveforms)]
-        return self.pad(
-            BatchFeature({"input_values": checked}), padding=padding, return_tensors=return_tensors, **kwargs
-        )
+        return self.checked(utterance, where)
+
+    def read(self, file: Any, where: str = "the file") -> tuple[np.ndarray, int]:
+        """An audio file -> mono float32 [samples] at the model's rate, and that rate in Hz.
+
+        file: a path or any URL that fsspec opens, the bytes of a file, or an open binary file. Several channels are
+        averaged; another rate is resampled. Formats are those of libsndfile: WAV, FLAC, OGG (Vorbis, Opus), MP3. Raises
+        as a call.
+        """
+        if soundfile is None:
+            raise ImportError(f"{where}: reading audio files needs soundfile: `pip install soundfile`.")
+        name = "its bytes" if isinstance(file, bytes) else getattr(file, "name", file)
+        try:
+            if isinstance(file, (str, os.PathLike)):
+                with fsspec.open(file, "rb") as opened:
+                    samples, rate = soundfile.read(opened, dtype="float32", always_2d=True)
+            else:
+                opened = io.BytesIO(file) if isinstance(file, bytes) else file
+                samples, rate = soundfile.read(opened, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"{where}: libsndfile cannot read {name} ({error.error_string.rstrip('.')}). It reads WAV, FLAC, OGG "
+                "and MP3; for AAC and others use mrl_redimnet.SpeakerEncoder."
+            ) from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{where}: there is no file {name}.") from error
+        return self._resampled(samples.mean(1), rate, where)
+
+    def _resampled(self, waveform: ArrayLike | torch.Tensor, rate: int, where: str) -> tuple[Any, int]:
+        if rate == self.sampling_rate:
+            return waveform, rate
+        if resample is None:
+            raise ImportError(
+                f"{where}: the audio has {rate} Hz, the model needs {self.sampling_rate} Hz, and resampling needs "
+                "torchaudio: `pip install torchaudio`."
+            )
+        return resample(torch.as_tensor(waveform).float(), rate, self.sampling_rate), self.sampling_rate
 
     def checked(self, waveform: ArrayLike | torch.Tensor, where: str) -> np.ndarray:
         """One waveform, as for a call, as float32 [samples]; raises ValueError that begins with `where`, its name."""

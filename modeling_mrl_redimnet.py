@@ -1079,6 +1079,8 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
 class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):
     """A classifier (gender, language) or, with one label, a regressor (age) on the embedding."""
 
+    has_own_pipeline = False
+
     def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__(config)
         self.redimnet = MRLReDimNetModel(config)

@@ -124,6 +124,7 @@ class CheckedModel(PreTrainedModel):
     """
 
     auto_classes: dict[str, str] = {}  # of transformers, and which class of which Hub file each one loads
+    has_own_pipeline = True  # False for a model that one of transformers' own pipelines runs
 
     @classmethod
     def from_pretrained(
@@ -192,7 +193,8 @@ class CheckedModel(PreTrainedModel):
         raise WeightsError(f"{source} does not hold the weights of {cls.__name__}: {problems}. {cause}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in transformers; the saved configuration names all the auto classes that can load it.
+        """As in transformers; the saved configuration names all the auto classes that can load it, and the pipeline
+        that can run it.
 
         Raises WeightsError, before anything is written, for a model whose layers are wrapped, as by PEFT. (Adapters of
         transformers' own add_adapter and load_adapter are saved as adapters, as transformers does.)
@@ -200,6 +202,12 @@ class CheckedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True) and not self._has_own_adapters():
             refuse_wrapped(self, kwargs.get("state_dict"))
         self.config.auto_map = dict(self.auto_classes)
+        # Imported here, because few need it; relatively, because transformers takes along what is imported so.
+        if __package__:
+            from .pipeline_mrl_redimnet import CUSTOM_PIPELINES
+        else:
+            from pipeline_mrl_redimnet import CUSTOM_PIPELINES
+        self.config.custom_pipelines = CUSTOM_PIPELINES if self.has_own_pipeline else {}
         super().save_pretrained(save_directory, **kwargs)
 
     def _has_own_adapters(self) -> bool:

@@ -22,10 +22,11 @@ from mrl_redimnet.evaluation.results import embed_trials, score_trials
 from mrl_redimnet.files import replace_folder
 from mrl_redimnet.hub_cards import base_card, save_card
 from mrl_redimnet.hub_cards.results import Evaluation
-from mrl_redimnet.saving import MODELS, load_model
+from mrl_redimnet.saving import MODELS, load_model, write_for_sentence_transformers
 from mrl_redimnet.scoring.scorers import score
 from mrl_redimnet.scoring.trials import read_trials
 from mrl_redimnet_cli import main as command_line
+from pipeline_mrl_redimnet import CUSTOM_PIPELINES
 
 DATASETS = (
     "LibriSpeech train-clean-100, one recording of each speaker (CC BY 4.0)",
@@ -75,6 +76,7 @@ def write_model(model: MRLReDimNetModel, target: Path) -> None:
     """Weights in float16, what else a model needs, and no code: that is the package's."""
     model.config.dtype = torch.float32  # what it is loaded as: processors compute in float16 slowly or not at all
     model.config.auto_map = dict(model.auto_classes)  # for the code that `push` adds
+    model.config.custom_pipelines = CUSTOM_PIPELINES
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(target)
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
@@ -82,6 +84,7 @@ def write_model(model: MRLReDimNetModel, target: Path) -> None:
         raise ValueError(f"{too_large[0]}: does not fit into float16.")
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
+    write_for_sentence_transformers(target)
     for code in target.glob("*.py"):
         code.unlink()
 

@@ -70,6 +70,7 @@ PURPOSES = {
     "modeling_mrl_redimnet": "network, models",
     "losses_mrl_redimnet": "AAM, SphereFace2",
     "pretrained_mrl_redimnet": "loading, saving",
+    "pipeline_mrl_redimnet": "for transformers' pipeline",
     "feature_extraction_mrl_redimnet": "waveforms to batches",
     "audio": "files, codecs, rooms, domains",
     "data": "corpora, crops, loaders",

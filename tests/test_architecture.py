@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. A room may import rooms of lower floors alone; rooms on one floor do not know each other.
 FLOORS = (
-    {"configuration_mrl_redimnet"},
+    {"configuration_mrl_redimnet", "pipeline_mrl_redimnet"},
     {"losses_mrl_redimnet", "pretrained_mrl_redimnet", "feature_extraction_mrl_redimnet"},
     {"modeling_mrl_redimnet"},
     {"speed"},

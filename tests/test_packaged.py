@@ -29,7 +29,7 @@ import soundfile, torch
 from transformers import AutoModel
 
 hidden = ["mrl_redimnet", "modeling_mrl_redimnet", "losses_mrl_redimnet", "configuration_mrl_redimnet",
-          "pretrained_mrl_redimnet"]
+          "pipeline_mrl_redimnet", "pretrained_mrl_redimnet"]
 sys.modules |= {name: None for name in hidden}  # as if the package were not installed
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 wave = torch.from_numpy(soundfile.read(sys.argv[2], dtype="float32")[0])[None]

@@ -22,7 +22,8 @@ from mrl_redimnet_cli import names
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"configuration_mrl_redimnet", "feature_extraction_mrl_redimnet", "modeling_mrl_redimnet", "mrl_redimnet",
-        "mrl_redimnet_cli", "train_hf", "losses_mrl_redimnet", "pretrained_mrl_redimnet"}  # fmt: skip
+        "mrl_redimnet_cli", "train_hf", "losses_mrl_redimnet", "pipeline_mrl_redimnet",
+        "pretrained_mrl_redimnet"}  # fmt: skip
 SOURCES = [
     *ROOT.glob("*.py"),
     *(file for folder in ("src", "adapters", "hub_cards") for file in (ROOT / folder).rglob("*.py")),

@@ -22,7 +22,7 @@ KINDS = {
 LOADER = """
 import sys
 
-hidden = {"pretrained_mrl_redimnet", "losses_mrl_redimnet", "configuration_mrl_redimnet",
+hidden = {"pretrained_mrl_redimnet", "pipeline_mrl_redimnet", "losses_mrl_redimnet", "configuration_mrl_redimnet",
           "modeling_mrl_redimnet", "feature_extraction_mrl_redimnet", "mrl_redimnet",
           "train_hf", "torchaudio", "peft", "accelerate", "datasets", "evaluate", "scipy", "soundfile", "av"}
 

@@ -21,7 +21,7 @@ from mrl_redimnet.data.corpus import SpeakerTable
 from mrl_redimnet.files import recover_folder, refuse_existing, replace_folder
 from mrl_redimnet.hub_cards.results import Evaluation
 from mrl_redimnet.rows import AttributeRow, VerificationRow
-from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.saving import SENTENCE_TRANSFORMERS, load_model, save_model
 from mrl_redimnet.training.teachers import model_function
 from mrl_redimnet_cli import main
 
@@ -34,9 +34,12 @@ FILES = {
     "losses_mrl_redimnet.py",
     "model.safetensors",
     "modeling_mrl_redimnet.py",
+    "pipeline_mrl_redimnet.py",
     "pretrained_mrl_redimnet.py",
     "preprocessor_config.json",
 }
+
+EMBEDDING_FILES = FILES | SENTENCE_TRANSFORMERS.keys()
 
 
 def names(folder) -> set[str]:
@@ -52,7 +55,7 @@ def test_what_was_saved_is_loaded(tmp_path, kind):
     with torch.inference_mode():
         one, other = model(BATCH), loaded(BATCH)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert names(tmp_path / "model") == FILES
+    assert names(tmp_path / "model") == (FILES if kind is MRLReDimNetForSequenceClassification else EMBEDDING_FILES)
 
 
 def spoilt(source: Path, target: Path, change) -> Path:
@@ -245,7 +248,7 @@ def rates(percent: float) -> list[VerificationRow]:
 def test_an_evaluation_stands_on_the_card_and_beside_it(tmp_path):
     evaluation = Evaluation("rotated", {"vox": {"as trained": rates(3.21), "rotated": rates(1.87)}})
     save_model(tiny_model(), tmp_path / "model", evaluation=evaluation)
-    assert names(tmp_path / "model") == FILES | {"evaluation.json", "eer.png"}
+    assert names(tmp_path / "model") == EMBEDDING_FILES | {"evaluation.json", "eer.png"}
     assert Evaluation.load(tmp_path / "model") == evaluation
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert "1.87 [0.9, 3.7]" in card.text and "3.21" in card.text
@@ -255,7 +258,7 @@ def test_an_evaluation_stands_on_the_card_and_beside_it(tmp_path):
 def test_an_evaluation_of_earlier_weights_does_not_stay(tmp_path):
     save_model(tiny_model(), tmp_path / "model", evaluation=Evaluation("base", {"vox": {"base": rates(3.21)}}))
     save_model(tiny_model(), tmp_path / "model")
-    assert names(tmp_path / "model") == FILES
+    assert names(tmp_path / "model") == EMBEDDING_FILES
     assert "3.21" not in (tmp_path / "model" / "README.md").read_text()
 
 
@@ -272,7 +275,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     (folder / "stale.txt").write_text("of the old model")
     new = tiny_model(seed=1)
     save_model(new, folder)
-    assert names(folder) == FILES
+    assert names(folder) == EMBEDDING_FILES
     assert torch.equal(load_file(folder / "model.safetensors")["trunk.mix.logits"], new.trunk.mix.logits)
     assert names(folder.parent) == {"model"}  # nothing beside it
 

@@ -85,8 +85,11 @@ class SpeakerEncoder:
 
     Speech ("inputs" below) is a list, and each utterance in it one of
 
-    - the path of an audio file of any common format, or `Encoded`, the bytes of one;
+    - the path of an audio file of any common format, a URL of one that fsspec opens, its bytes (`Encoded` names them),
+      or an open binary file;
     - a mono array or tensor [samples] at 16 kHz, or a pair (array, sampling rate in Hz), which is resampled;
+    - a row of an audio column of `datasets`: a dict with `array` and `sampling_rate`, or with `bytes` or `path`, or a
+      decoder of torchcodec;
 
     or a data set of `datasets` with one audio column, or such a column of it.
 
@@ -281,8 +284,18 @@ class SpeakerEncoder:
         items = as_inputs(inputs)
         return self._embedded(items, dim, batch_seconds, progress, prepare, longest, keep_problems=not strict)
 
+    def embed_batch(self, batch: Mapping[str, Sequence], column: str = "audio", dim: int | None = None) -> dict:
+        """Rows of a data set -> {"embedding": [N, dim]}: for `dataset.map(encoder.embed_batch, batched=True)`.
+
+        batch: {column: N values}, of which `column` holds audio, decoded or not. dim, errors: as of `embed`; ValueError
+        without that column.
+        """
+        if column not in batch:
+            raise ValueError(f"batch: no column {column}; there are: {', '.join(batch)}.")
+        return {"embedding": self.embed(list(batch[column]), dim)}
+
     @torch.inference_mode()
-    def embed_batch(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
+    def embed_padded(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
         """Waveforms [B, T] at 16 kHz, padded with anything behind their lengths [B] in samples -> [B, D] float32.
 
         For callers that read and batch speech themselves. The model should be in evaluation mode.
@@ -335,7 +348,9 @@ class SpeakerEncoder:
             try:
                 for batch in length_batches(waveforms(), batch_seconds):
                     rows, lengths = list(batch), torch.tensor([len(wave) for wave in batch.values()])
-                    embedded.append((rows, self.embed_batch(padded(batch.values()), lengths)[:, :dim], lengths.numpy()))
+                    embedded.append(
+                        (rows, self.embed_padded(padded(batch.values()), lengths)[:, :dim], lengths.numpy())
+                    )
                     bar.update(len(rows))
             finally:
                 self._encoder.train(training)

@@ -1,6 +1,7 @@
 """Models as complete Hub folders, written whole or not at all; and the names that a model may be loaded by."""
 
 import inspect
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,11 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel
 
-import configuration_mrl_redimnet
-import feature_extraction_mrl_redimnet
-import losses_mrl_redimnet
 import modeling_mrl_redimnet
-import pretrained_mrl_redimnet
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
@@ -28,6 +25,21 @@ if TYPE_CHECKING:  # training alone has what these take a second to import for
 
 # The models that come with the package: a folder for each, named as the model is.
 MODELS = Path(__file__).with_name("models")
+# The Python files that travel with a model, NAME_mrl_redimnet.py.
+CODE = ("configuration", "feature_extraction", "losses", "modeling", "pipeline", "pretrained")
+
+# The files of sentence-transformers, from 6 on, beside the weights.
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"audio": {"method": "forward", "method_output_name": "embeddings"}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
 
 
 def save_model(
@@ -37,7 +49,8 @@ def save_model(
     evaluation: Evaluation | None = None,
     **card_facts: Any,
 ) -> None:
-    """Writes weights, configuration, feature extractor, their code, a card and the classifier's speakers to `folder`.
+    """Writes weights, configuration, feature extractor, their code, a card, what sentence-transformers reads, and the
+    classifier's speakers to `folder`.
 
     card_facts: what `hub_cards.base_card` may state. What was there before is replaced at the end, in one rename.
     Raises WeightsError for a model that carries adapters, or is wrapped in another way.
@@ -51,12 +64,20 @@ def save_model(
     def write(target: Path) -> None:
         model.save_pretrained(target)
         MRLReDimNetFeatureExtractor(min_samples=model.config.min_samples).save_pretrained(target)
+        if model.has_own_pipeline:
+            write_for_sentence_transformers(target)
         card = base_card(model, **{"name": Path(folder).name, **card_facts}, evaluation=evaluation)
         save_card(card, target, evaluation)
         if speakers is not None:
             speakers.save(target / "speakers.json")
 
     replace_folder(Path(folder), write)
+
+
+def write_for_sentence_transformers(folder: Path) -> None:
+    """Writes what `SentenceTransformer(folder)` reads to find the embedding among a model's outputs."""
+    for file, content in SENTENCE_TRANSFORMERS.items():
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(model: str | Path, revision: str | None = None, token: str | None = None) -> MRLReDimNetPreTrainedModel:
@@ -110,9 +131,7 @@ def packaged_models() -> dict[str, Path]:
 
 def code_files() -> list[Path]:
     """The Python files that a model's repository needs to be loaded without this package."""
-    modules = (configuration_mrl_redimnet, feature_extraction_mrl_redimnet, losses_mrl_redimnet,
-               modeling_mrl_redimnet, pretrained_mrl_redimnet)  # fmt: skip
-    return [Path(inspect.getfile(module)) for module in modules]
+    return [Path(inspect.getfile(modeling_mrl_redimnet)).with_name(f"{part}_mrl_redimnet.py") for part in CODE]
 
 
 def converted_folder(checkpoint: Checkpoint) -> Path:

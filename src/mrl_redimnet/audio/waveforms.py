@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeGuard
 
+import fsspec
 import numpy as np
 import torch
 from torchaudio.functional import resample
@@ -35,8 +36,8 @@ def read_waveform(
     """One utterance -> [samples] float32 at 16 kHz, checked by the extractor.
 
     Args:
-        value: the path of a file, `Encoded`, an array or tensor [samples] (or [1, samples]) at 16 kHz, or a pair of an
-            array and its sampling rate in Hz. Floating point in -1 .. 1, int16 or int32.
+        value: the path of a file, a URL that fsspec opens, `Encoded`, an array or tensor [samples] (or [1, samples]) at
+            16 kHz, or a pair of an array and its sampling rate in Hz. Floating point in -1 .. 1, int16 or int32.
         name: what messages call it.
         prepare: applied to the audio as it was read.
         longest: seconds beyond which it is cut.
@@ -46,12 +47,24 @@ def read_waveform(
             samples. The message begins with the name.
     """
     source: Source = value if is_source(value) else name
-    audio = read_audio(value) if is_source(value) else _from_array(value, name)
+    if isinstance(source, str) and "://" in source:
+        audio = read_audio(_fetched(source))
+    else:
+        audio = read_audio(value) if is_source(value) else _from_array(value, name)
     if prepare is not None:
         audio = prepare(source, audio)
     if longest is not None:
         audio = audio[: round(longest * SAMPLING_RATE)]
     return _checked(audio, extractor, name)
+
+
+def _fetched(url: str) -> Encoded:
+    """The file that a URL names."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            return Encoded(url, file.read())
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a store that fsspec needs a package for
+        raise AudioError(f"{url}: {error}") from error
 
 
 def _from_array(value: object, name: str) -> np.ndarray:

@@ -126,7 +126,7 @@ def source_of(audio: dict | bytes | str | None, remote: bool = False) -> str | E
     `datasets` and the Hub. A row without audio, or with such a path, gives a source whose reading raises AudioError.
     """
     if isinstance(audio, dict):
-        data, path = audio["bytes"], audio["path"]
+        data, path = audio.get("bytes"), audio.get("path")
     elif isinstance(audio, str):
         data, path = None, audio
     else:

@@ -33,10 +33,26 @@ def as_inputs(inputs: Sequence, what: str = "row") -> list[Input]:
     return [_as_input(value, f"{what} {row}") for row, value in enumerate(inputs)]
 
 
-def _as_input(value: object, name: str) -> Input:
+def _as_input(value: Any, name: str) -> Input:
+    if isinstance(value, Mapping):  # a row of a data set's audio column
+        from mrl_redimnet.data.corpus import source_of  # datasets take a second to import
+
+        value = source_of(dict(value)) if value.get("array") is None else (value["array"], value.get("sampling_rate"))
+    elif isinstance(value, bytes):
+        value = Encoded(name, value)
+    elif hasattr(value, "get_all_samples"):  # a row that torchcodec decodes
+        return Input(name, None, partial(_decoded, value))
+    elif hasattr(value, "read"):  # an open file
+        return Input(name, None, lambda: Encoded(str(getattr(value, "name", name)), value.read()))
     if is_source(value):
         return Input(name_of(value), None if isinstance(value, Encoded) else str(value), lambda: value)
     return Input(name, None, lambda: value)
+
+
+def _decoded(decoder: Any) -> tuple[Any, int]:
+    """The mono waveform and the sampling rate of an AudioDecoder of torchcodec."""
+    samples = decoder.get_all_samples()
+    return samples.data.mean(0), samples.sample_rate
 
 
 def distinct(items: list[Input]) -> list[Input]:

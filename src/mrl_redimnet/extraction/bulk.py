@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,7 +119,7 @@ def batches_of(
         for row, utterance in enumerate(utterances):
             try:
                 yield row, _waveform(utterance.source, extractor)
-            except (OSError, ValueError, ImportError) as error:  # ImportError: a store that fsspec needs a package for
+            except (OSError, ValueError) as error:
                 reason = str(error) if isinstance(error, AudioError) else f"{printable(names[row])}: {error}"
                 problems[places[row][0]].append(Problem(utterance.id, paths[row], reason))
 
@@ -134,14 +133,11 @@ def batches_of(
 
 def _waveform(source: str | Encoded, extractor: MRLReDimNetFeatureExtractor) -> np.ndarray:
     """[samples] float32 of a file, `Encoded`, or a URL that fsspec knows. Raises AudioError, also where nobody can be
-    heard; OSError, ValueError or ImportError for what is not there.
+    heard; OSError or ValueError for what is not there.
     """
     name = name_of(source)
     if not is_text(name):
         raise ValueError("its name is not UTF-8 text: rename it")
-    if isinstance(source, str) and "://" in source:
-        with fsspec.open(source, "rb") as file:
-            source = Encoded(source, file.read())
     return read_waveform(source, name, extractor, refuse_silence)
 
 
@@ -159,7 +155,7 @@ class Embedder:
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """Embeddings [B, dim], as they are stored."""
-        embeddings = self.encoder.embed_batch(batch.waves, batch.lengths)[:, : self.dim]
+        embeddings = self.encoder.embed_padded(batch.waves, batch.lengths)[:, : self.dim]
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes a problem
             return embeddings.astype(STORAGES[self.storage])
 
