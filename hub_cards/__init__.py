@@ -48,7 +48,13 @@ def base_card(
         datasets,
         library_name="transformers",
         pipeline_tag=_pipeline(model),
-        tags=[*SPEAKER_TAGS, config.network, "matryoshka", config.model_type],
+        tags=[
+            *(("sentence-transformers",) if model.has_own_pipeline else ()),
+            *SPEAKER_TAGS,
+            config.network,
+            "matryoshka",
+            config.model_type,
+        ],
     )
     network, paper = NETWORKS[config.network]
     return _render(
@@ -56,6 +62,7 @@ def base_card(
         data,
         name=name,
         repository=repository,
+        verifies=model.has_own_pipeline,
         network=network,
         paper=paper,
         dims=config.matryoshka_dims,

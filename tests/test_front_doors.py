@@ -121,6 +121,7 @@ def test_a_classifier_has_transformers_own_pipeline(tmp_path):
     save_model(model, tmp_path / "model")
     assert not json.loads((tmp_path / "model/config.json").read_text())["custom_pipelines"]
     assert not (tmp_path / "model/modules.json").exists()
+    assert "sentence-transformers" not in (tmp_path / "model/README.md").read_text()
 
 
 def test_what_was_loaded_from_the_hub_is_saved_with_its_pipeline(verifier, tmp_path):

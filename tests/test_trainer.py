@@ -1,8 +1,10 @@
 """transformers' own Trainer on both heads: trains, evaluates, saves and resumes, with and without PEFT."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, waves
+from conftest import run_alone, tiny_config, tiny_model, waves
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -93,3 +95,10 @@ def test_flags_that_are_off_ask_for_nothing():
     model(torch.stack(waves(6_000)), use_cache=False)
     with pytest.raises(TypeError, match="no use for: use_cache"):
         model(torch.stack(waves(6_000)), use_cache=True)
+
+
+def test_the_example_trains(tmp_path):
+    """transformers' Trainer on a data set of arrays, as a user runs it."""
+    code = Path(__file__).resolve().parents[1] / "examples" / "train_with_trainer.py"
+    assert "train_loss" in run_alone(code.read_text(), folder=tmp_path)
+    assert (tmp_path / "runs/trainer/last/model.safetensors").exists()
