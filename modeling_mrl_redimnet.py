@@ -116,6 +116,27 @@ def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | No
     return squares / (frames - 1)
 
 
+def moments(
+    x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance over frames of x [B, frames, C] -> twice [B, 1, C].
+
+    weights: of frames, [B, frames, 1], in the place of the mask; only their ratios matter. NaN where all are 0.
+    """
+    if weights is None:
+        mean = masked_mean(x, mask)
+        return mean, masked_variance(x, mean, mask)
+    shares = weights / weights.sum(1, keepdim=True)
+    mean = (shares * x).sum(1, keepdim=True)
+    freedom = (1 - shares.square().sum(1, keepdim=True)).clamp(min=1e-6)  # 1 - 1 / frames where they are equal
+    return mean, (shares * (x - mean).square()).sum(1, keepdim=True) / freedom
+
+
+def stretched(weights: torch.Tensor, frames: int) -> torch.Tensor:
+    """weights [B, S, n] of n equal parts -> those of as many frames, [B, S, frames]: each frame has its part's."""
+    return weights[..., torch.arange(frames, device=weights.device) * weights.shape[-1] // frames]
+
+
 def whole_frames(
     features: torch.Tensor, mask: torch.Tensor | None, stride: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -751,13 +772,12 @@ class StatisticsPooling(nn.Module):
         super().__init__()
         self.kind = config.pooling
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """weights: of frames, [B, frames, 1], in the place of the mask."""
         x = x.float()  # sums over thousands of frames
-        mean = masked_mean(x, mask)
-        if self.kind == "TAP":
-            return mean[:, 0]
-        deviation = (masked_variance(x, mean, mask) + 1e-7).sqrt()
-        return (deviation if self.kind == "TSDP" else torch.cat([mean, deviation], dim=-1))[:, 0]
+        mean, variance = moments(x, mask, weights)
+        deviation = (variance + 1e-7).sqrt()
+        return {"TAP": mean, "TSDP": deviation}.get(self.kind, torch.cat([mean, deviation], dim=-1))[:, 0]
 
 
 class AttentiveStatisticsPooling(nn.Module):
@@ -773,15 +793,17 @@ class AttentiveStatisticsPooling(nn.Module):
         )
         self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """weights: of frames, [B, frames, 1], in the place of the mask: they multiply the attention."""
         hidden = self.attention_in(x)
         stats_x = x.float()  # sums over thousands of frames, differences of squares
         if self.context_in is not None:
-            mean = masked_mean(stats_x, mask)
-            deviation = (masked_variance(stats_x, mean, mask) + 1e-7).sqrt()
-            hidden = hidden + self.context_in(torch.cat([mean, deviation], dim=-1).to(x.dtype))
+            mean, variance = moments(stats_x, mask, weights)
+            hidden = hidden + self.context_in(torch.cat([mean, (variance + 1e-7).sqrt()], dim=-1).to(x.dtype))
         logits = self.attention_out(torch.tanh(hidden)).float()
-        if mask is not None:
+        if weights is not None:
+            logits = logits + weights.log()
+        elif mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         attention = logits.softmax(1)
         weighted = attention * stats_x
@@ -991,11 +1013,16 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         truncate_dim: int | None = None,
+        frame_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SpeakerEmbeddingOutput:
         """input_values [B, T] mono at 16 kHz, attention_mask [B, T] 1 = audio, 0 = padding behind it.
 
         truncate_dim: one of config.matryoshka_dims; only that prefix is computed and returned.
+        frame_weights: how much each part of the audio counts in the pooling, >= 0: [B, n] for any n parts of equal
+        length of T (padding included), or [B, S, n] for S embeddings of each row, `embeddings` [B, S, D], from one pass
+        of the trunk (of the speakers of a conversation, say). Only their ratios matter; weights of one change nothing;
+        an embedding whose weights are all 0 is NaN.
         Utterances longer than config.window_seconds are cut into equal windows whose embeddings are averaged.
 
         Raises ValueError for a wrong shape, a prefix the model was not built for, too short an utterance, or padding
@@ -1006,39 +1033,64 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         self.check_prefix(truncate_dim)
         lengths = self.lengths_of(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
+        weights = self.check_weights(frame_weights, input_values)
         if input_values.shape[1] > window:
-            embeddings = self._embed_windows(input_values, lengths, window, truncate_dim)
+            embeddings = self._embed_windows(input_values, lengths, window, truncate_dim, weights)
         else:
-            embeddings = self._embed(input_values, lengths, truncate_dim)
+            embeddings = self.projection(self.pooled(input_values, lengths, weights), truncate_dim)
+        if frame_weights is not None and frame_weights.dim() == 3:
+            several = frame_weights.shape[:2]
+            if weights is None:  # all of them are ones
+                embeddings = embeddings.repeat_interleave(several[1], 0)
+            embeddings = embeddings.unflatten(0, several)
         return SpeakerEmbeddingOutput(embeddings=embeddings)
 
-    def pooled(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """input_values [B, T], lengths [B] in samples or None -> pooled statistics [B, P] float32."""
+    def pooled(
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_values [B, T], lengths [B] in samples or None, weights [B, S, n] or None -> pooled statistics [B, P]
+        float32, with weights [B * S, P].
+        """
         features = self.front_end(input_values, lengths)
         mask = frame_mask(lengths, features.shape[1], self.front_end)
         features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
-        return self.pooling(self.trunk(features, mask), mask)
-
-    def _embed(
-        self, input_values: torch.Tensor, lengths: torch.Tensor | None, truncate_dim: int | None
-    ) -> torch.Tensor:
-        return self.projection(self.pooled(input_values, lengths), truncate_dim)
+        x = self.trunk(features, mask)
+        if weights is None:
+            return self.pooling(x, mask)
+        weights = stretched(weights.float(), x.shape[1])
+        if mask is not None:
+            weights = weights.masked_fill(~mask.transpose(1, 2), 0.0)
+        return self.pooling(x.repeat_interleave(weights.shape[1], 0), None, weights.flatten(0, 1)[..., None])
 
     def _embed_windows(
-        self, input_values: torch.Tensor, lengths: torch.Tensor | None, window: int, truncate_dim: int | None
+        self,
+        input_values: torch.Tensor,
+        lengths: torch.Tensor | None,
+        window: int,
+        truncate_dim: int | None,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One window at a time, so that memory is bounded by a window whatever the utterance's length."""
+        """One window at a time, so that memory is bounded by a window whatever the utterance's length. With weights,
+        windows count by the sum of theirs.
+        """
         ends = [input_values.shape[1]] * len(input_values) if lengths is None else lengths.tolist()
-        embeddings = []
-        for row, end in zip(input_values, ends, strict=True):
+        hop, embeddings = self.config.hop_length, []
+        fine = None if weights is None else stretched(weights.float(), math.ceil(input_values.shape[1] / hop))
+        for number, (row, end) in enumerate(zip(input_values, ends, strict=True)):
             count = math.ceil(end / window)
             starts = [i * end // count for i in range(count + 1)]
-            parts = [
-                self._embed(row[None, start:stop], None, truncate_dim)
-                for start, stop in zip(starts[:-1], starts[1:], strict=True)
-            ]
-            embeddings.append(torch.cat(parts).mean(0))
-        return torch.stack(embeddings)
+            parts, sums = [], []
+            for start, stop in zip(starts[:-1], starts[1:], strict=True):
+                own = None if fine is None else fine[number, None, :, start // hop : math.ceil(stop / hop)]
+                parts.append(self.projection(self.pooled(row[None, start:stop], None, own), truncate_dim))
+                sums.append(None if own is None else own[0].sum(-1, keepdim=True))
+            embedding = torch.stack(parts)  # [windows, S or 1, D]
+            if fine is None:
+                embeddings.append(embedding.mean(0))
+            else:
+                total = torch.stack(sums)  # [windows, S, 1]
+                embeddings.append((zero_padding(embedding, total > 0) * total).sum(0) / total.sum(0))
+        return torch.cat(embeddings)
 
 
 class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):

@@ -274,6 +274,26 @@ class CheckedModel(PreTrainedModel):
         if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
             raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
 
+    def check_weights(self, weights: torch.Tensor | None, input_values: torch.Tensor) -> torch.Tensor | None:
+        """Weights of frames [B, n] or [B, S, n] for input_values [B, T] -> [B, S, n]; None where all are ones.
+
+        Raises ValueError for another shape, and for weights that are negative or not finite.
+        """
+        if weights is None:
+            return None
+        if weights.dim() not in (2, 3) or weights.shape[0] != input_values.shape[0] or 0 in weights.shape:
+            raise ValueError(
+                f"frame_weights: expected [batch, parts] or [batch, embeddings, parts] for a batch of "
+                f"{input_values.shape[0]}, got shape {tuple(weights.shape)}."
+            )
+        if torch.compiler.is_compiling():  # looking at values would break the graph
+            return weights if weights.dim() == 3 else weights[:, None]
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError("frame_weights: expected finite numbers of at least 0.")
+        if bool((weights == 1).all()):
+            return None
+        return weights if weights.dim() == 3 else weights[:, None]
+
     def lengths_of(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """input_values [B, T], attention_mask [B, T] -> samples of each utterance [B], or None when nothing is padded.
 
