@@ -1051,16 +1051,24 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         """input_values [B, T], lengths [B] in samples or None, weights [B, S, n] or None -> pooled statistics [B, P]
         float32, with weights [B * S, P].
         """
-        features = self.front_end(input_values, lengths)
-        mask = frame_mask(lengths, features.shape[1], self.front_end)
-        features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
-        x = self.trunk(features, mask)
+        x, mask = self.frames(input_values, lengths)
         if weights is None:
             return self.pooling(x, mask)
         weights = stretched(weights.float(), x.shape[1])
         if mask is not None:
             weights = weights.masked_fill(~mask.transpose(1, 2), 0.0)
         return self.pooling(x.repeat_interleave(weights.shape[1], 0), None, weights.flatten(0, 1)[..., None])
+
+    def frames(
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is pooled: input_values [B, T], lengths [B] in samples or None -> the trunk's [B, frames, C] and their
+        mask [B, frames, 1] or None. A frame stands for config.hop_length samples.
+        """
+        features = self.front_end(input_values, lengths)
+        mask = frame_mask(lengths, features.shape[1], self.front_end)
+        features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
+        return self.trunk(features, mask), mask
 
     def _embed_windows(
         self,

@@ -30,6 +30,7 @@ from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
 from mrl_redimnet.audio.levels import refuse_silence, warn_of_silence
 from mrl_redimnet.audio.scan import drawn, files_below
 from mrl_redimnet.audio.waveforms import Prepare, length_batches, read_waveform
+from mrl_redimnet.audio.windows import consecutive, stretch_reader, window_starts
 from mrl_redimnet.data.utterances import Input, as_inputs, distinct
 from mrl_redimnet.fingerprints import fingerprint
 from mrl_redimnet.saving import load_model, resolve_model
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # PEFT takes a second to import, and most uses do without
     from mrl_redimnet.adapters.bank import AdapterBank
 
 BATCH_SECONDS = 60.0
+STRETCH = 60.0  # seconds of a recording that are embedded at a time in windows
 COHORT_UTTERANCES = 2000  # as many as are drawn from a larger folder
 LISTED = 20  # files that a message names
 
@@ -293,6 +295,83 @@ class SpeakerEncoder:
         if column not in batch:
             raise ValueError(f"batch: no column {column}; there are: {', '.join(batch)}.")
         return {"embedding": self.embed(list(batch[column]), dim)}
+
+    def embed_windows(
+        self,
+        utterance: object,
+        window: float = 1.5,
+        step: float = 0.75,
+        dim: int | None = None,
+        *,
+        shared: bool = False,
+        progress: str | None = None,
+    ) -> tuple[NDArray, NDArray]:
+        """Embeddings of windows that slide over a recording, as diarisation needs them.
+
+        Memory does not grow with the length of a file: it is read and embedded in stretches of a minute.
+
+        Args:
+            utterance: a recording of any length, in any form that the class takes.
+            window, step: length of a window, and from one to the next, in seconds. The last window ends with the
+                recording; a recording that is shorter than a window is one.
+            dim: how many numbers of each embedding [all].
+            shared: run the network once over each stretch, and pool the windows out of its frames: several times
+                faster, and a window then knows a little of what is around it (docs/results/windows.md says how much).
+            progress: title of a progress bar on a terminal.
+
+        Returns:
+            Where windows start, in seconds [N], and their embeddings [N, dim] float32.
+
+        Raises:
+            AudioError: the recording cannot be read or is too short for the model.
+            ValueError: a window or step that the model cannot have; shared, and several adapters are loaded.
+        """
+        dim, extractor = self.dim(dim), self.extractor()
+        size, hop = round(window * SAMPLING_RATE), round(step * SAMPLING_RATE)
+        if size < self.config.min_samples or hop < 1 or size > STRETCH * SAMPLING_RATE:
+            raise ValueError(
+                f"window: got {window} s with a step of {step} s, expected windows of "
+                f"{self.config.min_samples / SAMPLING_RATE:.3f} to {STRETCH:g} s and a step above 0."
+            )
+        if shared and self._bank is not None:
+            raise ValueError("shared: not with `adapters`; SpeakerEncoder.from_pretrained(model, adapter) merges one.")
+        (item,) = as_inputs([utterance])
+        read = stretch_reader(item.load(), item.name, extractor)
+        starts = window_starts(read.samples, size, hop)
+        stretches = consecutive(starts, size, round(STRETCH * SAMPLING_RATE))
+        hidden = True if progress is None else None
+        embeddings, training = [], self._encoder.training
+        self._encoder.eval()
+        try:
+            for rows in tqdm(stretches, desc=progress, disable=hidden, leave=False, unit=" min"):
+                first, length = starts[rows[0]], min(size, read.samples)
+                wave = torch.from_numpy(read(first, starts[rows[-1]] + length))
+                offsets = [start - first for start in starts[rows]]
+                pooled = self._shared if shared else self._separate
+                embeddings.append(pooled(wave, offsets, length)[:, :dim])
+        finally:
+            self._encoder.train(training)
+        return starts / SAMPLING_RATE, np.concatenate(embeddings)
+
+    def _separate(self, wave: torch.Tensor, offsets: list[int], length: int) -> NDArray:
+        """wave [samples] -> embeddings [N, D] of the windows of `length` samples at `offsets`, each by itself."""
+        count = max(1, int(BATCH_SECONDS * SAMPLING_RATE) // length)
+        batches = [offsets[row : row + count] for row in range(0, len(offsets), count)]
+        found = []
+        for batch in batches:
+            waves = torch.stack([wave[offset : offset + length] for offset in batch])
+            found.append(self.embed_padded(waves, torch.full((len(batch),), length)))
+        return np.concatenate(found)
+
+    @torch.inference_mode()
+    def _shared(self, wave: torch.Tensor, offsets: list[int], length: int) -> NDArray:
+        """As `_separate`, out of the frames of one pass over all of them."""
+        frame, stride = self.config.hop_length, self.config.time_strides()[-1]
+        count = int(self._encoder.front_end.num_frames(length)) // stride * stride
+        frames = self._encoder.frames(wave[None].to(self.device))[0][0]
+        at = torch.tensor([min(round(offset / frame), len(frames) - count) for offset in offsets], device=self.device)
+        windows = frames[at[:, None] + torch.arange(count, device=self.device)]  # [N, count, C]
+        return self._encoder.projection(self._encoder.pooling(windows, None)).float().cpu().numpy()
 
     @torch.inference_mode()
     def embed_padded(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
