@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import command, machine
+from timing import machine
 
 from mrl_redimnet import SpeakerEncoder
 from mrl_redimnet.audio.io import audio_info
@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--audio", type=Path, nargs="+", required=True)
-    parser.add_argument("--windows", nargs="+", default=["1.5:0.75", "3:0.5"], metavar="SECONDS:STEP")
+    parser.add_argument("--windows", nargs="+", default=["1.5:0.75", "1.5:0.25"], metavar="SECONDS:STEP")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
@@ -43,10 +43,11 @@ def main():
     lines = [
         "# Windows over a recording",
         "",
-        f"```bash\n{command(arguments.out)}\n```",
+        f"```bash\npython benchmarks/windows.py {' '.join(arguments.models)} --audio AUDIO/*.flac --threads "
+        f"{torch.get_num_threads()} --out docs/results/windows\n```",
         "",
-        f"{len(arguments.audio)} recordings, {seconds:.0f} s; seconds are medians of {arguments.rounds} rounds in turns, "
-        f"the ratio's lowest and highest in brackets; cosines at 256 dimensions. {machine()}.",
+        f"{len(arguments.audio)} recordings, {seconds:.0f} s; seconds are medians of {arguments.rounds} rounds in "
+        f"turns, the ratio's lowest and highest in brackets; cosines at 256 dimensions. {machine()}.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

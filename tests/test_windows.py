@@ -76,7 +76,7 @@ def test_files_are_read_in_stretches(encoder, tmp_path, monkeypatch):
 def test_shared_windows_are_slices_of_the_frames(variant):
     """The same number of them, of the right part of the recording."""
     encoder = SpeakerEncoder(tiny_model(tiny_config(variant)))
-    wave = torch.cat(waves(*[RATE] * 4))
+    wave = torch.cat(waves(*[RATE] * 4))  # less than a stretch
     starts, embeddings = encoder.embed_windows(wave, 1.0, 0.5, shared=True)
     assert starts.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3] and embeddings.shape == (7, 32)
     whole = encoder.embed_windows(wave, 4.0, 1.0, shared=True)[1]

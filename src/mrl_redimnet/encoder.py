@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # PEFT takes a second to import, and most uses do without
 
 BATCH_SECONDS = 60.0
 STRETCH = 60.0  # seconds of a recording that are embedded at a time in windows
+SHARED_STRETCH = 12.0  # the same for windows out of shared frames: attention over more frames costs more than it saves
 COHORT_UTTERANCES = 2000  # as many as are drawn from a larger folder
 LISTED = 20  # files that a message names
 
@@ -308,15 +309,16 @@ class SpeakerEncoder:
     ) -> tuple[NDArray, NDArray]:
         """Embeddings of windows that slide over a recording, as diarisation needs them.
 
-        Memory does not grow with the length of a file: it is read and embedded in stretches of a minute.
+        Memory does not grow with the length of a file: it is read and embedded in stretches of at most a minute.
 
         Args:
             utterance: a recording of any length, in any form that the class takes.
             window, step: length of a window, and from one to the next, in seconds. The last window ends with the
                 recording; a recording that is shorter than a window is one.
             dim: how many numbers of each embedding [all].
-            shared: run the network once over each stretch, and pool the windows out of its frames: several times
-                faster, and a window then knows a little of what is around it (docs/results/windows.md says how much).
+            shared: run the network once over stretches of some seconds, and pool the windows out of its frames. Saves
+                time where windows overlap much, and a window then knows a little of what is around it:
+                docs/results/windows.md says how much of both.
             progress: title of a progress bar on a terminal.
 
         Returns:
@@ -338,7 +340,7 @@ class SpeakerEncoder:
         (item,) = as_inputs([utterance])
         read = stretch_reader(item.load(), item.name, extractor)
         starts = window_starts(read.samples, size, hop)
-        stretches = consecutive(starts, size, round(STRETCH * SAMPLING_RATE))
+        stretches = consecutive(starts, size, round((SHARED_STRETCH if shared else STRETCH) * SAMPLING_RATE))
         hidden = True if progress is None else None
         embeddings, training = [], self._encoder.training
         self._encoder.eval()
