@@ -8,6 +8,7 @@ A SPLIT holds wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv with the colum
 
 - OUT/speech: every utterance in five versions, each a speaker of its own: as it is, slower, faster (resampled: pitch,
   formants and tempo move together), and two virtual voices, whose formants, pitch and tempo Praat moves apart;
+- OUT/real: the same files without the virtual voices;
 - OUT/teacher.parquet: CAM++'s embedding of each whole utterance, in a space in which utterances of one speaker differ
   alike in all directions;
 - OUT/dev, OUT/dev_trials.txt: speakers that are left out of OUT/speech, and trials of them.
@@ -104,6 +105,11 @@ def make_versions(folder: Path, out: Path) -> None:
             target = out / "speech" / ids[-1]
             target.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(target, np.clip(wave, -1, 1), SAMPLING_RATE, subtype="PCM_16")
+            if suffix not in VOICES:
+                link = out / "real" / ids[-1]
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.hardlink_to(target)
             with torch.inference_mode():
                 rows.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
     embeddings = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows)), len(rows[0]))

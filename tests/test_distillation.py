@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.training.distillation import PrincipalAxes, direction_loss, similarity_loss
+from mrl_redimnet.training.distillation import AXES_FILE, PrincipalAxes, direction_loss, similarity_loss
 
 DIMS = [4, 8, 16]
 
@@ -231,3 +231,17 @@ def test_principal_axes_keep_cosines_and_put_most_energy_first():
     again = PrincipalAxes()
     again.load_state_dict(axes.state_dict())
     assert torch.equal(again.rotated(speech), axes.rotated(speech))
+
+
+def test_saved_axes_are_read_again(tmp_path):
+    axes, again = PrincipalAxes(), PrincipalAxes()
+    axes.fit(torch.randn(50, 6).numpy())
+    axes.save(tmp_path)
+    again.read(tmp_path / AXES_FILE, 6)
+    assert torch.equal(again.axes, axes.axes)
+    with pytest.raises(ValueError, match=r"teacher_axes: .* has axes \(6, 6\), the teacher's embeddings have 7"):
+        again.read(tmp_path / AXES_FILE, 7)
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    for name in ("no.safetensors", "none.safetensors"):
+        with pytest.raises(ValueError, match=f"teacher_axes: .*{name} holds no axes of a teacher"):
+            again.read(tmp_path / name, 6)

@@ -14,6 +14,7 @@ import soundfile
 import torch
 import yaml
 from conftest import tiny_config, tiny_model
+from safetensors.torch import save_file
 from training_runs import train_here
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector
@@ -106,11 +107,14 @@ def world(tmp_path_factory) -> Path:
 
     (folder / "packaged").mkdir()
     (folder / "packaged/speech").symlink_to(folder / "VOX2/dev/aac")
+    (folder / "packaged/real").symlink_to(folder / "VOX2/dev/aac")
     (folder / "packaged/dev").symlink_to(folder / "VOX1/test/wav")
     (folder / "packaged/dev_trials.txt").write_text((folder / "FILE").read_text())
     ids = ["/".join(file.parts[-3:]) for file in sorted(folder.glob("VOX2/dev/aac/*/*/*.wav"))]
     table = pa.table({"id": ids, "embedding": list(rng.standard_normal((len(ids), 12)))})
     pq.write_table(table, folder / "packaged/teacher.parquet")
+    save_model(tiny_model(), folder / "runs/packaged_nano/best")
+    save_file({"axes": torch.eye(12)}, folder / "runs/packaged_nano/teacher_axes.safetensors")
 
     torch.manual_seed(0)
     for name, speakers in (("BASE", many[:4]), ("runs/b2/best", many[:4]), ("my-b2", None)):

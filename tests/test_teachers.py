@@ -452,6 +452,20 @@ def test_a_resumed_run_ends_with_the_same_weights(train, table, function, way, m
     assert whole.keys() == weights(output).keys() and not changed(whole, weights(output))
 
 
+def test_a_run_from_a_student_keeps_its_axes(train, table, monkeypatch):
+    """Without a step nothing turns: the second run's loss on the student begins where the first one's ended."""
+    settings = dict(teacher=table, margin_weight=0, steps=3)
+    first = train(**settings)
+    file = first / "teacher_axes.safetensors"
+    kept = load_file(file)["axes"]
+    shutil.copy(file, first.parent / "kept.safetensors")
+    monkeypatch.setattr("mrl_redimnet.training.distillation.principal_rotation", None)  # none is computed
+    shutil.move(first, first.parent / "first")
+    student = first.parent / "first/last"
+    second = train(**settings, model=student, model_options="{}", teacher_axes=first.parent / "kept.safetensors")
+    assert torch.equal(load_file(second / "teacher_axes.safetensors")["axes"], kept)
+
+
 @pytest.mark.parametrize("finetune", ["head", "projection"])
 def test_a_part_learns_from_a_teacher(train, teacher, table, finetune):
     options = dict(model=teacher, model_options="{}", finetune=finetune, margin_weight=0, teacher=table)

@@ -10,14 +10,19 @@ No projection between the two is learnt, none is left over.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from mrl_redimnet.files import replace_file
 from mrl_redimnet.rotation import principal_rotation
 
+AXES_FILE = "teacher_axes.safetensors"
 TEACHER_LOSSES = ("similarity", "direction")
 
 
@@ -78,7 +83,7 @@ def direction_loss(
 class PrincipalAxes:
     """The principal axes of a teacher's length-normalised embeddings, the one of most energy first: [E, E].
 
-    They belong to a checkpoint: computed anew, on another processor for one, axes may have another sign.
+    They belong to a checkpoint: computed anew, on other speech or another processor, axes may have another sign.
     """
 
     axes: torch.Tensor  # from `fit` or a checkpoint on
@@ -90,6 +95,23 @@ class PrincipalAxes:
         """
         axes = None if embeddings is None else torch.from_numpy(principal_rotation(embeddings)[0]).float()
         (self.axes,) = broadcast_object_list([axes])
+
+    def read(self, file: str | Path, dimensions: int) -> None:
+        """From a file that `save` wrote. Raises ValueError, naming the file, for another file or another teacher's."""
+        try:
+            axes = load_file(file)["axes"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"teacher_axes: {file} holds no axes of a teacher ({error}).") from error
+        if axes.shape != (dimensions, dimensions):
+            raise ValueError(
+                f"teacher_axes: {file} has axes {tuple(axes.shape)}, the teacher's embeddings have {dimensions} "
+                "numbers."
+            )
+        self.axes = axes
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `folder`/teacher_axes.safetensors, whole or not at all."""
+        replace_file(Path(folder) / AXES_FILE, lambda file: save_file(self.state_dict(), file))
 
     def rotated(self, embeddings: torch.Tensor) -> torch.Tensor:
         """embeddings [B, E] -> [B, E] of length 1, in the principal axes, float32."""

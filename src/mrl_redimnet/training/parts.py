@@ -192,7 +192,7 @@ class Distillation(Part):
         self.axes = PrincipalAxes() if taught == "direction" else None
 
     def start(self, run: Run, step: int, resumed: bool) -> None:
-        """Loads the teacher; the axes of its space are computed once, and then are the checkpoint's."""
+        """Loads the teacher; the axes of its space are computed or read once, and then are the checkpoint's."""
         self.teacher, loss = load_teacher(run), run.recipe.loss
         run.accelerator.print(
             f"Teacher: {loss.teacher} ({source_of(loss.teacher)}); its {loss.taught} has the weight "
@@ -201,9 +201,15 @@ class Distillation(Part):
         if self.axes is None:
             return
         run.accelerator.register_for_checkpointing(self.axes)
-        if not resumed:
+        if resumed:
+            return
+        if loss.teacher_axes is not None:
+            self.axes.read(loss.teacher_axes, self.teacher.sample(run).shape[1])
+        else:
             run.accelerator.print("Computing the principal axes of the teacher's space.")
             self.axes.fit(self.teacher.sample(run) if run.accelerator.is_main_process else None)
+        if run.accelerator.is_main_process:
+            self.axes.save(run.recipe.run.output)
 
     def loss(self, run: Run, batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor:
         """The weighted loss over the crops that the teacher has an answer to; 0 where it has none."""

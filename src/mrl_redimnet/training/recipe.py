@@ -318,6 +318,12 @@ class Loss(Group):
         description="what a teacher that is run beside the training is given: the clean crop, before augmentations and "
         "domain, or the same crop as the student",
     )
+    teacher_axes: Text | None = Field(
+        None,
+        description="the axes of teacher_loss: direction that an earlier run saved, OUTPUT/teacher_axes.safetensors, "
+        "for a run that starts from the model of that run: with new axes its embedding would have to turn; null: axes "
+        "of the training speech",
+    )
     teacher_weight: NotNegative = Field(10.0, description="weight of the teacher's loss, of either kind")
 
     @model_validator(mode="after")
@@ -327,6 +333,8 @@ class Loss(Group):
                 raise ValueError("margin_weight: with 0 there is nothing to learn but from a teacher; name one.")
             if self.classifier_sample:
                 raise ValueError("classifier_sample: with margin_weight: 0 there is no classifier; leave it out.")
+        if self.teacher_axes is not None and (self.teacher is None or self.taught != "direction"):
+            raise ValueError("teacher_axes: belongs to a teacher with teacher_loss: direction; leave it out.")
         return self
 
     @property
