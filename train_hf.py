@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["mrl-redimnet[train]"]
+# ///
 """Train a Matryoshka ReDimNet with Accelerate.
 
     accelerate launch train_hf.py                                     # nano on a synthetic corpus, minutes on a CPU

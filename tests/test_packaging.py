@@ -232,3 +232,10 @@ print(status, sorted(ours), sorted(others), sep="\\n")"""
         "evaluate",
     }
     assert not others & heavy and others <= READS, others
+
+
+def test_the_training_script_names_what_it_needs():
+    """For `uv run train_hf.py` and `hf jobs uv run` (PEP 723): this package with its extra, and its Pythons."""
+    header = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "train_hf.py").read_text(), re.DOTALL | re.MULTILINE)[1]
+    named = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    assert named == {"requires-python": PROJECT["requires-python"], "dependencies": [f"{PROJECT['name']}[train]"]}
