@@ -17,7 +17,7 @@ from modeling_mrl_redimnet import MRLReDimNetModel
 from tests import test_custom_models
 
 SIZE = "tiny"  # the kinds of layers of nano, fewer of each
-LAYERS = [*("stride", "pointwise", "reduce", "expand", "q_proj", "k_proj", "v_proj", "out_proj", "ffn_in", "ffn_out")]
+LAYERS = ["stride", "pointwise", "reduce", "expand", "q_proj", "k_proj", "v_proj", "out_proj", "ffn_in", "ffn_out"]
 LINEAR = [*LAYERS, *(f"segments.{i}" for i in range(3))]
 
 CASES = [
