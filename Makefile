@@ -5,11 +5,14 @@
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
 # make test-gpu: the tests that need a GPU; without one each says that it was skipped.
+# make test-foreign: the test suites of transformers and PEFT on this project's models, and docs/results/foreign.md from
+#            what they gave. It downloads transformers' tests; PEFT_CHECKOUT names a checkout of PEFT's repository,
+#            without which PEFT's are left out.
 # make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
 # make wheel: the wheel and the source archive in dist, and a check: installed in an empty environment, without network but
 #            for its packages, the wheel verifies the recordings in it.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
-# demo, test, test-all, test-gpu and docs set up .venv when it is missing or older than requirements.lock or
+# demo, test, test-all, test-gpu, test-foreign and docs set up .venv when it is missing or older than requirements.lock or
 # pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one
 # that is put into .tools.
 PYTHON ?= python3
@@ -20,7 +23,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --placement projection --rank 4 --steps 40 --evaluate_every 40 --tests '{}'
 
-.PHONY: demo test test-all test-gpu test-newest test-oldest docs wheel lock
+.PHONY: demo test test-all test-gpu test-foreign test-newest test-oldest docs wheel lock
 
 demo: .venv/ready
 	rm -rf runs/demo-telephony runs/demo-noisy
@@ -39,6 +42,9 @@ test: CHOICE := -m "not slow"
 test-all: CHOICE := --hypothesis-profile=ci
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest tests/gpu -rs
+
+test-foreign: .venv/ready .tools/bin/uv  # the pip beside that uv downloads
+	OMP_NUM_THREADS=1 $(BIN)/python tests/foreign/run.py --pip .tools/bin/pip
 
 test test-all: .venv/ready
 	$(BIN)/ruff check .
