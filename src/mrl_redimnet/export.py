@@ -49,6 +49,8 @@ TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter", "b
 # The files of a folder for the browser, as transformers.js names them for its dtypes fp32, fp16 and q8.
 BROWSER_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 FACTS_FILE = "mrl_redimnet.json"  # inside a torch.export file
+# Entries of a configuration that mean nothing in a browser: Python classes, and where on this machine it came from.
+UNSAID = ("auto_map", "architectures", "_name_or_path")
 # The page in a folder for the browser.
 BROWSER_PAGE = """---
 library_name: transformers.js
@@ -386,7 +388,7 @@ def export_browser(
     """
     facts, config = facts or {}, model.config
     found: dict[str, float] = {}
-    settings = {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "architectures")}
+    settings = {key: value for key, value in config.to_dict().items() if key not in UNSAID}
     settings |= {"transformers.js_config": {"dtype": "fp32"}}  # in a browser it takes q8 by default
     extractor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",  # transformers.js has no other that passes samples on
