@@ -6,6 +6,7 @@
 #            .venv-newest and .venv-oldest.
 # make test-gpu: the tests that need a GPU; without one each says that it was skipped.
 # make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
+# make browser: the packages of examples/browser, from npm; with them, and Chromium, its tests run instead of being skipped.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
 # demo, test, test-all, test-gpu and docs set up .venv when it is missing or older than requirements.lock or
 # pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one
@@ -18,7 +19,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --placement projection --rank 4 --steps 40 --evaluate_every 40 --tests '{}'
 
-.PHONY: demo test test-all test-gpu test-newest test-oldest docs lock
+.PHONY: demo test test-all test-gpu test-newest test-oldest docs browser lock
 
 demo: .venv/ready
 	rm -rf runs/demo-telephony runs/demo-noisy
@@ -47,6 +48,9 @@ test test-all: .venv/ready
 docs: .venv/ready
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+browser:  # no install scripts: onnxruntime-node's would fetch CUDA libraries
+	npm ci --prefix examples/browser --ignore-scripts --no-audit --no-fund
 
 .venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))
 	@echo "Setting up .venv: about 3 GB to download, 6.5 GB on disk, most of it torch with its CUDA libraries."

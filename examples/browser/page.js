@@ -22,6 +22,7 @@ async function start() {
   try {
     await loadThresholds();
     const loaded = await load(folder, dtype.value);
+    await embed(loaded, new Float32Array(loaded.rate)); // the first run is slower than all others
     const chosen = Number(dim.value) || loaded.dims.at(-1);
     dim.replaceChildren(...loaded.dims.map((size) => new Option(size, size, false, size === chosen)));
     speaker = loaded;

@@ -1,4 +1,4 @@
-// Speaker embeddings by transformers.js, in a browser and in node: what page.js, measure.js and nothing else needs.
+// Speaker embeddings by transformers.js, in a browser and in node: what page.js and measure.js need of it.
 import { AutoFeatureExtractor, AutoModel, env } from "@huggingface/transformers";
 
 env.allowLocalModels = true; // the model lies beside this page
