@@ -7,6 +7,8 @@ const folder = new URLSearchParams(location.search).get("model") ?? "model";
 const takes = [...document.querySelectorAll("fieldset")].map((box) => ({ box, note: box.querySelector(".note") }));
 let speaker = null;
 let thresholds = new Map(); // by dimensions
+let work = Promise.resolve();
+const inTurn = (step) => (work = work.then(step)); // one after another: they would slow each other, and be timed so
 
 // Thresholds for cosines of one recording with one other, that do not depend on their lengths.
 async function loadThresholds() {
@@ -74,19 +76,19 @@ function compare() {
   show("time", ready ? `${((a.speed + b.speed) / 2).toFixed(1)} ms per second of audio` : "-");
 }
 
-async function take(one, blob) {
+function take(one, blob) {
   one.blob = blob;
   const player = one.box.querySelector("audio");
   if (player.src) URL.revokeObjectURL(player.src);
   player.src = URL.createObjectURL(blob);
-  await listen(one);
-  compare();
+  inTurn(() => listen(one)).then(compare);
 }
 
 // Starts a take of the microphone, or ends the one that runs.
 async function record(one, button) {
   if (one.recorder) return one.recorder.stop();
   try {
+    if (!navigator.mediaDevices) throw new Error("browsers allow it on localhost and over https alone.");
     const audio = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
     const stream = await navigator.mediaDevices.getUserMedia({ audio });
     const parts = [];
@@ -112,5 +114,5 @@ for (const one of takes) {
   button.onclick = () => record(one, button);
 }
 dim.onchange = compare;
-dtype.onchange = start;
-start();
+dtype.onchange = () => inTurn(start);
+inTurn(start);
