@@ -4,7 +4,7 @@
 //   g++ -std=c++17 -I ORT/include embed_with_onnxruntime.cpp -L ORT/lib -lonnxruntime -o embed
 //   ./embed model_3s.onnx a.wav b.wav                                       # 16-bit mono WAV files at 16 kHz
 //
-// ORT is a release of https://github.com/microsoft/onnxruntime. Tried with g++, headers of 1.12 and the library of 1.30.
+// ORT is a release of https://github.com/microsoft/onnxruntime. Tried with g++, headers of 1.12, library 1.30.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
