@@ -480,7 +480,7 @@ def test_a_torch_program_needs_nothing_of_this_package(model, program, tmp_path)
         (["--out", "a.onnx_adapter", "--to", "onnx-adapter", "--no-mask"], "--no-mask is for models"),
         (["--out", "a.onnx", "--adapter", ".", "--adapter-inputs", "linear"], "give one"),
         (["--out", "a.onnx", "--adapter-inputs", "linear", "--precision", "int8"], "only with precision float32"),
-        (["--out", "a.onnx", "--seconds", "3"], "seconds: got 3, the model takes 0.0161 to 1"),
+        (["--out", "a.onnx", "--seconds", "1", "3"], "seconds: got 3, the model takes 0.0161 to 1"),
         (["--out", "a.onnx", "--seconds", "1", "--adapter-inputs", "linear"], "takes no adapters"),
         (["--out", "a.pt2", "--to", "torch", "--seconds", "1"], "--seconds is for --to onnx"),
     ],

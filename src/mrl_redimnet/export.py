@@ -308,7 +308,7 @@ def export_onnx(
         raise ValueError(
             "seconds: a file of a fixed length takes no adapters: merge one, and leave out adapter_inputs."
         )
-    samples = None if seconds is None else _fixed_samples(model, seconds)
+    samples = None if seconds is None else fixed_samples(model, seconds)
     encoder = graph_form(model)
     factors = {} if adapter_inputs is None else _make_adaptable(encoder, adapter_inputs)
     if precision == "float16":
@@ -359,7 +359,7 @@ def deviation(model: MRLReDimNetPreTrainedModel, file: str | Path) -> float:
     return float(((answers - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
-def _fixed_samples(model: MRLReDimNetPreTrainedModel, seconds: float) -> int:
+def fixed_samples(model: MRLReDimNetPreTrainedModel, seconds: float) -> int:
     """A fixed length in samples; raises ValueError for one that the model does not take."""
     least, most = model.config.min_samples / SAMPLING_RATE, model.config.window_seconds
     if not least <= seconds <= most:  # also where it is no number

@@ -84,11 +84,13 @@ def _outputs(arguments: argparse.Namespace) -> dict[float | None, Path]:
 
 
 def _onnx(arguments: argparse.Namespace, outputs: dict[float | None, Path]):
-    from mrl_redimnet.export import deviation, export_onnx
+    from mrl_redimnet.export import deviation, export_onnx, fixed_samples
 
     if arguments.adapter is not None and arguments.adapter_inputs is not None:
         raise ValueError("--adapter merges one adapter, --adapter-inputs leaves them to be chosen later: give one.")
     model, facts, _ = _loaded(arguments)
+    for seconds in arguments.seconds or ():
+        fixed_samples(model, seconds)  # a wrong one is refused before any file is written
     for seconds, out in outputs.items():
         export_onnx(
             model,
