@@ -77,11 +77,13 @@ function compare() {
 }
 
 function take(one, blob) {
-  one.blob = blob;
   const player = one.box.querySelector("audio");
   if (player.src) URL.revokeObjectURL(player.src);
   player.src = URL.createObjectURL(blob);
-  inTurn(() => listen(one)).then(compare);
+  inTurn(() => {
+    one.blob = blob;
+    return listen(one);
+  }).then(compare);
 }
 
 // Starts a take of the microphone, or ends the one that runs.
