@@ -11,6 +11,7 @@
 # make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
 # make wheel: the wheel and the source archive in dist, and a check: installed in an empty environment, without network but
 #            for its packages, the wheel verifies the recordings in it.
+# make browser: the packages of examples/browser, from npm; with them, and Chromium, its tests run instead of being skipped.
 # make lock: writes requirements.lock anew, the exact packages that .venv is made of.
 # demo, test, test-all, test-gpu, test-foreign and docs set up .venv when it is missing or older than requirements.lock or
 # pyproject.toml. PYTHON=python3.13 chooses another Python (3.11 to 3.13). UV=uv takes your own uv instead of the one
@@ -23,7 +24,7 @@ TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_prec
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
 SHORT := --placement projection --rank 4 --steps 40 --evaluate_every 40 --tests '{}'
 
-.PHONY: demo test test-all test-gpu test-foreign test-newest test-oldest docs wheel lock
+.PHONY: demo test test-all test-gpu test-foreign test-newest test-oldest docs wheel browser lock
 
 demo: .venv/ready
 	rm -rf runs/demo-telephony runs/demo-noisy
@@ -68,6 +69,9 @@ wheel: .tools/bin/uv
 	cd build/wheel-check && ! HF_HUB_OFFLINE=1 bin/mrl-redimnet verify nano \
 		$$(bin/python -I -c "$(RECORDINGS)(r.FIRST)") --test $$(bin/python -I -c "$(RECORDINGS)(r.OTHER_SPEAKER)")
 	@ls -l dist
+
+browser:  # no install scripts: onnxruntime-node's would fetch CUDA libraries
+	npm ci --prefix examples/browser --ignore-scripts --no-audit --no-fund
 
 .venv/ready: requirements.lock pyproject.toml $(filter .tools/bin/uv,$(UV))
 	@echo "Setting up .venv: about 3 GB to download, 6.5 GB on disk, most of it torch with its CUDA libraries."

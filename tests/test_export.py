@@ -203,6 +203,28 @@ def test_narrow_groups_become_blocks_of_sixteen():
     assert relative_error(expected(graph_form(tiny_model(config)), batch), expected(tiny_model(config), batch)) < 1e-5
 
 
+# ---------------------------------------------------------------- fixed lengths
+
+
+@pytest.mark.slow
+def test_files_of_fixed_lengths_have_every_shape_and_answer_as_the_model(tmp_path):
+    model = tiny_model(MRLReDimNetConfig(**SMALLEST))
+    save_model(model, tmp_path / "small")
+    options = ("--seconds", "0.5", "1", "--out", tmp_path / "small.onnx")
+    assert run("export", tmp_path / "small", *options) == 0
+    for name, samples in (("small_0.5s.onnx", 8_000), ("small_1s.onnx", 16_000)):
+        graph = onnx.load(tmp_path / name).graph
+        shapes = {
+            each.name: [axis.dim_value for axis in each.type.tensor_type.shape.dim]
+            for each in (*graph.input, *graph.output)
+        }
+        assert shapes == {"input_values": [1, samples], "embeddings": [1, 32]}
+        assert {"Conv", "MatMul"} & {node.op_type for node in graph.node} and "Shape" not in str(graph.node)
+        assert facts_of(tmp_path / name)["samples"] == str(samples)
+        batch = {"input_values": waves(samples)[0][None]}
+        assert relative_error(answers(tmp_path / name, batch), expected(model, batch)) < 1e-4
+
+
 # ---------------------------------------------------------------- precisions
 
 
@@ -458,6 +480,9 @@ def test_a_torch_program_needs_nothing_of_this_package(model, program, tmp_path)
         (["--out", "a.onnx_adapter", "--to", "onnx-adapter", "--no-mask"], "--no-mask is for models"),
         (["--out", "a.onnx", "--adapter", ".", "--adapter-inputs", "linear"], "give one"),
         (["--out", "a.onnx", "--adapter-inputs", "linear", "--precision", "int8"], "only with precision float32"),
+        (["--out", "a.onnx", "--seconds", "1", "3"], "seconds: got 3, the model takes 0.0161 to 1"),
+        (["--out", "a.onnx", "--seconds", "1", "--adapter-inputs", "linear"], "takes no adapters"),
+        (["--out", "a.pt2", "--to", "torch", "--seconds", "1"], "--seconds is for --to onnx"),
     ],
 )
 def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, options, message):

@@ -1,7 +1,7 @@
 """Speaker encoders for runtimes without this package: ONNX files, adapters for them, and torch.export programs.
 
-What is exported is one window: audio in, embeddings out, front end inside, batch and length free. Longer audio is cut
-into windows outside, and their embeddings averaged, as `MRLReDimNetModel.forward` does (examples/
+What is exported is one window: audio in, embeddings out, front end inside, batch and length free (or both fixed).
+Longer audio is cut into windows outside, and their embeddings averaged, as `MRLReDimNetModel.forward` does (examples/
 embed_with_onnxruntime.py shows it with numpy).
 """
 
@@ -31,7 +31,7 @@ from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import read_adapter, scaling
 from mrl_redimnet.extras import extra
-from mrl_redimnet.files import replace_file
+from mrl_redimnet.files import replace_file, replace_folder
 from mrl_redimnet.fingerprints import fingerprint, same_weights
 from mrl_redimnet.scoring.calibration import Thresholds
 from mrl_redimnet.speed import speed_up
@@ -44,8 +44,30 @@ PRECISIONS = {"float32": 1e-4, "float16": 0.02, "int8": 0.2}
 ADAPTER_PLACEMENTS = tuple(name for name in PLACEMENTS if name not in ("conv", "all"))  # those of linear layers alone
 CHANNEL_BLOCK = 16  # channels that onnxruntime's convolutions take at a time on AVX-512 and NEON; 8 on AVX2
 FOLDED_BYTES = 2**30  # constants up to this size are computed at export
-TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter"}  # what can be written: its suffix
+# What can be written: its suffix; "" is a folder.
+TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter", "browser": ""}
+# The files of a folder for the browser, as transformers.js names them for its dtypes fp32, fp16 and q8.
+BROWSER_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 FACTS_FILE = "mrl_redimnet.json"  # inside a torch.export file
+# Entries of a configuration that mean nothing in a browser: Python classes, and where on this machine it came from.
+UNSAID = ("auto_map", "architectures", "_name_or_path")
+# The page in a folder for the browser.
+BROWSER_PAGE = """---
+library_name: transformers.js
+---
+
+# Speaker embeddings for transformers.js
+
+Written by mrl-redimnet from {source}, for 16 kHz audio. The first numbers of an embedding are an
+embedding, too: config.json has the sizes (`matryoshka_dims`), thresholds.json, where it is there, the decisions.
+
+```js
+import {{ AutoFeatureExtractor, AutoModel }} from "@huggingface/transformers";
+const extractor = await AutoFeatureExtractor.from_pretrained(FOLDER_OR_HUB_ID);
+const model = await AutoModel.from_pretrained(FOLDER_OR_HUB_ID, {{ dtype: "fp32" }}); // or fp16, q8
+const {{ embeddings }} = await model(await extractor(samples)); // a Float32Array of mono audio at 16 kHz
+```
+"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,8 +245,12 @@ class _Exported(nn.Module):
         return functional_call(self.window, places, (input_values, lengths))
 
 
-def _example(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """Arguments to trace with, and which of their dimensions are free."""
+def _example(
+    encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor], samples: int | None = None
+) -> tuple[dict, dict | None]:
+    """Arguments to trace with, and which of their dimensions are free: none with `samples`, the length of the one."""
+    if samples is not None:
+        return {"input_values": torch.zeros(1, samples)}, None
     free, samples = torch.export.Dim.DYNAMIC, 2 * encoder.config.min_samples + encoder.config.hop_length
     arguments: dict = {"input_values": torch.zeros(2, samples)}
     shapes: dict = {"input_values": {0: free, 1: free}}
@@ -247,6 +273,7 @@ def export_onnx(
     precision: str = "float32",
     mask: bool = True,
     adapter_inputs: str | None = None,
+    seconds: float | None = None,
     facts: dict[str, str] | None = None,
 ) -> Path:
     """Writes `model`'s encoder as an ONNX file; `model` stays as it is.
@@ -263,6 +290,8 @@ def export_onnx(
         adapter_inputs: one of `ADAPTER_PLACEMENTS`: the LoRA factors of these layers become optional inputs
             (`NAME.lora_A` [r, in], `NAME.lora_B` [out, r], any r; left out, they do nothing), for the files of
             `export_onnx_adapter`.
+        seconds: a fixed length, for runtimes that want every shape known: input_values [1, seconds * 16000], no mask,
+            embeddings [1, D], and the fact `samples`. The caller repeats shorter audio up to that length.
 
     Raises:
         ValueError: an unknown or impossible option, the `export` extra is not installed, or the file's answers are
@@ -275,14 +304,20 @@ def export_onnx(
         raise ValueError(f"adapter_inputs: got {adapter_inputs!r}, expected one of {', '.join(ADAPTER_PLACEMENTS)}.")
     if adapter_inputs is not None and precision != "float32":
         raise ValueError(f"adapter_inputs: only with precision float32, got {precision!r}.")
+    if adapter_inputs is not None and seconds is not None:
+        raise ValueError(
+            "seconds: a file of a fixed length takes no adapters: merge one, and leave out adapter_inputs."
+        )
+    samples = None if seconds is None else fixed_samples(model, seconds)
     encoder = graph_form(model)
     factors = {} if adapter_inputs is None else _make_adaptable(encoder, adapter_inputs)
     if precision == "float16":
         _halve(encoder)
-    graph = _traced(encoder, mask, factors)
+    graph = _traced(encoder, mask, factors, samples)
     if precision == "int8":
         graph = _quantised(graph)
-    for key, value in {"precision": precision, **(facts or {})}.items():
+    fixed = {} if samples is None else {"samples": str(samples)}
+    for key, value in {"precision": precision, **fixed, **(facts or {})}.items():
         graph.metadata_props.add(key=key, value=value)
 
     def write(file: Path) -> None:
@@ -299,7 +334,10 @@ def export_onnx(
 
 @torch.inference_mode()
 def deviation(model: MRLReDimNetPreTrainedModel, file: str | Path) -> float:
-    """The largest |file's - model's| / |model's| embedding, over two utterances of noise, one of them padded."""
+    """The largest |file's - model's| / |model's| embedding, over two utterances of noise, one of them padded.
+
+    A file of a fixed length is compared over one utterance of that length.
+    """
     with extra("export"):
         from onnxruntime import InferenceSession, SessionOptions
 
@@ -308,7 +346,9 @@ def deviation(model: MRLReDimNetPreTrainedModel, file: str | Path) -> float:
     session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
     accepts_mask = "attention_mask" in [each.name for each in session.get_inputs()]
     shortest = encoder.config.min_samples
-    noise = 0.1 * torch.randn(2, shortest + SAMPLING_RATE, generator=torch.Generator().manual_seed(0))
+    sizes = session.get_inputs()[0].shape  # free ones have names
+    shape = sizes if isinstance(sizes[1], int) else (2, shortest + SAMPLING_RATE)
+    noise = 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(noise.shape, dtype=torch.int64)
     feeds = {"input_values": noise.numpy()}
     if accepts_mask:
@@ -317,6 +357,68 @@ def deviation(model: MRLReDimNetPreTrainedModel, file: str | Path) -> float:
     answers = torch.from_numpy(session.run(["embeddings"], feeds)[0])
     expected = _Exported(encoder)(noise, mask)
     return float(((answers - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def fixed_samples(model: MRLReDimNetPreTrainedModel, seconds: float) -> int:
+    """A fixed length in samples; raises ValueError for one that the model does not take."""
+    least, most = model.config.min_samples / SAMPLING_RATE, model.config.window_seconds
+    if not least <= seconds <= most:  # also where it is no number
+        raise ValueError(f"seconds: got {seconds:g}, the model takes {least:.3g} to {most:g}.")
+    return round(seconds * SAMPLING_RATE)
+
+
+def export_browser(
+    model: MRLReDimNetPreTrainedModel,
+    folder: str | Path,
+    *,
+    mask: bool = True,
+    facts: dict[str, str] | None = None,
+    thresholds: Thresholds | None = None,
+) -> dict[str, float]:
+    """Writes a folder that transformers.js loads (https://huggingface.co/docs/transformers.js): `model`'s encoder in
+    every precision, its configuration, a feature extractor that transformers.js has, and a page that says how.
+
+    folder: is written whole or not at all, in place of what was there. mask, facts: as of `export_onnx`. thresholds:
+    are written to thresholds.json, but for those of other weights than the facts name.
+
+    Returns:
+        How far each file's embeddings are from the model's, by its name: see `deviation`.
+
+    Raises ValueError as `export_onnx` does.
+    """
+    facts, config = facts or {}, model.config
+    found: dict[str, float] = {}
+    settings = {key: value for key, value in config.to_dict().items() if key not in UNSAID}
+    settings |= {"transformers.js_config": {"dtype": "fp32"}}  # in a browser it takes q8 by default
+    extractor = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",  # transformers.js has no other that passes samples on
+        "do_normalize": False,
+        "feature_size": 1,
+        "min_samples": config.min_samples,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": mask,
+        "sampling_rate": SAMPLING_RATE,
+    }
+    weights = facts.get("weights") or fingerprint(model)
+    entries = [] if thresholds is None else thresholds.entries
+    kept = [entry for entry in entries if same_weights(entry.weights, weights)]
+
+    def write(target: Path) -> None:
+        (target / "onnx").mkdir()
+        for precision, name in BROWSER_FILES.items():
+            file = export_onnx(model, target / "onnx" / name, precision=precision, mask=mask, facts=facts)
+            found[f"onnx/{name}"] = deviation(model, file)
+        for name, content in (("config.json", settings), ("preprocessor_config.json", extractor)):
+            (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if kept:
+            Thresholds(kept).save(target)
+        source = facts.get("base") or "a model"
+        source += f" with the adapter {facts['adapter']}" if facts.get("adapter") else ""
+        (target / "README.md").write_text(BROWSER_PAGE.format(source=source), encoding="utf-8")
+
+    replace_folder(Path(folder), write)
+    return found
 
 
 def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, adapter: str | Path) -> Path:
@@ -378,12 +480,14 @@ def _halve(encoder: MRLReDimNetModel) -> None:
             part.half()
 
 
-def _traced(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor]) -> "onnx.ModelProto":
-    """The graph, as torch's exporter makes and simplifies it."""
+def _traced(
+    encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor], samples: int | None
+) -> "onnx.ModelProto":
+    """The graph, as torch's exporter makes and simplifies it; samples: see `_example`."""
     with extra("export"):
         from onnxscript.optimizer import optimize_ir
 
-    arguments, shapes = _example(encoder, mask, factors)
+    arguments, shapes = _example(encoder, mask, factors, samples)
     names = [*(name for name in arguments if name != "factors"), *factors]
     with _quiet():
         program = torch.onnx.export(
@@ -400,8 +504,9 @@ def _traced(encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tens
     graph = program.model_proto
     for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
         del part.metadata_props[:]  # where in the source it came from, with this machine's paths
-    for value in [*graph.graph.input, *graph.graph.output]:
-        _name_axes(value)
+    if samples is None:
+        for value in [*graph.graph.input, *graph.graph.output]:
+            _name_axes(value)
     for name, tensor in factors.items():
         neutral = tensor[:1] if name.endswith("lora_A") else tensor[:, :1]
         graph.graph.initializer.append(_require_onnx().numpy_helper.from_array(neutral.numpy(), name))
