@@ -1057,7 +1057,9 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         weights = stretched(weights.float(), x.shape[1])
         if mask is not None:
             weights = weights.masked_fill(~mask.transpose(1, 2), 0.0)
-        return self.pooling(x.repeat_interleave(weights.shape[1], 0), None, weights.flatten(0, 1)[..., None])
+        if weights.shape[1] > 1:
+            x = x.repeat_interleave(weights.shape[1], 0)
+        return self.pooling(x, None, weights.flatten(0, 1)[..., None])
 
     def frames(
         self, input_values: torch.Tensor, lengths: torch.Tensor | None = None

@@ -25,6 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--names", nargs="+", help="[the folders' names]")
+    parser.add_argument("--step", type=int, help="compare at this step, for runs that were not ended [the last one]")
     parser.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.png")
     arguments = parser.parse_args()
     names = arguments.names or [run.name for run in arguments.runs]
@@ -35,14 +36,14 @@ def main():
     dims = [*curves[0][max(curves[0])]]
     lines = ["| | " + " | ".join(dims) + " | steps x crops | what differs |", "|---|" + "---|" * (len(dims) + 2)]
     for name, recipe, curve in zip(names, recipes, curves, strict=True):
-        last = curve[max(curve)]
-        budget = f"{max(curve):,} x {recipe['data.batch_size']}"
+        step = max(curve) if arguments.step is None else arguments.step
+        last, budget = curve[step], f"{step:,} x {recipe['data.batch_size']}"
         changed = [f"`{key}: {json.dumps(value)}`" for key, value in recipe.items() if recipes[0].get(key) != value]
         cells = " | ".join(f"{100 * last[dim]:.1f}" for dim in dims)
         lines.append(f"| {name} | {cells} | {budget} | {'; '.join(changed)} |")
     text = (
         f"# Recipes side by side\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```\n\nEER % on the development "
-        f"trials after the last step, by dimension; one run each. {machine()}.\n\n" + "\n".join(lines) + "\n"
+        f"trials after these steps, by dimension; one run each. {machine()}.\n\n" + "\n".join(lines) + "\n"
     )
     print(text)
     arguments.out.with_suffix(".md").write_text(text)

@@ -1,10 +1,14 @@
 """Weights of frames in the pooling: of the parts of an utterance, and of several speakers in one recording."""
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import padded, tiny_config, tiny_model, waves
 
+from mrl_redimnet.export import export_onnx_weights
 from mrl_redimnet.speed import speed_up
+from mrl_redimnet_cli import main
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 POOLINGS = ("ASTP", "TSTP", "TSDP", "TAP")
@@ -128,3 +132,26 @@ def test_gradients_reach_the_weights():
 def test_what_is_wrong_with_weights(weights, message):
     with pytest.raises(ValueError, match=f"frame_weights: .*{message}"):
         embed(tiny_model(), torch.stack(waves(8_000, 8_000)), frame_weights=weights)
+
+
+@pytest.mark.parametrize("variant", ["ASTP", "TSTP", "redimnet2"])
+def test_exported_with_weights(variant, tmp_path):
+    """Any batch, length and number of parts; by the names that diart's models have."""
+    network = model_of(variant)
+    export_onnx_weights(network, tmp_path / "x.onnx", facts={"base": "me/x"})
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["base"] == "me/x"
+    for batch, samples, parts in ((1, 5_000, 1), (3, 16_000, 589)):
+        wave, weights = 0.1 * torch.randn(batch, 1, samples), torch.rand(batch, parts)
+        weights[:, : parts // 2] = 0
+        (found,) = session.run(["embedding"], {"waveform": wave.numpy(), "weights": weights.numpy()})
+        expected = embed(network, wave[:, 0], frame_weights=weights)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+    silent = session.run(["embedding"], {"waveform": wave.numpy(), "weights": 0 * weights.numpy()})[0]
+    assert np.isnan(silent).all()
+
+
+def test_the_command_exports_with_weights(tmp_path, folder):
+    out = tmp_path / "x.onnx"
+    assert main(["export", str(folder), "--to", "onnx-weights", "--out", str(out)]) == 0 and out.exists()
+    assert main(["export", str(folder), "--to", "onnx-weights", "--out", str(out), "--overwrite", "--no-mask"]) == 2

@@ -45,7 +45,7 @@ ADAPTER_PLACEMENTS = tuple(name for name in PLACEMENTS if name not in ("conv", "
 CHANNEL_BLOCK = 16  # channels that onnxruntime's convolutions take at a time on AVX-512 and NEON; 8 on AVX2
 FOLDED_BYTES = 2**30  # constants up to this size are computed at export
 # What can be written: its suffix; "" is a folder.
-TARGETS = {"onnx": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter", "browser": ""}
+TARGETS = {"onnx": ".onnx", "onnx-weights": ".onnx", "torch": ".pt2", "onnx-adapter": ".onnx_adapter", "browser": ""}
 # The files of a folder for the browser, as transformers.js names them for its dtypes fp32, fp16 and q8.
 BROWSER_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 FACTS_FILE = "mrl_redimnet.json"  # inside a torch.export file
@@ -421,6 +421,62 @@ def export_browser(
     return found
 
 
+class _Weighted(nn.Module):
+    """waveform [B, 1, T], weights [B, n] -> embeddings [B, D] float32: `frame_weights` of the model."""
+
+    def __init__(self, encoder: MRLReDimNetModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, waveform: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        require = torch._check  # noqa: SLF001 -- what torch.export's manual says to bound sizes by
+        require(waveform.shape[2] >= self.encoder.config.min_samples)
+        require(weights.shape[0] == waveform.shape[0])
+        return self.encoder.projection(self.encoder.pooled(waveform[:, 0], None, weights[:, None])).float()
+
+
+def export_onnx_weights(
+    model: MRLReDimNetPreTrainedModel, path: str | Path, *, facts: dict[str, str] | None = None
+) -> Path:
+    """Writes `model`'s encoder as an ONNX file that weighs the parts of its audio, as diarisation tools use them (diart's
+    `EmbeddingModel.from_onnx`, for one).
+
+    Inputs: `waveform` [batch, 1, samples] float32 at 16 kHz, `weights` [batch, parts] float32, of any number of equal
+    parts. Output: `embedding` [batch, D] float32, NaN where all weights are 0. In the metadata: `facts`.
+
+    Raises ValueError without the `export` extra, or where the file's answers are further from the model's than
+    `PRECISIONS` allows; no file is left then.
+    """
+    onnx = _require_onnx()
+    with extra("export"):
+        from onnxruntime import InferenceSession
+
+    free, module = torch.export.Dim.DYNAMIC, _Weighted(graph_form(model))
+    samples = 2 * model.config.min_samples + model.config.hop_length
+    arguments = {"waveform": torch.zeros(2, 1, samples), "weights": torch.ones(2, 7)}
+    shapes = {"waveform": {0: free, 2: free}, "weights": {0: free, 1: free}}
+    graph = _graph_of(module, arguments, shapes, [*arguments], "embedding")
+    for key, value in (facts or {}).items():
+        graph.metadata_props.add(key=key, value=value)
+
+    def write(file: Path) -> None:
+        onnx.save(graph, file)
+        noise = 0.1 * torch.randn(2, 1, SAMPLING_RATE, generator=torch.Generator().manual_seed(0))
+        weights = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]])
+        session = InferenceSession(file, providers=["CPUExecutionProvider"])
+        answers = session.run(["embedding"], {"waveform": noise.numpy(), "weights": weights.numpy()})[0]
+        with torch.inference_mode():
+            expected = _encoder(model)(noise[:, 0], frame_weights=weights).embeddings
+        if (
+            not (found := float((torch.from_numpy(answers) - expected).norm() / expected.norm()))
+            <= PRECISIONS["float32"]
+        ):
+            raise ValueError(f"the embeddings of noise are {found:.2g} of their length from the model's: not written.")
+
+    replace_file(Path(path), write)
+    return Path(path)
+
+
 def export_onnx_adapter(model: MRLReDimNetPreTrainedModel, path: str | Path, *, adapter: str | Path) -> Path:
     """Writes a LoRA adapter of `model` (folder or Hub id) as onnxruntime's LoraAdapter.Load reads it.
 
@@ -483,20 +539,34 @@ def _halve(encoder: MRLReDimNetModel) -> None:
 def _traced(
     encoder: MRLReDimNetModel, mask: bool, factors: dict[str, torch.Tensor], samples: int | None
 ) -> "onnx.ModelProto":
-    """The graph, as torch's exporter makes and simplifies it; samples: see `_example`."""
+    """The graph of `_Exported`; samples: see `_example`."""
+    arguments, shapes = _example(encoder, mask, factors, samples)
+    names = [*(name for name in arguments if name != "factors"), *factors]
+    graph = _graph_of(_Exported(encoder), arguments, shapes, names, "embeddings")
+    if samples is None:
+        for value in [*graph.graph.input, *graph.graph.output]:
+            _name_axes(value)
+    for name, tensor in factors.items():
+        neutral = tensor[:1] if name.endswith("lora_A") else tensor[:, :1]
+        graph.graph.initializer.append(_require_onnx().numpy_helper.from_array(neutral.numpy(), name))
+    return graph
+
+
+def _graph_of(
+    module: nn.Module, arguments: dict, shapes: dict | None, names: list[str], output: str
+) -> "onnx.ModelProto":
+    """A module's graph, as torch's exporter makes and simplifies it."""
     with extra("export"):
         from onnxscript.optimizer import optimize_ir
 
-    arguments, shapes = _example(encoder, mask, factors, samples)
-    names = [*(name for name in arguments if name != "factors"), *factors]
     with _quiet():
         program = torch.onnx.export(
-            _Exported(encoder),
+            module,
             kwargs=arguments,
             dynamo=True,
             dynamic_shapes=shapes,
             input_names=names,
-            output_names=["embeddings"],
+            output_names=[output],
             verbose=False,
         )
         # Once more, for large tensors: norms are to be in the kernels of the file, not folded at every start.
@@ -504,12 +574,6 @@ def _traced(
     graph = program.model_proto
     for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
         del part.metadata_props[:]  # where in the source it came from, with this machine's paths
-    if samples is None:
-        for value in [*graph.graph.input, *graph.graph.output]:
-            _name_axes(value)
-    for name, tensor in factors.items():
-        neutral = tensor[:1] if name.endswith("lora_A") else tensor[:, :1]
-        graph.graph.initializer.append(_require_onnx().numpy_helper.from_array(neutral.numpy(), name))
     return graph
 
 

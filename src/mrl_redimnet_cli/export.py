@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to == "onnx":
         _onnx(arguments, outputs)
     else:
-        {"torch": _torch, "onnx-adapter": _onnx_adapter}[arguments.to](arguments)
+        {"torch": _torch, "onnx-weights": _onnx_weights, "onnx-adapter": _onnx_adapter}[arguments.to](arguments)
     for out in outputs.values():
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB.")
 
@@ -131,6 +131,16 @@ def _torch(arguments: argparse.Namespace):
     _refuse_onnx_options(arguments)
     model, facts, _ = _loaded(arguments)
     export_torch(model, arguments.out, mask=arguments.mask, facts=facts)
+
+
+def _onnx_weights(arguments: argparse.Namespace):
+    from mrl_redimnet.export import export_onnx_weights
+
+    _refuse_onnx_options(arguments)
+    if not arguments.mask:
+        raise ValueError("--no-mask: a file with weights has no mask, weights of 0 are one; leave it out.")
+    model, facts, _ = _loaded(arguments)
+    export_onnx_weights(model, arguments.out, facts=facts)
 
 
 def _onnx_adapter(arguments: argparse.Namespace):

@@ -18,7 +18,7 @@ CHOICES = {
     "extraction.bulk.STORAGES": ("float32", "float16"),
     "export.PRECISIONS": ("float32", "float16", "int8"),
     "export.ADAPTER_PLACEMENTS": ("attention", "attention+ffn", "pointwise", "projection", "linear"),
-    "export.TARGETS": ("onnx", "torch", "onnx-adapter", "browser"),
+    "export.TARGETS": ("onnx", "onnx-weights", "torch", "onnx-adapter", "browser"),
     "adapters.combining.METHODS": (
         "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_linear_svd",
         "dare_ties_svd", "magnitude_prune_svd",
