@@ -1,6 +1,6 @@
 # make demo: verify recordings with the model in the package; train two adapters for it on synthetic voices; push all to a
 #            Hub on this machine, pull, swap, evaluate; a page of results in runs/demo-report.
-# make test: lint, types, and the tests that are not slow: five minutes on two cores.
+# make test: lint, types, and the tests that are not slow: six and a half minutes on two cores.
 # make test-all: lint, types and all tests, with more examples of each property: what has to pass before a change lands.
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.

@@ -438,8 +438,8 @@ class _Weighted(nn.Module):
 def export_onnx_weights(
     model: MRLReDimNetPreTrainedModel, path: str | Path, *, facts: dict[str, str] | None = None
 ) -> Path:
-    """Writes `model`'s encoder as an ONNX file that weighs the parts of its audio, as diarisation tools use them (diart's
-    `EmbeddingModel.from_onnx`, for one).
+    """Writes `model`'s encoder as an ONNX file that weighs the parts of its audio, for tools that know who talks when
+    (such as diart, by its `EmbeddingModel.from_onnx`).
 
     Inputs: `waveform` [batch, 1, samples] float32 at 16 kHz, `weights` [batch, parts] float32, of any number of equal
     parts. Output: `embedding` [batch, D] float32, NaN where all weights are 0. In the metadata: `facts`.
@@ -467,11 +467,11 @@ def export_onnx_weights(
         answers = session.run(["embedding"], {"waveform": noise.numpy(), "weights": weights.numpy()})[0]
         with torch.inference_mode():
             expected = _encoder(model)(noise[:, 0], frame_weights=weights).embeddings
-        if (
-            not (found := float((torch.from_numpy(answers) - expected).norm() / expected.norm()))
-            <= PRECISIONS["float32"]
-        ):
-            raise ValueError(f"the embeddings of noise are {found:.2g} of their length from the model's: not written.")
+        found = float((torch.from_numpy(answers) - expected).norm() / expected.norm())
+        if not found <= PRECISIONS["float32"]:
+            raise ValueError(
+                f"The embeddings of noise are {found:.2g} of their length from the model's: {path} is not written."
+            )
 
     replace_file(Path(path), write)
     return Path(path)
