@@ -179,7 +179,8 @@ print(sorted({HEAVY!r} & set(sys.modules)), status)"""
 # What `verify` imports of ours: nothing of training, plotting, simulation or PEFT.
 VERIFIES = """
 adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.levels audio.scan audio.waveforms
-audio.windows convert data data.utterances encoder extras files fingerprints hub_cards hub_cards.report hub_cards.results plotting
+audio.windows convert data data.utterances encoder extras files fingerprints hub_cards hub_cards.report
+hub_cards.results plotting
 published recordings rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers
 scoring.trials tables speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
 """.split()
@@ -189,6 +190,7 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModel
     AutoModelForAudioXVector, PretrainedConfig, PreTrainedModel, SequenceFeatureExtractor)"""
 READS = {
     "av",
+    "fsspec",
     "soundfile",
     "torchaudio",
     "numpy",
