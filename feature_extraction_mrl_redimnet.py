@@ -128,7 +128,9 @@ class MRLReDimNetFeatureExtractor(SequenceFeatureExtractor):
                 "and MP3; for AAC and others use mrl_redimnet.SpeakerEncoder."
             ) from error
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{where}: there is no file {name}.") from error
+            raise FileNotFoundError(f"{where}: there is no file {name}, or it cannot be reached.") from error
+        except (OSError, ValueError) as error:  # a folder, a protocol that fsspec does not know
+            raise ValueError(f"{where}: {name} cannot be opened ({error}).") from error
         return self._resampled(samples.mean(1), rate, where)
 
     def _resampled(self, waveform: ArrayLike | torch.Tensor, rate: int, where: str) -> tuple[Any, int]:

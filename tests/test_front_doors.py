@@ -99,9 +99,12 @@ def test_without_thresholds_nothing_is_decided(tmp_path):
         ((RECORDINGS[0],), "A pair is .*got 1 sides"),
         ({"enrol": RECORDINGS[:1]}, "A pair is .*one of them missing"),
         ({"enrol": [], "test": RECORDINGS[0]}, "enrol: an empty list"),
-        ({"enrol": [RECORDINGS[0], "nowhere.wav"], "test": RECORDINGS[0]}, r"enrol\[1\]: there is no file nowhere.wav"),
+        (
+            {"enrol": [RECORDINGS[0], "nowhere.wav"], "test": RECORDINGS[0]},
+            r"enrol\[1\]: there is no file nowhere.wav, or",
+        ),
         ((RECORDINGS[0], np.zeros(10, np.float32)), "test: 10 samples .* needs at least 257"),
-        ("nowhere.wav", "the input: there is no file nowhere.wav"),
+        ("nowhere.wav", "the input: there is no file nowhere.wav, or"),
     ],
 )
 def test_what_is_wrong_with_an_input(verifier, inputs, message):
@@ -277,6 +280,8 @@ def test_every_form_of_a_recording_is_the_same_speech(form, rate, tmp_path, enco
 @pytest.mark.parametrize(
     "utterance, message",
     [
+        (".", r"raw_speech\[0\]: . cannot be opened"),
+        ("foo://x.wav", r"raw_speech\[0\]: foo://x.wav cannot be opened \(Protocol not known: foo\)"),
         (b"no audio at all", r"raw_speech\[0\]: libsndfile cannot read its bytes"),
         ({"path": None, "bytes": None}, r"raw_speech\[0\]: a dict without audio"),
         ({"array": [0.0] * 400}, r"raw_speech\[0\]: a dict with `array` needs `sampling_rate`"),

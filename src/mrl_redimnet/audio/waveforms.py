@@ -64,7 +64,9 @@ def _fetched(url: str) -> Encoded:
         with fsspec.open(url, "rb") as file:
             return Encoded(url, file.read())
     except (OSError, ValueError, ImportError) as error:  # ImportError: a store that fsspec needs a package for
-        raise AudioError(f"{url}: {error}") from error
+        raise AudioError(
+            f"{url} cannot be fetched ({type(error).__name__}: {error}): check address and network"
+        ) from error
 
 
 def _from_array(value: object, name: str) -> np.ndarray:

@@ -448,6 +448,8 @@ def check_files(recipe: Recipe) -> None:
         training_domain(recipe)
     if recipe.loss.teacher is not None:
         SOURCES[source_of(recipe.loss.teacher)].check(recipe.loss.teacher)
+    if recipe.loss.teacher_axes is not None and not Path(recipe.loss.teacher_axes).is_file():
+        raise FileNotFoundError(f"teacher_axes: {recipe.loss.teacher_axes} is not there.")
 
 
 def saved_start(recipe: Recipe) -> str | Path:
