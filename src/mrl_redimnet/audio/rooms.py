@@ -109,9 +109,22 @@ def draw_room(seed: int, index: int) -> Room:
     return Room(size, rt60, source, microphone)
 
 
+def draw_talker(room: Room, rng: np.random.Generator) -> Room:
+    """The same room and microphone with a talker somewhere else, as far from walls and microphone as in `draw_room`."""
+    source = rng.uniform(_DISTANCE, room.size - _DISTANCE)
+    while np.linalg.norm(source - room.microphone) < _DISTANCE:
+        source = rng.uniform(_DISTANCE, room.size - _DISTANCE)
+    return room._replace(source=source)
+
+
 @cache
 def simulated_response(seed: int, index: int) -> RoomResponse:
-    """The response of `draw_room(seed, index)` by the image source method (Allen & Berkley, JASA 65, 1979).
+    """The response of `draw_room(seed, index)`."""
+    return room_response(draw_room(seed, index))
+
+
+def room_response(room: Room) -> RoomResponse:
+    """The response of a room by the image source method (Allen & Berkley, JASA 65, 1979).
 
     The walls' absorption is Sabine's for the room's RT60. A box whose walls mirror decays up to a third slower or
     faster than Sabine's diffuse field, so the response is then faded to the RT60 that was drawn: reflections come at
@@ -120,7 +133,6 @@ def simulated_response(seed: int, index: int) -> RoomResponse:
     with extra("evaluation"):
         import pyroomacoustics as pra  # takes most of a second, and only this domain needs it
 
-    room = draw_room(seed, index)
     absorption, order = pra.inverse_sabine(room.rt60, room.size)
     box = pra.ShoeBox(room.size, fs=SAMPLING_RATE, materials=pra.Material(absorption), max_order=order)
     box.add_source(room.source)
