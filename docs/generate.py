@@ -76,6 +76,7 @@ PURPOSES = {
     "data": "corpora, crops, loaders",
     "scoring": "trials, metrics, thresholds",
     "evaluation": "results, robustness, page",
+    "diarization": "who spoke when",
     "extraction": "bulk embedding, search",
     "training": "recipe, tasks, schedules",
     "adapters": "LoRA: train, serve, publish",

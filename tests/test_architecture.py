@@ -19,7 +19,7 @@ FLOORS = (
     {"saving"},
     {"adapters"},
     {"encoder", "export"},
-    {"evaluation", "extraction", "rotation"},
+    {"diarization", "evaluation", "extraction", "rotation"},
     {"training"},
     {"train_hf", "mrl_redimnet_cli"},
 )

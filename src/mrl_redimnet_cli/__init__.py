@@ -23,6 +23,7 @@ from mrl_redimnet_cli import (
     evaluate,
     export,
     identify,
+    plda,
     prepare,
     push,
     robustness,
@@ -44,6 +45,7 @@ COMMANDS = (
     push,
     adapters,
     export,
+    plda,
     prepare,
     synthesise,
 )
