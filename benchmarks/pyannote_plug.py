@@ -5,8 +5,8 @@
 
 MEETINGS holds NAME.flac, *.rttm and *.uem. Who speaks when inside of chunks is found once; then both plugs get the same
 chunks and masks in turns. With --tune, clustering is tried on the meetings whose names begin so, over the grids below,
-and the best values are used for all; without, those of the package are. Errors are those of pyannote.metrics without a
-collar, overlap scored.
+and the best values, by themselves and their neighbours, are used for all; without, those of the package are. Errors are
+those of pyannote.metrics without a collar, overlap scored.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from mrl_redimnet.scoring.metrics import eer
 GRIDS = {
     "agglomerative": {
         "method": ["average", "centroid"],
-        "threshold": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
-        "min_cluster_size": [1, 2, 4],
+        "threshold": [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "min_cluster_size": [1, 2, 4, 8],
     },
     "VBx": {"threshold": [0.5, 0.6, 0.7, 0.8], "Fa": [0.03, 0.07, 0.15, 0.3], "Fb": [0.4, 0.8, 2.0, 5.0]},
 }
@@ -161,13 +161,20 @@ def error_rate(pipeline, parameters: dict, files, references, scored, uris: list
 
 
 def tune(pipeline, grid: dict[str, list], files, references, scored, uris: list[str]) -> dict:
-    """The values of the grid with the fewest errors; of equal ones those in the middle of them."""
-    tried = []
-    for values in itertools.product(*grid.values()):
-        parameters = dict(zip(grid, values, strict=True))
-        tried.append((round(abs(error_rate(pipeline, parameters, files, references, scored, uris)), 4), parameters))
-    best = [parameters for rate, parameters in tried if rate == min(rate for rate, _ in tried)]
-    return best[len(best) // 2]
+    """The values of the grid with the fewest errors, their neighbours included, as a few meetings make lucky points."""
+    places = list(itertools.product(*(range(len(values)) for values in grid.values())))
+    ordered = [not isinstance(values[0], str) for values in grid.values()]
+
+    def values_at(place: tuple[int, ...]) -> dict:
+        return {name: values[at] for (name, values), at in zip(grid.items(), place, strict=True)}
+
+    def near(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+        return all(abs(x - y) <= step for x, y, step in zip(a, b, ordered, strict=True))
+
+    rates = {place: abs(error_rate(pipeline, values_at(place), files, references, scored, uris)) for place in places}
+    around = {place: np.mean([rates[other] for other in places if near(place, other)]) for place in places}
+    best = min(places, key=lambda place: around[place])
+    return values_at(best)
 
 
 def errors(pipeline, parameters: dict, files, references, scored, uris: list[str]) -> dict:
