@@ -258,8 +258,9 @@ def plda(encoder, tmp_path_factory) -> Path:
     random = np.random.default_rng(0)
     means = np.repeat(random.normal(size=(20, 32)), 6, 0)
     made = PLDA.fit(means + 0.3 * random.normal(size=means.shape), np.repeat(np.arange(20), 6), 8, encoder.fingerprint)
-    made.save(tmp_path_factory.mktemp("plda") / "plda")
-    return tmp_path_factory.getbasetemp() / next(tmp_path_factory.getbasetemp().glob("plda*/plda"))
+    folder = tmp_path_factory.mktemp("made") / "plda"
+    made.save(folder)
+    return folder
 
 
 @pytest.mark.parametrize("clustering", ["agglomerative", "vbx"])
