@@ -81,6 +81,7 @@ def main():
         segmentation=str(arguments.segmentation), plda=str(arguments.plda), clustering="OracleClustering"
     ).instantiate({"segmentation": {"min_duration_off": 0.0}})
     pipelines["none (oracle)"].training = True
+    pipelines["none (oracle)"]._embedding = pipelines["VBx"]._embedding  # noqa: SLF001 -- asked for its size in silence
     for uri, file in files.items():
         file["annotation"] = references[uri]
     groups = sorted({uri.rstrip("0123456789") for uri in files})
