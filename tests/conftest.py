@@ -60,6 +60,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"tier: {tier}; {workers} workers beside this process; {examples} examples of each property"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests of pyannote.audio are slow ones, all of them: its import alone takes 15 s in each worker."""
+    return True if collection_path.name == "test_pyannote.py" and config.option.markexpr == "not slow" else None
+
+
 def pytest_collection_finish(session: pytest.Session):
     """Spares every later collection of garbage the half a million objects of the imported libraries."""
     gc.collect()

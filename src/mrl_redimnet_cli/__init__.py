@@ -24,6 +24,7 @@ from mrl_redimnet_cli import (
     evaluate,
     export,
     identify,
+    plda,
     prepare,
     push,
     robustness,
@@ -46,6 +47,7 @@ COMMANDS = (
     push,
     adapters,
     export,
+    plda,
     prepare,
     synthesise,
 )

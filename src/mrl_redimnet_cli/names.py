@@ -38,6 +38,8 @@ VALUES = {
     "encoder.BATCH_SECONDS": 60.0,
     "evaluation.robustness.RESAMPLES": 200,
     "data.corpus.DEFAULT_LAYOUT": "speaker/session/utterance",
+    "diarization.plda.LDA_DIM": 128,
+    "diarization.plda.PIECE_SECONDS": 3.0,
     "scoring.calibration.THRESHOLDS_FILE": "thresholds.json",
     "evaluation.robustness.REPORT": "robustness.json",
     "evaluation.robustness.PICTURE": "robustness.png",
