@@ -27,6 +27,7 @@ from mrl_redimnet_cli import (
     push,
     robustness,
     rotate,
+    serve,
     synthesise,
     verify,
 )
@@ -40,6 +41,7 @@ COMMANDS = (
     verify,
     identify,
     embed,
+    serve,
     robustness,
     push,
     adapters,

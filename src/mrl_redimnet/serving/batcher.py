@@ -101,6 +101,7 @@ class MicroBatcher:
     Attributes:
         encoder: what embeds. Its model is put into evaluation mode and must not change, but for its adapters: these
             may be added and deleted at any time. Who is waiting for one that is deleted gets a ValueError.
+        on_pass: as given; may be set later.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class MicroBatcher:
         self.encoder = encoder
         encoder.model.eval()
         self._wait, self._batch_seconds, self._queue_seconds = wait_ms / 1000, batch_seconds, queue_seconds
-        self._on_pass = on_pass
+        self.on_pass = on_pass
         with contextlib.suppress(ValueError):  # an adapter is merged into the model: there will be no others
             _ = encoder.adapters
         self._own_weights = encoder.weights(None)  # once: to hash a model takes a while
@@ -292,11 +293,11 @@ class MicroBatcher:
             weights = {adapter: self._weights(adapter) for adapter in set(adapters)}
             waveforms = padded(request.waveform for request in requests)
             embeddings = self.encoder.embed_padded(waveforms, lengths, adapters)
-        if self._on_pass is not None:
+        if self.on_pass is not None:
             seconds = float(lengths.sum()) / SAMPLING_RATE
             area = waveforms.numel() / SAMPLING_RATE
             waited = tuple(began - request.arrived for request in requests)
-            self._on_pass(Pass(len(requests), seconds, area, time.monotonic() - began, waited))
+            self.on_pass(Pass(len(requests), seconds, area, time.monotonic() - began, waited))
         return [Embedding(numbers.copy(), weights[name]) for numbers, name in zip(embeddings, adapters, strict=True)]
 
     def _weights(self, adapter: str | None) -> str:
