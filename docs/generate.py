@@ -77,6 +77,7 @@ PURPOSES = {
     "scoring": "trials, metrics, thresholds",
     "evaluation": "results, robustness, page",
     "extraction": "bulk embedding, search",
+    "serving": "batches, HTTP, speakers",
     "training": "recipe, tasks, schedules",
     "adapters": "LoRA: train, serve, publish",
     "hub_cards": "model cards",

@@ -82,9 +82,7 @@ def test_every_caller_gets_the_answer_to_its_request(encoder):
         encoder.adapters.set_adapter(name)
         alone[name, samples, seed] = encoder.embed([noise(seed, samples)])[0]
     encoder.adapters.disable()
-    far = min(
-        np.abs(a - b).max() for i, a in enumerate(alone.values()) for j, b in enumerate(alone.values()) if i < j
-    )
+    far = min(np.abs(a - b).max() for i, a in enumerate(alone.values()) for j, b in enumerate(alone.values()) if i < j)
     assert far > 1e-2  # so none can be taken for another
     found: list[Pass] = []
 

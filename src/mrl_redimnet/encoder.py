@@ -425,7 +425,9 @@ class SpeakerEncoder:
             names = [self.config.id2label[number] for number in sorted(self.config.id2label)]
             found = labelled(self.model.classifier(embedded), names)
         else:
-            raise ValueError(f"{self.name} has no classifier: it is for embeddings. Give a model or an adapter with one.")
+            raise ValueError(
+                f"{self.name} has no classifier: it is for embeddings. Give a model or an adapter with one."
+            )
         if isinstance(found, torch.Tensor):
             return found.cpu().numpy()
         columns = {label: values.tolist() for label, values in found.items()}

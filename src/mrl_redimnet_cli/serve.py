@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         "serve",
         run,
         help="a speaker service over HTTP",
-        epilog="SIGTERM or Ctrl-C ends it when all requests that were taken are answered. docs/serving.md has examples.",
+        epilog="SIGTERM or Ctrl-C ends it when all requests that were taken are answered. See docs/serving.md.",
     )
     parser.add_argument("model", help=f"the model: {MODEL}")
     parser.add_argument(

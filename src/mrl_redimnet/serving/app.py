@@ -14,8 +14,8 @@ import hmac
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from mrl_redimnet.serving.service import Refused, Service
 
 with extra("serve"):
     import python_multipart as _  # noqa: F401 forms are read by it, and its absence is told late
-    from fastapi import Depends, FastAPI, Request, Response
+    from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -85,7 +85,7 @@ class Keys:
 
     def know(self, key: str) -> bool:
         """Whether a key is one of them, in a time that does not tell how much of it is right."""
-        return any([hmac.compare_digest(_hash(key), known) for known in self._hashes])
+        return any(hmac.compare_digest(_hash(key), known) for known in self._hashes)
 
 
 def _hash(key: str) -> bytes:
@@ -100,7 +100,9 @@ class Metrics:
         own: dict[str, Any] = {"namespace": "mrl_redimnet", "registry": self.registry}
         self.requests = Counter("requests", "Requests, by what they were answered.", ["route", "status", "code"], **own)
         self.seconds = Histogram("request_seconds", "Until the answer.", ["route"], buckets=SECONDS, **own)
-        self.under_way = Gauge("requests_under_way", "Requests that are not answered yet.", **own)
+        self.count = 0  # in the thread of the event loop alone
+        under_way = Gauge("requests_under_way", "Requests with audio that are not answered yet.", **own)
+        under_way.set_function(lambda: self.count)
         self.decisions = Counter("decisions", "Decisions on speakers.", ["kind", "accepted"], **own)
         self.rows = Histogram("batch_rows", "Utterances that went through the network together.", buckets=ROWS, **own)
         self.batch = Histogram("batch_seconds", "Of a pass over the network.", buckets=SECONDS, **own)
@@ -111,6 +113,17 @@ class Metrics:
         waiting.set_function(lambda: service.batcher.waiting[0])
         service.batcher.on_pass = self.passed
         service.on_decision = lambda kind, accepted: self.decisions.labels(kind, str(accepted).lower()).inc()
+
+    @contextmanager
+    def one_of(self, most: int) -> Iterator[None]:
+        """Within, a request is under way. Raises Refused where `most` are."""
+        if self.count >= most:
+            raise Refused("too_many_requests", 503, f"{most} requests are under way, which is the limit: ask later.")
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
 
     def passed(self, one: Pass) -> None:
         """Counts a pass over the network."""
@@ -149,6 +162,52 @@ class Measured:
             self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A request with audio. main: the field that a body of plain audio is. work: answers what was asked."""
+
+    summary: str
+    main: str
+    fields: tuple[str, ...]
+    work: Callable[[Service, Asked], Coroutine[Any, Any, Any]]
+    more: str = ""
+
+
+OPERATIONS = {
+    "/embed": Operation(
+        "Embeddings of utterances",
+        "audio",
+        ("audio", "adapter", "dim"),
+        lambda service, asked: service.embed(asked.audio.get("audio", []), **asked.values),
+    ),
+    "/verify": Operation(
+        "Is this the same speaker?",
+        "test",
+        ("test", "enrol", "speaker", "adapter", "dim", "threshold"),
+        lambda service, asked: service.verify(_one(asked, "test"), asked.audio.get("enrol", []), **asked.values),
+        "Compares `test` with `enrol`, utterances of one speaker, or with an enrolled `speaker`. ",
+    ),
+    "/enrol": Operation(
+        "Enrol a speaker, or add utterances to one",
+        "audio",
+        ("audio", "speaker", "consent", "adapter", "dim"),
+        lambda service, asked: service.enrol(audio=asked.audio.get("audio", []), **_with(asked, "speaker")),
+    ),
+    "/identify": Operation(
+        "Which of the enrolled speakers is it?",
+        "test",
+        ("test", "adapter", "dim", "threshold", "top"),
+        lambda service, asked: service.identify(_one(asked, "test"), **asked.values),
+    ),
+    "/classify": Operation(
+        "What the classifier of an adapter or of the model says",
+        "audio",
+        ("audio", "adapter"),
+        lambda service, asked: service.classify(_one(asked, "audio"), **asked.values),
+    ),
+}
+
+
 def create_app(service: Service, keys: Keys | None = None, *, hosts: tuple[str, ...] | None = None) -> FastAPI:
     """The application. It closes the service when it ends.
 
@@ -158,24 +217,21 @@ def create_app(service: Service, keys: Keys | None = None, *, hosts: tuple[str, 
             and the OpenAPI page; None: everybody may ask.
         hosts: names that requests may call this machine, in their header Host; None: any. Without keys, a service for
             one machine should know its names: they keep web pages that its user visits from asking it.
-
-    Raises:
-        ModuleNotFoundError: without the packages of the extra `serve`.
     """
-    metrics, state = Metrics(service), {"ready": False}
+    metrics, ready = Metrics(service), asyncio.Event()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         noise = 0.01 * np.random.default_rng(0).standard_normal(2 * SAMPLING_RATE)
         await service.batcher.embed_async(noise.astype(np.float32))  # the first pass is slow
-        state["ready"] = True
+        ready.set()
         yield
-        state["ready"] = False
+        ready.clear()
         await asyncio.to_thread(service.close)
 
-    bearer = HTTPBearer(auto_error=False, description="An API key, where the service was started with keys.")
+    bearer_key = Depends(HTTPBearer(auto_error=False, description="An API key, where the service has keys."))
 
-    def check(request: Request, given: HTTPAuthorizationCredentials | None = Depends(bearer)) -> None:  # noqa: B008
+    def check(request: Request, given: HTTPAuthorizationCredentials | None = bearer_key) -> None:
         if hosts is not None and request.url.hostname not in hosts:
             raise Refused("wrong_host", 403, "This service is not to be asked by that name of its machine.")
         origin = request.headers.get("origin")
@@ -190,116 +246,77 @@ def create_app(service: Service, keys: Keys | None = None, *, hosts: tuple[str, 
         description=f"Speaker embeddings, verification and identification with {service.encoder.name}.",
         lifespan=life,
     )
-    guarded = [Depends(check)]
-    errors: dict[int | str, dict[str, Any]] = {"default": {"description": "An error", "content": _json(ERROR)}}
-
-    async def carried_out(
-        request: Request, main: str, fields: tuple[str, ...], work: Callable[[Asked], Coroutine[Any, Any, Any]]
-    ) -> Response:
-        """Reads a request, within the limits, and answers it; stops where nobody waits for the answer any more."""
-        most = service.limits.requests
-        if state.setdefault("under_way", 0) >= most:
-            raise Refused("too_many_requests", 503, f"{most} requests are under way, which is the limit: ask later.")
-        state["under_way"] += 1
-        metrics.under_way.inc()
-        try:
-            asked = await read_request(request, main, fields, service.limits.bytes)
-            return await _unless_gone(request, work(asked))
-        finally:
-            state["under_way"] -= 1
-            metrics.under_way.dec()
-
     app.add_middleware(Measured, metrics=metrics)
-
-    def audio_route(path: str, summary: str, main: str, fields: tuple[str, ...], more: str = "") -> Any:
-        return app.post(
-            path,
-            summary=summary,
-            description=f"{more}\n\n{HOW}",
-            dependencies=guarded,
-            responses=errors,
-            openapi_extra={"requestBody": _body(main, fields)},
-        )
-
-    @audio_route("/embed", "Embeddings of utterances", "audio", ("audio", "adapter", "dim"))
-    async def embed(request: Request) -> Response:
-        return await carried_out(
-            request, "audio", ("audio", "adapter", "dim"), lambda asked: service.embed(_audio(asked), **asked.values)
-        )
-
-    verify_fields = ("test", "enrol", "speaker", "adapter", "dim", "threshold")
-
-    @audio_route(
-        "/verify",
-        "Is this the same speaker?",
-        "test",
-        verify_fields,
-        "Compares `test` with `enrol`, utterances of one speaker, or with an enrolled `speaker`.",
+    _answer_errors(app)
+    _answer_state(app, service, ready)
+    guarded = APIRouter(
+        dependencies=[Depends(check)], responses={"default": {"description": "An error", "content": _json(ERROR)}}
     )
-    async def verify(request: Request) -> Response:
-        return await carried_out(
-            request,
-            "test",
-            verify_fields,
-            lambda asked: service.verify(_one(asked, "test"), asked.audio.get("enrol", []), **asked.values),
+    for path, operation in OPERATIONS.items():
+        guarded.add_api_route(
+            path,
+            _endpoint(operation, service, metrics),
+            methods=["POST"],
+            name=path[1:],
+            summary=operation.summary,
+            description=operation.more + HOW,
+            openapi_extra={"requestBody": _body(operation.main, operation.fields)},
         )
+    _answer_about_speakers(guarded, service)
+    _answer_about_adapters(guarded, service)
 
-    enrol_fields = ("audio", "speaker", "consent", "adapter", "dim")
+    @guarded.get("/metrics", summary="For Prometheus", response_class=Response)
+    async def scraped() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @audio_route("/enrol", "Enrol a speaker, or add utterances to one", "audio", enrol_fields)
-    async def enrol(request: Request) -> Response:
-        def work(asked: Asked) -> Coroutine[Any, Any, Any]:
-            values = dict(asked.values)
-            if "speaker" not in values:
-                raise Refused("speaker_missing", 422, "`speaker` is missing: give the name of the speaker to enrol.")
-            return service.enrol(values.pop("speaker"), _audio(asked), **values)
+    app.include_router(guarded)
+    return app
 
-        return await carried_out(request, "audio", enrol_fields, work)
 
-    identify_fields = ("test", "adapter", "dim", "threshold", "top")
+def _endpoint(operation: Operation, service: Service, metrics: Metrics) -> Callable[[Request], Any]:
+    """Reads a request, within the limits, and answers it; stops where nobody waits for the answer any more."""
 
-    @audio_route("/identify", "Which of the enrolled speakers is it?", "test", identify_fields)
-    async def identify(request: Request) -> Response:
-        return await carried_out(
-            request, "test", identify_fields, lambda asked: service.identify(_one(asked, "test"), **asked.values)
-        )
+    async def endpoint(request: Request) -> Response:
+        with metrics.one_of(service.limits.requests):
+            asked = await read_request(request, operation.main, operation.fields, service.limits.bytes)
+            return await _unless_gone(request, operation.work(service, asked))
 
-    @audio_route("/classify", "What the classifier of an adapter or of the model says", "audio", ("audio", "adapter"))
-    async def classify(request: Request) -> Response:
-        return await carried_out(
-            request, "audio", ("audio", "adapter"), lambda asked: service.classify(_one(asked, "audio"), **asked.values)
-        )
+    return endpoint
 
-    @app.get("/speakers", summary="Who is enrolled", dependencies=guarded, responses=errors)
+
+def _answer_about_speakers(router: APIRouter, service: Service) -> None:
+    @router.get("/speakers", summary="Who is enrolled")
     async def speakers(after: str = "", limit: int = 1000) -> Any:
         return await service.speakers(after=after, limit=max(1, min(limit, 10_000)))
 
-    @app.get("/speakers/{speaker:path}", summary="One speaker", dependencies=guarded, responses=errors)
+    @router.get("/speakers/{speaker:path}", summary="One speaker")
     async def speaker(speaker: str) -> Any:
         return await service.speakers(speaker)
 
-    @app.delete(
-        "/speakers/{speaker:path}", summary="Forget a speaker for good", dependencies=guarded, responses=errors
-    )
+    @router.delete("/speakers/{speaker:path}", summary="Forget a speaker for good")
     async def forget(speaker: str) -> Any:
         return await service.delete(speaker)
 
-    @app.get("/decisions", summary="The latest logged decisions", dependencies=guarded, responses=errors)
+    @router.get("/decisions", summary="The latest logged decisions")
     async def decisions(limit: int = 1000) -> Any:
         return await service.decisions(max(1, min(limit, 100_000)))
 
-    @app.get("/adapters", summary="The model and the loaded adapters", dependencies=guarded, responses=errors)
+
+def _answer_about_adapters(router: APIRouter, service: Service) -> None:
+    @router.get("/adapters", summary="The model and the loaded adapters")
     async def adapters() -> Any:
         return service.list_adapters()
 
-    @app.put("/adapters/{name}", summary="Load an adapter from the Hub", dependencies=guarded, responses=errors)
+    @router.put("/adapters/{name}", summary="Load an adapter from the Hub")
     async def load_adapter(name: str, repository: str, revision: str | None = None) -> Any:
         return await service.load_adapter(name, repository, revision)
 
-    @app.delete("/adapters/{name}", summary="Unload an adapter", dependencies=guarded, responses=errors)
+    @router.delete("/adapters/{name}", summary="Unload an adapter")
     async def delete_adapter(name: str) -> Any:
         return await service.delete_adapter(name)
 
+
+def _answer_state(app: FastAPI, service: Service, started: asyncio.Event) -> None:
     @app.get("/health", summary="Whether the service works at all")
     async def health() -> Any:
         if not service.batcher.running:
@@ -308,14 +325,12 @@ def create_app(service: Service, keys: Keys | None = None, *, hosts: tuple[str, 
 
     @app.get("/ready", summary="Whether requests are to be sent here now")
     async def ready() -> Any:
-        if not state["ready"] or not service.batcher.running:
+        if not started.is_set() or not service.batcher.running:
             raise Refused("not_ready", 503, "The service is starting or stopping.")
         return {"status": "ready"}
 
-    @app.get("/metrics", summary="For Prometheus", dependencies=guarded, response_class=Response)
-    async def scraped() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return _error(error.code, error.status, str(error))
@@ -332,8 +347,6 @@ def create_app(service: Service, keys: Keys | None = None, *, hosts: tuple[str, 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return _error("internal", 500, "The service failed; its log says why.")  # uvicorn logs the error
-
-    return app
 
 
 # ---------------------------------------------------------------- requests
@@ -369,7 +382,7 @@ async def read_request(request: Request, main: str, fields: tuple[str, ...], mos
     return Asked(audio, {name: _value(name, value) for name, value in values.items() if value is not None})
 
 
-async def _limited(request: Request, most: int) -> AsyncIterator[bytes]:
+async def _limited(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body. Raises Refused as soon as it is too large, or is said to be."""
     refused = Refused("too_large", 413, f"The request is too large: this service takes {most:,} bytes.")
     if int(request.headers.get("content-length", 0)) > most:  # uvicorn has checked that it is a number
@@ -421,7 +434,9 @@ def _from_json(body: bytes, fields: tuple[str, ...], audio: dict[str, list[bytes
         try:
             audio[name] = [base64.b64decode(text, validate=True) for text in texts]
         except (binascii.Error, ValueError, TypeError) as error:
-            raise Refused("bad_request", 422, f"{name}: expected base64 of an audio file, or a list of them.") from error
+            raise Refused(
+                "bad_request", 422, f"{name}: expected base64 of an audio file, or a list of them."
+            ) from error
 
 
 def _value(name: str, given: Any) -> Any:
@@ -439,8 +454,11 @@ def _value(name: str, given: Any) -> Any:
     return value
 
 
-def _audio(asked: Asked) -> list[bytes]:
-    return asked.audio.get("audio", [])
+def _with(asked: Asked, name: str) -> dict[str, Any]:
+    """The values, of which one must be there."""
+    if name not in asked.values:
+        raise Refused(f"{name}_missing", 422, f"`{name}` is missing: {VALUES[name][1]}")
+    return asked.values
 
 
 def _one(asked: Asked, name: str) -> bytes:

@@ -119,9 +119,7 @@ class PostgresStore(SpeakerStore):
             )
             return self._enrolled(connection, space, speaker)[0]
 
-    def _enrolled(
-        self, connection: "psycopg.Connection[Any]", space: Space, speaker: str
-    ) -> tuple[Enrolled, NDArray]:
+    def _enrolled(self, connection: "psycopg.Connection[Any]", space: Space, speaker: str) -> tuple[Enrolled, NDArray]:
         row = connection.execute(
             f"SELECT {_ENROLLED}, total FROM {_FROM} WHERE speaker = %s AND weights = %s AND dim = %s",
             (speaker, space.weights, space.dim),

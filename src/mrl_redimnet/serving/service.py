@@ -356,7 +356,9 @@ class Service:
         async with self._changing:
             if len(self.adapters) >= self.limits.adapters:
                 raise Refused(
-                    "too_many_adapters", 409, f"{len(self.adapters)} adapters are loaded, which is the limit: delete one."
+                    "too_many_adapters",
+                    409,
+                    f"{len(self.adapters)} adapters are loaded, which is the limit: delete one.",
                 )
             try:
                 await self._in_thread(partial(self.encoder.adapters.add, name, repository, revision=revision))
@@ -382,7 +384,9 @@ class Service:
             raise Refused("audio_missing", 422, f"`{field}` is missing: give an audio file.")
         if len(audio) > self.limits.utterances:
             raise Refused(
-                "too_many", 413, f"{field}: {len(audio)} files, this service takes {self.limits.utterances} in a request."
+                "too_many",
+                413,
+                f"{field}: {len(audio)} files, this service takes {self.limits.utterances} in a request.",
             )
         names = [field if len(audio) == 1 else f"{field} {number}" for number in range(1, len(audio) + 1)]
         read = partial(self._waveform, refuse_silent=refuse_silent)

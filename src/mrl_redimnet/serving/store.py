@@ -110,9 +110,7 @@ class SpeakerStore(ABC):
     StoreError where the store fails.
     """
 
-    def enrol(
-        self, space: Space, speaker: str, units: NDArray, seconds: float, consent: str | None = None
-    ) -> Enrolled:
+    def enrol(self, space: Space, speaker: str, units: NDArray, seconds: float, consent: str | None = None) -> Enrolled:
         """Adds utterances to a speaker, who is made where there is none: unit embeddings [N, dim], their seconds.
 
         consent: replaces what was said before; None leaves that. Raises ValueError for a name that is empty, longer
@@ -149,7 +147,7 @@ class SpeakerStore(ABC):
     def speakers(self, speaker: str | None = None, *, after: str = "", limit: int = 1000) -> list[Enrolled]:
         """Who is enrolled, in all spaces, by name; of one name alone where it is given.
 
-        after, limit: of more than that many, the next ones are those after the last name; a name's spaces stay together.
+        after, limit: of more names than that, the next ones are those after the last; a name's spaces stay together.
         """
 
     @abstractmethod
@@ -248,7 +246,7 @@ class SQLiteStore(SpeakerStore):
         version = self._row("PRAGMA user_version")[0]
         if version > VERSION or (not version and self._row("SELECT count(*) FROM sqlite_master")[0]):
             raise StoreError(
-                f"{self.file} is of a later version of this package, or no store of speakers: give a new file, or update."
+                f"{self.file} is of a later version of this package, or no store of speakers: update, or give another."
             )
         # FULL: a commit is on the disk before it is answered, also when the power fails. Deleted content is overwritten
         # by zeros, and temporary files of VACUUM are not written.
@@ -378,8 +376,8 @@ class SQLiteStore(SpeakerStore):
             reason = "another process reads it"
         if busy:
             raise StoreError(
-                f"{speaker} is deleted, but traces may be left in {self.file} ({reason}). Delete any speaker, or open the "
-                "store again, to remove them."
+                f"{speaker} is deleted, but traces may be left in {self.file} ({reason}). Delete any "
+                "speaker, or open the store again, to remove them."
             )
 
     def log(self, decision: Logged) -> None:  # noqa: D102
