@@ -351,7 +351,7 @@ def test_bad_requests(running):
     assert running.post("/embed", ("audio", file), ("dim", "1000")) == error("bad_dim", 422, "between 1 and")
     assert running.post("/embed", ("audio", "text")) == error("bad_request", 422, "audio: expected a file")
     assert running.post("/embed", ("audio", file), ("dim", b"8")) == error("bad_request", 422, "dim: expected a value")
-    assert running.post("/embed", *[("audio", file)] * 5) == error("too_many", 413, "audio: 5 files, 4 are taken")
+    assert running.post("/embed", *[("audio", file)] * 5) == error("too_many", 413, "audio: 5 files, this service takes 4")
     assert json_of(b"{") == error("bad_request", 400, "The JSON cannot be read")
     assert json_of(b"[]") == error("bad_request", 400, "no object")
     assert json_of(b'{"audio": "%%%"}') == error("bad_request", 422, "base64")
@@ -433,7 +433,7 @@ def test_full_services_say_so_at_once(encoder):
         free.wait()
         return plain(*arguments)
 
-    service = Service(encoder, batcher=MicroBatcher(encoder, queue_seconds=3), limits=Limits(requests=3))
+    service = Service(encoder, batcher=MicroBatcher(encoder, queue_seconds=4), limits=Limits(requests=3))
     with Running(service) as running, ThreadPoolExecutor(3) as pool:
         encoder.embed_padded = held
         try:
