@@ -6,6 +6,8 @@ import io
 import json
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -351,7 +353,9 @@ def test_bad_requests(running):
     assert running.post("/embed", ("audio", file), ("dim", "1000")) == error("bad_dim", 422, "between 1 and")
     assert running.post("/embed", ("audio", "text")) == error("bad_request", 422, "audio: expected a file")
     assert running.post("/embed", ("audio", file), ("dim", b"8")) == error("bad_request", 422, "dim: expected a value")
-    assert running.post("/embed", *[("audio", file)] * 5) == error("too_many", 413, "audio: 5 files, this service takes 4")
+    assert running.post("/embed", *[("audio", file)] * 5) == error(
+        "too_many", 413, "audio: 5 files, this service takes 4"
+    )
     assert json_of(b"{") == error("bad_request", 400, "The JSON cannot be read")
     assert json_of(b"[]") == error("bad_request", 400, "no object")
     assert json_of(b'{"audio": "%%%"}') == error("bad_request", 422, "base64")
@@ -529,8 +533,23 @@ def test_limits_that_make_no_sense(wrong):
 # ---------------------------------------------------------------- the command
 
 
-def start(folder: Path, *more: str) -> tuple[subprocess.Popen, int]:
-    """The command as a process, and its port; waits until it is ready."""
+@pytest.fixture
+def start():
+    """Starts the command as a process and waits until it is ready; gives the process and its port."""
+    started: list[subprocess.Popen] = []
+
+    def starting(folder: Path, *more: str) -> tuple[subprocess.Popen, int]:
+        process, port = started_command(folder, *more)
+        started.append(process)
+        return process, port
+
+    yield starting
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def started_command(folder: Path, *more: str) -> tuple[subprocess.Popen, int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -556,20 +575,19 @@ def ask(port: int, path: str, *fields) -> tuple[int, dict]:
 
 
 @pytest.mark.slow
-def test_the_command_drains_on_sigterm_and_loses_nobody_when_killed(tmp_path, folders):
+def test_the_command_drains_on_sigterm_and_loses_nobody_when_killed(tmp_path, folders, start):
     save_model(tiny_model(), tmp_path / "model")
     store = ["--store", str(tmp_path / "speakers.db"), "--adapter", f"tel={folders / 'tel'}", "--enrol-seconds", "0"]
     process, port = start(tmp_path / "model", *store)
     with ThreadPoolExecutor(8) as pool:
-        files = [[("audio", voice(seed, 15)) for _ in range(20)] for seed in range(8)]
+        files = [[("audio", voice(seed, 15)) for _ in range(3)] for seed in range(8)]
         asked = [pool.submit(ask, port, "/embed", *each, ("adapter", "tel")) for each in files]
         time.sleep(0.3)  # all of them are on the way, most are not answered
         process.send_signal(signal.SIGTERM)
         answers = [each.result() for each in asked]
     assert [status for status, _ in answers] == [200] * 8
-    assert all(len(answer["embeddings"]) == 20 for _, answer in answers)
+    assert all(len(answer["embeddings"]) == 3 for _, answer in answers)
     process.wait(60)
-    process.stderr.close()
 
     process, port = start(tmp_path / "model", *store)
     enrolled, stop = [], threading.Event()
@@ -590,7 +608,6 @@ def test_the_command_drains_on_sigterm_and_loses_nobody_when_killed(tmp_path, fo
     process.kill()
     thread.join()
     process.wait()
-    process.stderr.close()
     with open_store(tmp_path / "speakers.db") as there:
         assert set(enrolled) <= {each.speaker for each in there.speakers()}
 
@@ -598,11 +615,50 @@ def test_the_command_drains_on_sigterm_and_loses_nobody_when_killed(tmp_path, fo
 def test_mistakes_on_the_command_line(tmp_path, capsys):
     save_model(tiny_model(), tmp_path / "model")
     model = tmp_path / "model"
+    capsys.readouterr()
     assert "ADAPTER: tel is not NAME=SOURCE" in refusal(capsys, "serve", model, "--adapter", "tel")
     assert "nowhere is not a folder" in refusal(capsys, "serve", model, "--adapter", "tel=nowhere")
     assert "DETECTOR: no folder" in refusal(capsys, "serve", model, "--detector", tmp_path / "x")
     assert "cannot be opened as a store" in refusal(capsys, "serve", model, "--store", tmp_path / "no" / "s.db")
     assert "limits: seconds is -1.0" in refusal(capsys, "serve", model, "--max-seconds", "-1")
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_commands_of_the_page(running, tmp_path):
+    """Every curl line of the page gives an answer that is no error."""
+    (tmp_path / "a.wav").write_bytes(voice(1))
+    (tmp_path / "b.wav").write_bytes(voice(11))
+    lines = re.findall(r"^curl .*$", PAGE, flags=re.MULTILINE)
+    assert len(lines) == 9
+    for line in lines:
+        line = line.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}").replace("dim=64", "dim=16")
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "error" not in json.loads(done.stdout), (line, done.stdout)
+    assert running.ask("GET", "/speakers")[1] == {"speakers": []}
+
+
+def test_the_python_of_the_page(tmp_path, monkeypatch, capsys):
+    from mrl_redimnet import recordings
+
+    shutil.copy(recordings.FIRST, tmp_path / "a.wav")  # what a file is shows in its bytes, not in its name
+    shutil.copy(recordings.SAME_SPEAKER, tmp_path / "b.wav")
+    monkeypatch.chdir(tmp_path)
+    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL).groups()
+    encoder = SpeakerEncoder.from_pretrained("nano", device="cpu")
+    with Running(Service(encoder, open_store(tmp_path / "speakers.db"))) as running:
+        exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_page_names_every_code_of_errors():
+    folder = Path(__file__).parents[1] / "src" / "mrl_redimnet" / "serving"
+    text = "".join((folder / name).read_text() for name in ("app.py", "service.py"))
+    codes = set(re.findall(r'Refused\(\s*"(\w+)"', text)) | set(re.findall(r'_error\("(\w+)"', text))
+    assert len(codes) > 25
+    assert {code for code in codes if f"`{code}`" not in PAGE} == {"gone", "internal"}  # nobody is told these
 
 
 def test_the_client_of_the_examples(running, tmp_path, capsys, monkeypatch):
