@@ -681,3 +681,42 @@ def test_the_client_of_the_examples(running, tmp_path, capsys, monkeypatch):
     assert client("forget", "anna ö/")["deleted"] == 1
     assert service_client.main([address, "forget", "anna"]) == 1
     assert capsys.readouterr().err == "unknown_speaker: Nobody is enrolled as 'anna'.\n"
+
+
+# ---------------------------------------------------------------- on Ray Serve
+
+
+@pytest.mark.slow
+def test_the_same_client_and_store_on_ray_serve(tmp_path, folders, monkeypatch, capsys):
+    """Two replicas and one store; rows of the base and of an adapter. It starts Ray and two processes."""
+    examples = str(Path(__file__).parents[1] / "examples")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", examples)  # of Ray's workers
+    ray = pytest.importorskip("ray")
+    import serve_with_ray
+    import service_client
+
+    save_model(tiny_model(), tmp_path / "model")
+    (tmp_path / "a.wav").write_bytes(voice(1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    try:
+        line = [tmp_path / "model", "--adapter", f"tel={folders / 'tel'}", "--store", tmp_path / "s.db"]
+        line += ["--replicas", "2", "--cpus", "0.5", "--port", port]
+        serve_with_ray.main([str(argument) for argument in line], blocking=False)
+        service = service_client.SpeakerService(f"http://127.0.0.1:{port}")
+        encoder = SpeakerEncoder(tiny_model(), "tiny")
+        encoder.adapters.add("tel", folders / "tel")
+        for name in (None, "tel"):
+            encoder.adapters.set_adapter(name)
+            (found,) = service.embed([tmp_path / "a.wav"], adapter=name)["embeddings"]
+            assert np.allclose(found["embedding"], encoder.embed([tmp_path / "a.wav"])[0], atol=1e-4)
+        service.enrol("anna", [tmp_path / "a.wav"])
+        for _ in range(8):  # by whichever replica
+            assert service.identify(tmp_path / "a.wav")["candidates"][0]["speaker"] == "anna"
+        assert service.forget("anna") == {"speaker": "anna", "deleted": 1}
+    finally:
+        serve_with_ray.serve.shutdown()
+        ray.shutdown()
