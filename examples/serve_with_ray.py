@@ -3,13 +3,13 @@
     python examples/serve_with_ray.py nano --store postgresql://USER:PASSWORD@HOST/DATABASE --replicas 4
     python examples/service_client.py http://127.0.0.1:8000 embed a.wav
 
-It is the application of `mrl-redimnet serve`: the same requests, the same client. Each replica holds the model and all
-adapters. Ray chooses a replica; the batches are made inside of it, where rows of different adapters share one. Ray's own
-`@serve.batch` with `@serve.multiplexed` would split every batch by adapter.
+It is the application of `mrl-redimnet serve`: the same requests, the same client. Each replica holds the model and
+all adapters. Ray chooses a replica; the batches are made inside of it, where rows of different adapters share one.
+Ray's own `@serve.batch` with `@serve.multiplexed` would split every batch by adapter.
 
-Adapters are given at the start: one that a request loads would be loaded in one of the replicas. Replicas on one machine
-may share an SQLite file, those on several need PostgreSQL. /metrics is that of the replica that happens to answer; Ray's
-own metrics count all.
+Adapters are given at the start: one that a request loads would be loaded in one of the replicas. Replicas on one
+machine may share an SQLite file, those on several need PostgreSQL. /metrics is that of the replica that happens to
+answer; Ray's own metrics count all.
 """
 
 import argparse

@@ -574,15 +574,23 @@ def ask(port: int, path: str, *fields) -> tuple[int, dict]:
     return answer.status, json.load(answer)
 
 
+def under_way(port: int) -> float:
+    """How many requests the service has not answered yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("GET", "/metrics")
+    return float(re.search(r"requests_under_way (\S+)", connection.getresponse().read().decode())[1])
+
+
 @pytest.mark.slow
 def test_the_command_drains_on_sigterm_and_loses_nobody_when_killed(tmp_path, folders, start):
     save_model(tiny_model(), tmp_path / "model")
     store = ["--store", str(tmp_path / "speakers.db"), "--adapter", f"tel={folders / 'tel'}", "--enrol-seconds", "0"]
     process, port = start(tmp_path / "model", *store)
     with ThreadPoolExecutor(8) as pool:
-        files = [[("audio", voice(seed, 15)) for _ in range(3)] for seed in range(8)]
+        files = [[("audio", voice(seed, 8)) for _ in range(3)] for seed in range(8)]
         asked = [pool.submit(ask, port, "/embed", *each, ("adapter", "tel")) for each in files]
-        time.sleep(0.3)  # all of them are on the way, most are not answered
+        while under_way(port) + sum(each.done() for each in asked) < 8:
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         answers = [each.result() for each in asked]
     assert [status for status, _ in answers] == [200] * 8
