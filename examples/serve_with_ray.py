@@ -19,9 +19,9 @@ from collections.abc import Callable
 from ray import serve
 
 from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.serving import POSTGRES, open_store
 from mrl_redimnet.serving.app import create_app
 from mrl_redimnet.serving.service import Service
-from mrl_redimnet.serving.store import POSTGRES, open_store
 
 
 def builder(model: str, adapters: dict[str, str], store: str | None) -> Callable:

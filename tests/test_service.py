@@ -36,10 +36,10 @@ from mrl_redimnet.scoring.calibration import Threshold, Thresholds
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
+from mrl_redimnet.serving import open_store  # noqa: E402
 from mrl_redimnet.serving.app import Keys, create_app  # noqa: E402 after the check that its packages are there
 from mrl_redimnet.serving.batcher import MicroBatcher  # noqa: E402
 from mrl_redimnet.serving.service import Limits, Service  # noqa: E402
-from mrl_redimnet.serving.store import open_store  # noqa: E402
 
 RATE = 16_000
 BOUNDARY = "a-boundary"
@@ -654,7 +654,9 @@ def test_the_python_of_the_page(tmp_path, monkeypatch, capsys):
     shutil.copy(recordings.FIRST, tmp_path / "a.wav")  # what a file is shows in its bytes, not in its name
     shutil.copy(recordings.SAME_SPEAKER, tmp_path / "b.wav")
     monkeypatch.chdir(tmp_path)
-    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL).groups()
+    code, printed = re.search(
+        r"```py\n(from service_client.*?)```\n\n```text\n(.*?)```", PAGE, flags=re.DOTALL
+    ).groups()
     encoder = SpeakerEncoder.from_pretrained("nano", device="cpu")
     with Running(Service(encoder, open_store(tmp_path / "speakers.db"))) as running:
         exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), {})

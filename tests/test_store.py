@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrl_redimnet.serving.store import Logged, Space, StoreError, UnknownSpeakerError, open_store
+from mrl_redimnet.serving import open_store
+from mrl_redimnet.serving.store import Logged, Space, StoreError, UnknownSpeakerError
 
 BASE = Space("sha256:one", None, 8)
 OTHERS = (Space("sha256:one", None, 4), Space("sha256:two", None, 8), Space("sha256:one+sha256:adapter", "tel", 8))
@@ -231,7 +232,8 @@ def test_nothing_of_a_deleted_speaker_is_left_in_the_file(steps):
 KILLED = """
 import sys
 import numpy as np
-from mrl_redimnet.serving.store import Space, open_store
+from mrl_redimnet.serving import open_store
+from mrl_redimnet.serving.store import Space
 store = open_store(sys.argv[1])
 for number in range(10**6):
     store.enrol(Space("w", None, 4), f"speaker {number}", np.eye(4)[:1], 1.0)

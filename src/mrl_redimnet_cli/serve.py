@@ -94,10 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
     from mrl_redimnet.audio.io import AudioWarning
     from mrl_redimnet.extras import extra
     from mrl_redimnet.scoring.calibration import Thresholds
+    from mrl_redimnet.serving import open_store
     from mrl_redimnet.serving.app import Keys, create_app
     from mrl_redimnet.serving.batcher import MicroBatcher
     from mrl_redimnet.serving.service import MEGABYTE, Limits, Service
-    from mrl_redimnet.serving.store import open_store
 
     with extra("serve"):
         import uvicorn

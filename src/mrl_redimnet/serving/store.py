@@ -1,6 +1,6 @@
 """Where enrolled speakers are kept: one interface, and SQLite behind it. `postgres.py` has PostgreSQL.
 
-    with open_store("speakers.db") as store:
+    with SQLiteStore("speakers.db") as store:
         space = Space(encoder.fingerprint, None, 256)
         store.enrol(space, "anna", units, seconds)
         store.nearest(space, unit, 3)                             # [Match("anna", ...), ...]
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from configuration_mrl_redimnet import MRLReDimNetError
 
-POSTGRES = ("postgresql://", "postgres://")  # how the address of such a store begins
 VERSION = 1
 NAME_LENGTH = 200
 
@@ -175,18 +174,6 @@ class SpeakerStore(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def open_store(address: str | Path) -> SpeakerStore:
-    """The store of an address: the path of an SQLite file, which is made, or `postgresql://...`.
-
-    Raises StoreError where it cannot be opened, ModuleNotFoundError where PostgreSQL's packages are not installed.
-    """
-    if str(address).startswith(POSTGRES):
-        from mrl_redimnet.serving.postgres import PostgresStore  # its packages are an extra of their own
-
-        return PostgresStore(str(address))
-    return SQLiteStore(address)
 
 
 def now() -> str:
