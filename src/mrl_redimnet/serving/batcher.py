@@ -31,7 +31,8 @@ from mrl_redimnet.encoder import SpeakerEncoder, padded
 WAIT_MS = 10.0
 BATCH_SECONDS = 60.0
 QUEUE_SECONDS = 600.0
-# A pass over the network costs as much as so much more speech in it: docs/results/service_load.md.
+# A pass over the network costs as much as so many more seconds of speech in it: b2 with an adapter takes 115 ms for 3 s
+# alone, and 50 ms for each 3 s in a batch of eight (docs/results/serving.md).
 PASS_SECONDS = 3.0
 MOST_ROWS = 64  # of a round: more bring no speed, and dividing a round into passes takes time with the square of them
 LEAST_SECONDS = 1.0  # that an utterance counts in the queue, however short it is: it costs work of its own
