@@ -12,7 +12,7 @@ LoRA, linear, r=8, made here), take turns, at 1, 16 and 64 callers who ask witho
 Beside them stands the best rate of the same bank offline: sorted batches of several sizes, the fastest. The goals are
 ratios: throughput at 16 callers by that rate, and p99 at 16 callers by what 16 utterances take in the best batches (the
 p50 of one caller, times the share that a batch of 16 takes of 16 times that). Then 100,000 requests (--quick:
-2,000) to a small network from 16 callers are compared, number by number, with the answers alone. OUT.md and OUT.json
+2,000) to a tiny network from 16 callers are compared, number by number, with the answers alone. OUT.md and OUT.json
 are rewritten after each part. Run it while nothing else runs.
 """
 
@@ -39,7 +39,7 @@ from memory import resident
 from timing import machine
 from transformers.utils.logging import disable_progress_bar
 
-from mrl_redimnet import SpeakerEncoder
+from mrl_redimnet import MRLReDimNetConfig, MRLReDimNetModel, SpeakerEncoder
 from mrl_redimnet.adapters import AdapterFacts, Base, fingerprint
 from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.encoder import padded
@@ -122,7 +122,16 @@ def base_of(model: str):
     """A network with random weights, or the packaged one; "tiny" is for answers, not for times."""
     if model == "nano":
         return SpeakerEncoder.from_pretrained("nano", device="cpu").model.base_model
-    return build_base("b0" if model == "tiny" else model)
+    if model != "tiny":
+        return build_base(model)
+    torch.manual_seed(0)
+    stages = [
+        {"frequency_stride": stride, "blocks": 1, "expansion": 1, "reduction": 8, "time_stride": 1} for stride in (2, 2)
+    ]
+    config = MRLReDimNetConfig(
+        base_channels=8, stages=stages, num_mel_bins=24, embedding_size=32, matryoshka_dims=[16, 32]
+    )
+    return MRLReDimNetModel(config).eval()
 
 
 def save_all(model: str, folder: Path):
@@ -376,7 +385,7 @@ def report(record: dict) -> str:
             "## No answer is another's",
             "",
             paragraph(
-                f"{value['requests']:,} requests from 16 callers to a small network (b0), in passes of "
+                f"{value['requests']:,} requests from 16 callers to a tiny network, in passes of "
                 f"{value['rows_in_a_pass']:.1f} rows: the worst answer is {value['worst_relative_error']:.1e} of its "
                 f"length away from that alone; the nearest answer to another request is "
                 f"{value['nearest_other_answer']:.1e} away. The process grew by {value['grown_mib']:.0f} MiB."
