@@ -28,7 +28,7 @@ from torch import nn
 from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
-from mrl_redimnet.adapters.facts import AdapterFacts, Base
+from mrl_redimnet.adapters.facts import AdapterFacts, Base, labelled
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
@@ -196,15 +196,22 @@ class AdapterBank:
         one output is a regression. Raises ValueError for an adapter without a classifier and as `embed` does.
         """
         with self._lock, torch.inference_mode():
-            known = self._get(adapter)
-            if known.head is None:
-                raise ValueError(f"The adapter {adapter!r} has no classifier: it is for embeddings.")
-            embeddings = self.embed(input_values, attention_mask, adapter)
-            logits = known.head.to(embeddings.device)(embeddings.float())
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        labels = (known.facts and known.facts.labels) or map(str, range(logits.shape[1]))
-        return dict(zip(labels, logits.softmax(-1).unbind(-1), strict=True))
+            self._head(adapter)  # before the network runs
+            return self.classify_embeddings(self.embed(input_values, attention_mask, adapter), adapter)
+
+    def classify_embeddings(self, embeddings: torch.Tensor, adapter: str) -> dict[str, torch.Tensor] | torch.Tensor:
+        """As `classify`, from what `embed` gave for this adapter: whole embeddings [B, D]."""
+        with self._lock, torch.inference_mode():
+            head, facts = self._head(adapter), self._get(adapter).facts
+            logits = head.to(embeddings.device)(embeddings.float())
+        labels = (facts and facts.labels) or [str(number) for number in range(logits.shape[1])]
+        return labelled(logits, labels)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other thread adds, removes or chooses adapters: several calls see the same ones."""
+        with self._lock:
+            yield
 
     def merged(self, name: str) -> MRLReDimNetModel:
         """A plain model of its own with the adapter folded into its weights: no PEFT is needed to run, save or load it.
@@ -313,6 +320,12 @@ class AdapterBank:
         except KeyError:
             raise ValueError(f"There is no adapter {name!r}; loaded are: {', '.join(self.names) or 'none'}.") from None
 
+    def _head(self, name: str) -> nn.Module:
+        head = self._get(name).head
+        if head is None:
+            raise ValueError(f"The adapter {name!r} has no classifier: it is for embeddings.")
+        return head
+
     def _check_name(self, name: str) -> None:
         if not name or "." in name or name in ("default", BASE, ACTIVE) or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"adapter name: {name!r} means something to PEFT or torch; take a word without dots.")
@@ -392,7 +405,8 @@ class AdapterBank:
             raise ValueError(f"attention_mask: {tuple(attention_mask.shape)} for {tuple(input_values.shape)} samples.")
         chosen = [self._get(name) for name in set(names) if name is not None]
         windowed = input_values.shape[1] > int(self.model.config.window_seconds * SAMPLING_RATE)  # row by row
-        if len(set(names)) != 1 and all(adapter.plain for adapter in chosen) and not windowed:
+        # Also for rows of one adapter, unless it is in use: to choose it and go back costs more, the more are loaded.
+        if set(names) != {self._active} and all(adapter.plain for adapter in chosen) and not windowed:
             with self._using(None), adapters_by_row(self.model, names):
                 return self.model(input_values, attention_mask, truncate_dim).embeddings
         order, parts = [], []

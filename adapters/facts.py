@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from configuration_mrl_redimnet import MRLReDimNetError
@@ -96,3 +98,10 @@ def adapter_digest(folder: str | Path) -> str:
     if not tensors.is_file():
         raise FileNotFoundError(f"no {tensors.name} in {folder}: not an adapter's folder")
     return f"sha256:{hashlib.sha256(tensors.read_bytes()).hexdigest()}"
+
+
+def labelled(logits: torch.Tensor, labels: Sequence[str]) -> dict[str, torch.Tensor] | torch.Tensor:
+    """What a classifier's logits [B, classes] say: {label: probabilities [B]}; of a single output, values [B]."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return dict(zip(labels, logits.softmax(-1).unbind(-1), strict=True))

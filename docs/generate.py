@@ -78,6 +78,7 @@ PURPOSES = {
     "evaluation": "results, robustness, page",
     "diarization": "who spoke when",
     "extraction": "bulk embedding, search",
+    "serving": "batches, HTTP, speakers",
     "training": "recipe, tasks, schedules",
     "adapters": "LoRA: train, serve, publish",
     "hub_cards": "model cards",

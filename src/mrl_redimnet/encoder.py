@@ -23,8 +23,13 @@ from transformers.utils.hub import extract_commit_hash
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel, sample_mask
-from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
+from modeling_mrl_redimnet import (
+    MRLReDimNetForSequenceClassification,
+    MRLReDimNetModel,
+    MRLReDimNetPreTrainedModel,
+    sample_mask,
+)
+from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest, labelled
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
 from mrl_redimnet.audio.levels import refuse_silence, warn_of_silence
@@ -216,8 +221,16 @@ class SpeakerEncoder:
         """Names the weights that embed, for thresholds and files of embeddings: a hash of the model's weights and
         configuration and, with an adapter, one of its tensors.
         """
+        return self.weights(None if self._bank is None else self._bank.active)
+
+    def weights(self, adapter: str | None) -> str:
+        """As `fingerprint`, of the adapter of this name in `adapters`, or with None of the model itself, whatever is in
+        use. Raises ValueError for a name that is not there.
+        """
+        if adapter is not None:
+            return self.adapters.fingerprint(adapter)
         if self._bank is not None:
-            return self._bank.fingerprint(self._bank.active)
+            return self._bank.fingerprint(None)
         return self._fingerprint or fingerprint(self._encoder)
 
     @property
@@ -376,19 +389,49 @@ class SpeakerEncoder:
         return self._encoder.projection(self._encoder.pooling(windows, None)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def embed_padded(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> NDArray:
+    def embed_padded(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, adapters: Sequence[str | None] | None = None
+    ) -> NDArray:
         """Waveforms [B, T] at 16 kHz, padded with anything behind their lengths [B] in samples -> [B, D] float32.
 
         For callers that read and batch speech themselves. The model should be in evaluation mode.
+
+        adapters: for each row the name of an adapter in `adapters`, or None for the model itself; by default all rows
+            go through the adapter that is in use. Raises ValueError for names that are not there.
         """
         padding = bool((lengths != waveforms.shape[1]).any())
         waveforms = waveforms.to(self.device)
         mask = sample_mask(lengths.to(self.device), waveforms.shape[1]) if padding else None
-        if self._bank is not None:
+        if adapters is not None and (self._bank is not None or any(adapters)):
+            embeddings = self.adapters.embed(waveforms, mask, list(adapters))
+        elif self._bank is not None:
             embeddings = self._bank.embed(waveforms, mask)
         else:
             embeddings = self._encoder(waveforms, attention_mask=mask).embeddings
         return embeddings.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def classify(self, embeddings: ArrayLike, adapter: str | None = None) -> list[dict[str, float]] | NDArray:
+        """Whole embeddings [N, D] -> for each the probability of every class by its label, in the order of the classes.
+
+        The classifier is that of an adapter in `adapters` by its name, or the model's own, and the embeddings must be
+        of the same. One that has a single output is a regression and gives values [N] in the unit of its training.
+        Raises ValueError where there is no classifier.
+        """
+        embedded = torch.as_tensor(np.asarray(embeddings, dtype=np.float32), device=self.device)
+        if adapter is not None:
+            found = self.adapters.classify_embeddings(embedded, adapter)
+        elif isinstance(self.model, MRLReDimNetForSequenceClassification):
+            names = [self.config.id2label[number] for number in sorted(self.config.id2label)]
+            found = labelled(self.model.classifier(embedded), names)
+        else:
+            raise ValueError(
+                f"{self.name} has no classifier: it is for embeddings. Give a model or an adapter with one."
+            )
+        if isinstance(found, torch.Tensor):
+            return found.cpu().numpy()
+        columns = {label: values.tolist() for label, values in found.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def extractor(self) -> MRLReDimNetFeatureExtractor:
         """What checks waveforms for this model."""

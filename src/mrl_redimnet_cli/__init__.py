@@ -29,6 +29,7 @@ from mrl_redimnet_cli import (
     push,
     robustness,
     rotate,
+    serve,
     synthesise,
     verify,
 )
@@ -43,6 +44,7 @@ COMMANDS = (
     identify,
     diarize,
     embed,
+    serve,
     robustness,
     push,
     adapters,

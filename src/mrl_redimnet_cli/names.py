@@ -43,6 +43,9 @@ VALUES = {
     "scoring.calibration.THRESHOLDS_FILE": "thresholds.json",
     "evaluation.robustness.REPORT": "robustness.json",
     "evaluation.robustness.PICTURE": "robustness.png",
+    "serving.batcher.WAIT_MS": 10.0,
+    "serving.batcher.BATCH_SECONDS": 60.0,
+    "serving.batcher.QUEUE_SECONDS": 600.0,
 }
 
 
