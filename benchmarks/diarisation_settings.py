@@ -55,17 +55,18 @@ def main():
         if chosen:
             sets[folder.name] = chosen
     embed = remembered(SpeakerEncoder.from_pretrained(arguments.model, device="cpu").embed)
-    kept = {"windows of 1.5 s every 0.75 s, spectral, silhouette (kept)": {}}
+    kept = {"windows of 1 s every 0.5 s, spectral, silhouette (kept)": {}}
     tried = kept | {
-        f"average linkage, cut at {distance}": {"clustering.FEW": 10**9, "clustering.DISTANCE": distance}
-        for distance in (0.5, 0.6, 0.7)
+        f"average linkage, cut at {distance}": {"clustering.FEW_SECONDS": 1e9, "clustering.DISTANCE": distance}
+        for distance in (0.6, 0.7, 0.8)
     }
     tried |= {
-        "spectral for every recording": {"clustering.FEW": 3},
+        "spectral for every recording": {"clustering.FEW_SECONDS": 0.0},
         "spectral, counted by the eigengap": {"clustering.spectral": by_eigengap},
-        "windows of 1.5 s every 0.25 s": {"step": 0.25},
-        "windows of 1 s every 0.5 s": {"window": 1.0, "step": 0.5},
-        "windows of 2 s every 1 s": {"window": 2.0, "step": 1.0},
+        "windows of 0.75 s every 0.375 s": {"window": 0.75, "step": 0.375},
+        "windows of 1 s every 0.33 s": {"step": 0.33},
+        "windows of 1.5 s every 0.75 s": {"window": 1.5, "step": 0.75},
+        "windows of 1.5 s every 0.75 s, few ones cut at 0.6": {"window": 1.5, "step": 0.75, "clustering.DISTANCE": 0.6},
         "without a least length of 2 s in all": {"least_seconds": 0.0},
     }
     lines = [f"| | {' | '.join(f'{name}: DER | confused | speakers off by' for name in sets)} |",

@@ -120,7 +120,7 @@ def test_speakers_who_differ_are_told_apart_and_counted(sizes, counted, seed):
 @pytest.mark.parametrize("most", [30, 1500])
 def test_of_many_windows_some_are_clustered_and_all_get_a_speaker(monkeypatch, most):
     monkeypatch.setattr(clustering, "_MANY", most)
-    monkeypatch.setattr(clustering, "FEW", 10)
+    monkeypatch.setattr(clustering, "FEW_SECONDS", 10.0)
     units, truth = voices([40, 40, 40])
     labels, means = clustered(units, np.ones(len(units)))
     assert len(means) == 3 and len(set(zip(labels, truth, strict=True))) == 3
@@ -328,7 +328,7 @@ def test_command(tmp_path, dialogue, capsys):
     (tmp_path / "enrolled" / "anna").mkdir(parents=True)
     soundfile.write(tmp_path / "enrolled" / "anna" / "1.wav", read_audio(FIRST), RATE)
     out = tmp_path / "out"
-    assert run("diarize", "nano", calls, "--out", out, "--enrolled", tmp_path / "enrolled", "--dim", 64) == 1
+    assert run("diarize", "nano", calls, "--out", out, "--enrolled", tmp_path / "enrolled", "--dim", 128) == 1
     printed = capsys.readouterr()
     assert "bad.wav" in printed.err and "left out" in printed.err and "1 enrolled speaker: accepted" in printed.out
     written = {file.relative_to(out).as_posix() for file in out.rglob("*.*")}
@@ -337,8 +337,8 @@ def test_command(tmp_path, dialogue, capsys):
     assert {turn.speaker for turn in turns} == {"anna", "speaker_01"}
     assert np.mean(talking(turns, "anna") == talking(truth, "a")) > 0.92
     record = json.loads((out / "my_call.json").read_text())
-    assert record["dim"] == 64 and record["model"] == "nano" and record["adapter"] is None and record["fingerprint"]
-    assert [len(speaker["embedding"]) for speaker in record["speakers"]] == [64, 64]
+    assert record["dim"] == 128 and record["model"] == "nano" and record["adapter"] is None and record["fingerprint"]
+    assert [len(speaker["embedding"]) for speaker in record["speakers"]] == [128, 128]
     assert {speaker["name"]: speaker["enrolled"] for speaker in record["speakers"]} == {
         "anna": True,
         "speaker_01": False,

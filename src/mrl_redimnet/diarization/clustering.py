@@ -5,8 +5,9 @@ from numpy.typing import NDArray
 
 from mrl_redimnet.extras import extra
 
-FEW = 40  # windows below which the graph of neighbours says too little, and distances are cut at a threshold
-DISTANCE = 0.6  # of cosines, at which that cut is made
+# Seconds of windows (which overlap) below which their graph says too little, and distances are cut at a threshold.
+FEW_SECONDS = 70.0
+DISTANCE = 0.7  # of cosines, at which that cut is made
 _MANY = 1500  # windows that are clustered; of more, so many are drawn evenly, and the others go to the nearest cluster
 _NEIGHBOURS = (0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3)  # shares of all windows, of which one is chosen
 _LEAST_SILHOUETTE = 0.05  # two clusters that are less apart are one
@@ -33,7 +34,7 @@ def clustered(
     if len(units) > _MANY:
         rows = np.linspace(0, len(units) - 1, _MANY).round().astype(int)
     drawn = units[rows]
-    if len(drawn) < FEW:
+    if seconds.sum() < FEW_SECONDS or len(drawn) < 4:
         labels = _linked(drawn, speakers)
     else:
         labels = spectral(drawn, speakers, most)

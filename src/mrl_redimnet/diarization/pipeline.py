@@ -67,8 +67,8 @@ class Diarizer:
     """
 
     embed: Embed
-    window: float = 1.5
-    step: float = 0.75
+    window: float = 1.0
+    step: float = 0.5
     most_speakers: int = 10
     least_seconds: float = 2.0
 
