@@ -27,7 +27,7 @@ def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path) -
     def write(target: Path) -> None:
         strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
         strategy.save(target)
-        replace(facts, layers=saved_ranks(target)).save(target)
+        replace(facts, layers=saved_ranks(target), nested_ranks=strategy.nested_ranks).save(target)
         write_adapter_card(target)
 
     replace_folder(Path(folder), write)
@@ -97,6 +97,19 @@ def mix_adapters(
     bank.combine("mix", chosen, method, rank=rank, density=density)
     bank.save("mix", folder)
     write_adapter_card(Path(folder))
+
+
+def cut_adapter(base: str | Path, adapter: str | Path, rank: int, folder: str | Path) -> None:
+    """Writes an adapter cut to `rank` to `folder`, as `AdapterBank.add` cuts it, with a card where it had facts. base,
+    adapter: path or Hub id. Raises as that does.
+    """
+    from mrl_redimnet.adapters.bank import AdapterBank
+
+    bank = AdapterBank.load(base)
+    bank.add("cut", adapter, rank=rank)
+    bank.save("cut", folder)
+    if bank.facts("cut") is not None:
+        write_adapter_card(Path(folder))
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path) -> None:

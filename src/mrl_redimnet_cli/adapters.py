@@ -1,7 +1,8 @@
-"""`mrl-redimnet adapters ...`: adapters to and from the Hub, looked at, chosen by audio, mixed and merged."""
+"""`mrl-redimnet adapters ...`: adapters to and from the Hub, looked at, chosen by audio, mixed, cut and merged."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.arguments import (
     MODEL,
@@ -18,13 +19,16 @@ from mrl_redimnet_cli.arguments import (
 )
 from mrl_redimnet_cli.names import CHOICES
 
+if TYPE_CHECKING:
+    from mrl_redimnet.adapters.facts import AdapterFacts
+
 
 def add(commands: Commands) -> None:
     """Adds the commands to the subparsers `commands`."""
     parser = commands.add_parser(
         "adapters",
-        help="push, pull, list, look at, mix and merge adapters",
-        description="Push, pull, list, look at, mix and merge adapters.",
+        help="push, pull, list, look at, mix, cut and merge adapters",
+        description="Push, pull, list, look at, mix, cut and merge adapters.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
 
@@ -68,6 +72,13 @@ def add(commands: Commands) -> None:
         "--density", type=float, help="share of the numbers that the methods ties, dare and magnitude_prune keep"
     )
     must_be_there(mix, base=model_source)
+
+    cut = add_command(actions, "cut", cut_to_rank, help="save an adapter cut to a lower rank, as a new adapter")
+    cut.add_argument("base", help=f"the base: {MODEL}")
+    cut.add_argument("adapter", help="the adapter: a path or Hub id")
+    cut.add_argument("out", type=Path, help="a new folder")
+    cut.add_argument("--rank", type=int, required=True, help="the highest rank that a layer keeps")
+    must_be_there(cut, base=model_source, adapter=source)
 
     merge = add_command(
         actions,
@@ -119,12 +130,18 @@ def show_info(arguments: argparse.Namespace) -> None:
         "domain": facts.domain if facts else None,
         "task": f"{facts.task} {', '.join(facts.labels)}".strip() if facts else None,
         "layers": info.placement,
-        "rank": info.rank,
+        "rank": None if info.rank is None else f"{info.rank}{nested_ranks(facts)}",
         "size": f"{info.parameters:,} parameters, {info.size:,} bytes",
         "training": facts.training if facts else None,
     }
     for name, value in lines.items():
         print(f"{name:<9}{value or 'not said'}")
+
+
+def nested_ranks(facts: "AdapterFacts | None") -> str:
+    """Which ranks an adapter was trained to be cut to, as a part of a line; nothing for most."""
+    ranks = [] if facts is None else facts.nested_ranks[:-1]
+    return f" (trained to be cut to {', '.join(map(str, ranks))})" if ranks else ""
 
 
 def show_domains(arguments: argparse.Namespace) -> None:
@@ -156,6 +173,18 @@ def mix_into(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{pair!r}: expected ADAPTER=WEIGHT, a path or Hub id and a number.") from error
     mix_adapters(arguments.base, weights, arguments.out, arguments.method, arguments.rank, arguments.density)
     print(f"{arguments.out}: {arguments.method} of {', '.join(arguments.weights)}.")
+
+
+def cut_to_rank(arguments: argparse.Namespace) -> None:
+    """`mrl-redimnet adapters cut`."""
+    from mrl_redimnet.adapters.hub import adapter_info
+    from mrl_redimnet.adapters.publishing import cut_adapter
+    from mrl_redimnet.files import refuse_existing
+
+    refuse_existing(arguments.out)
+    cut_adapter(arguments.base, arguments.adapter, arguments.rank, arguments.out)
+    size = adapter_info(arguments.out).size
+    print(f"{arguments.out}: {arguments.adapter} cut to rank {arguments.rank}, {size:,} bytes.")
 
 
 def merge_into(arguments: argparse.Namespace) -> None:

