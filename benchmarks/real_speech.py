@@ -6,13 +6,16 @@
 SPEECH and SPEECH_MORE hold SPLIT/wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv. Made are
 
 - RUNS/speech/SPEAKER: a link to each speaker's folder, of both training splits;
-- RUNS/simulated/SPEAKER: each utterance of the speakers without a telephone, twice, through a simulated call;
+- RUNS/simulated/SPEAKER: each utterance of the speakers of LibriSpeech and AN4 through a simulated call;
 - RUNS/teacher.parquet: CAM++'s embedding of every whole utterance, also for its simulated calls, in the space in which
   utterances of one speaker differ alike in all directions (`campplus.within_speaker_whitened`);
 - RUNS/teacher_axes.safetensors: the rotation of that space under which it is nearest to the base's embeddings. The base
   learnt to point there in axes that were its own; a run that teaches it goes on in them;
 - RUNS/domains.json: of each domain the speakers to train on, and those held out for development, drawn once;
-- RUNS/dev_DOMAIN.txt: trials of the held-out speakers, paths relative to RUNS/speech.
+- RUNS/dev_DOMAIN.txt: trials of the held-out speakers, paths relative to RUNS/speech;
+- RUNS/clean, RUNS/dev_clean.txt: the LibriSpeech recordings of further held-out speakers, cut in three, and trials;
+- RUNS/called, RUNS/dev_called.txt: the same parts, each through a simulated call of its own. A caller's utterances in
+  the training split are all of one call, so that only these trials compare a voice over two channels.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import json
 import os
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +44,8 @@ from mrl_redimnet.encoder import SpeakerEncoder
 
 # Speakers of each domain that are held out to choose settings by.
 HELD_OUT = {"telephone": 10, "children": 18, "adults": 24, "words": 12}
-CALLS = 2  # simulated, of each utterance
+CLEAN, PARTS = 60, 3  # speakers with one long recording each, and the parts that it is cut into
+CALLS = 1  # simulated, of each utterance
 UTTERANCES_EACH, NON_TARGETS = 12, 30  # of a development speaker; of a pair of them
 CHILD = 12  # years, the oldest
 
@@ -90,6 +95,7 @@ def domain_of(row: dict[str, str]) -> str | None:
 def write_domains(speakers: dict[str, dict[str, str]], runs: Path) -> None:
     """Draws the held-out speakers of each domain, and writes them, the others in a drawn order, and the trials."""
     found: dict[str, dict[str, list[str]]] = {}
+    genders = {name: row["gender"] for name, row in speakers.items()}
     for domain, count in HELD_OUT.items():
         rng = random.Random(domain)
         names = [name for name in sorted(speakers) if domain_of(speakers[name]) == domain]
@@ -97,23 +103,42 @@ def write_domains(speakers: dict[str, dict[str, str]], runs: Path) -> None:
         enough = [name for name in names if len(files_of(runs, name)) >= 3]
         held_out = sorted(enough[:count])
         found[domain] = {"dev": held_out, "train": [name for name in names if name not in held_out]}
-        lines = trials_among(held_out, {name: row["gender"] for name, row in speakers.items()}, runs, rng)
+        lines = trials_among(held_out, genders, runs, rng)
         (runs / f"dev_{domain}.txt").write_text("\n".join(lines) + "\n")
     in_a_domain = {name for domain in ("telephone", "words") for part in found[domain].values() for name in part}
     wide = [name for name in sorted(speakers) if name[:2] in ("ls", "an") and name not in in_a_domain]
-    found["wideband"] = {"dev": [], "train": wide}
+    clean = cut_recordings([name for name in wide if name[:2] == "ls"][::4][:CLEAN], runs)
+    found["wideband"] = {"dev": clean, "train": [name for name in wide if name not in clean]}
+    lines = trials_among(
+        clean, {name: row["gender"] for name, row in speakers.items()}, runs, random.Random(0), "clean"
+    )
+    for name in ("clean", "called"):
+        (runs / f"dev_{name}.txt").write_text("\n".join(lines) + "\n")
     (runs / "domains.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def files_of(runs: Path, speaker: str) -> list[Path]:
-    """The utterances of a speaker, as paths relative to RUNS/speech."""
-    root = runs / "speech"
+def cut_recordings(speakers: list[str], runs: Path) -> list[str]:
+    """Writes the recordings of some speakers to RUNS/clean, each cut in equal parts; the speakers."""
+    for path in (path for name in speakers for path in files_of(runs, name)):
+        wave = soundfile.read(runs / "speech" / path, dtype="float32")[0]
+        for number, part in enumerate(np.array_split(wave, PARTS)):
+            name = path.parent / f"{path.stem}-{number}.flac"
+            write_flac(runs / "clean" / name, part)
+            write_flac(runs / "called" / name, called(part, str(name), 0))
+    return speakers
+
+
+def files_of(runs: Path, speaker: str, inner: str = "speech") -> list[Path]:
+    """The utterances of a speaker, as paths relative to RUNS/speech, or to another folder in RUNS."""
+    root = runs / inner
     return sorted(file.relative_to(root) for file in (root / speaker).glob("*/*.*"))
 
 
-def trials_among(speakers: list[str], genders: dict[str, str], runs: Path, rng: random.Random) -> list[str]:
+def trials_among(
+    speakers: list[str], genders: dict[str, str], runs: Path, rng: random.Random, inner: str = "speech"
+) -> list[str]:
     """Trials of some speakers; non-targets are of one corpus and one gender, where it is known."""
-    utterances = {name: files_of(runs, name) for name in speakers}
+    utterances = {name: files_of(runs, name, inner) for name in speakers}
     lines = [f"1 {a} {b}" for own in utterances.values() for a, b in itertools.combinations(own[:UTTERANCES_EACH], 2)]
     for first, second in itertools.combinations(speakers, 2):
         if first[:2] == second[:2] and genders[first] == genders[second]:
@@ -178,7 +203,6 @@ def call_of(name: str, call: int) -> str:
 
 def simulate(runs: Path) -> None:
     """Every utterance of the speakers with wideband speech through `CALLS` simulated calls each."""
-    telephone = make_domain("telephony")
     names = json.loads((runs / "domains.json").read_text())["wideband"]["train"]
     paths = [path for name in names for path in files_of(runs, name)]
     for path, call in tqdm([*itertools.product(paths, range(CALLS))], unit="call", mininterval=20):
@@ -186,11 +210,26 @@ def simulate(runs: Path) -> None:
         if target.is_file():
             continue
         wave = soundfile.read(runs / "speech" / path, dtype="float32")[0]
-        called = telephone(wave, np.random.default_rng([call, zlib.crc32(str(path).encode())]))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(soundfile.write, samplerate=SAMPLING_RATE, subtype="PCM_16", format="FLAC")
-        write(target.with_suffix(".new"), np.clip(called, -1, 1))
-        os.replace(target.with_suffix(".new"), target)
+        write_flac(target, called(wave, str(path), call))
+
+
+@functools.cache
+def telephone() -> Callable:
+    """What simulates calls."""
+    return make_domain("telephony")
+
+
+def called(wave: np.ndarray, name: str, call: int) -> np.ndarray:
+    """wave [samples], called `name`, through the simulated call number `call`."""
+    return telephone()(wave, np.random.default_rng([call, zlib.crc32(name.encode())]))
+
+
+def write_flac(file: Path, wave: np.ndarray) -> None:
+    """Writes wave [samples], whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    soundfile.write(new, np.clip(wave, -1, 1), SAMPLING_RATE, subtype="PCM_16", format="FLAC")
+    os.replace(new, file)
 
 
 if __name__ == "__main__":
