@@ -15,6 +15,7 @@ them. Both are kept in RUNS, so that a run with a frozen trunk takes seconds onc
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -22,10 +23,10 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import adapter_grid
+import numpy as np
 import torch
 import yaml
 from compare_adapters import machine
@@ -35,6 +36,7 @@ import train_hf
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.hub import adapter_info
+from mrl_redimnet.audio.io import read_audio
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.files import replace_text
 from mrl_redimnet.saving import load_model
@@ -48,7 +50,8 @@ CLEAN = "librispeech"  # the test list of clean speech
 DIMS = (64, 256)
 STEPS, CROPS, SECONDS = 100, 16, 3.0
 DISTINCT = 32  # batches that are drawn; a run goes through them again and again
-RATES = {"small": 2e-3, "all": 2e-4}  # highest learning rates: of whatever is small, of all weights
+# Highest learning rates: of all weights, of whatever is small, and of that where the teacher tells of calls.
+ALL_WEIGHTS, SMALL, CALLS = 2e-4, 2e-3, 5e-4
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,32 @@ def lora(placement: str, rank: int, **settings) -> dict:
 
 
 SYSTEMS = {
-    "all weights": {"finetune": "all", "learning_rate": RATES["all"]},
+    "all weights": {"finetune": "all", "learning_rate": ALL_WEIGHTS},
     "head": {"finetune": "head"},
     "projection, whole": {"finetune": "projection"},
     **{
         f"LoRA {placement}, r={rank}": lora(placement, rank)
         for placement in ("projection", "attention", "pointwise", "linear")
-        for rank in (1, 2, 4, 8, 16)
+        for rank in (1, 2, 4, 8, 16, 32)
     },
 }
 SIGNALS = {
     "teacher": {"margin_weight": 0.0, "teacher_loss": "direction", "teacher_weight": 10.0},
-    "labels": {"margin_weight": 1.0, "teacher": None, "teacher_axes": None, "margin_schedule": [0.3, 0.7]},
-    "similarity": {"margin_weight": 0.0, "teacher_loss": "similarity", "teacher_axes": None, "teacher_weight": 10.0},
+    "labels": {
+        "margin_weight": 1.0,
+        "teacher": None,
+        "teacher_axes": None,
+        "margin_schedule": [0.3, 0.7],
+        "learning_rate": 1e-3,
+        "part_learning_rates": {"classifier": 5e-3},  # it begins with random weights
+    },
 }
 
 
 DOMAINS = ("telephone", "children", "adults", "words")
+
+
+P4 = "LoRA projection, r=4"
 
 
 def plan() -> list[Run]:
@@ -106,8 +118,27 @@ def plan() -> list[Run]:
     runs = []
     for domain in ("telephone", "children"):
         for signal in ("teacher", "labels"):
-            runs += [Run(domain, signal=signal, system=s) for s in ("LoRA projection, r=4", "LoRA linear, r=8")]
+            runs += [Run(domain, signal=signal, system=system) for system in FROZEN]
+    runs += [Run("telephone", data=data, seed=seed) for seed in SEEDS for data in ("simulated", "both")]
+    whole = {"learning_rate": SMALL}
+    runs += [Run("telephone", data="simulated", system="projection, whole", seed=s, more=whole) for s in SEEDS[:2]]
+    runs += [Run("telephone", signal="labels", system="LoRA projection, r=16", seed=seed) for seed in SEEDS]
+    children = ("projection, whole", "LoRA projection, r=16")
+    runs += [Run("children", system=system, seed=seed) for seed in SEEDS for system in children]
+    runs += [Run("children", system=system) for system in ("LoRA linear, r=8", "all weights")]
+    for domain in ("telephone", "children"):
+        for signal in ("teacher", "labels"):
+            runs += [Run(domain, signal=signal, seed=seed) for seed in SEEDS]
+            runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (5, 10, 20)]
+    for domain in ("adults", "words"):
+        for signal in ("teacher", "labels"):
+            runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (0, 10)]
+    runs += [Run("telephone", signal=signal, system="LoRA linear, r=8") for signal in ("labels", "teacher")]
     return list(dict.fromkeys(runs))
+
+
+SEEDS = (0, 1, 2)
+FROZEN = (P4, "LoRA projection, r=1", "LoRA projection, r=16", "projection, whole")  # what leaves the trunk as it is
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,14 +193,15 @@ def train_once(runs: Path, run: Run) -> dict:
     speech = view(runs, run)
     recipe = {"start": BASE, "train": str(speech), "output": str(folder), "seed": run.seed}
     recipe |= {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS, "bootstrap_samples": 0}
-    recipe |= {"batch_size": CROPS, "crop_seconds": SECONDS, "learning_rate": RATES["small"], "warmup": 0.1}
+    rate = CALLS if run.domain == "telephone" else SMALL
+    recipe |= {"batch_size": CROPS, "crop_seconds": SECONDS, "learning_rate": rate, "warmup": 0.1}
     recipe |= {"final_learning_rate": 1e-5, "weight_decay": 0.01, "workers": 0, "tracker": "none"}
-    recipe |= {"dev_trials": str(runs / f"dev_{run.domain}.txt"), "dev_folder": str(runs / "speech")}
+    recipe |= {"dev_trials": str(few_trials(runs)), "dev_folder": str(runs / "clean"), "dev_speakers": 0}
     recipe |= {"teacher": str(runs / "teacher.parquet"), "teacher_axes": str(runs / "teacher_axes.safetensors")}
     recipe |= SIGNALS[run.signal] | SYSTEMS[run.system] | run.more
     (folder / "recipe.yaml").write_text(yaml.safe_dump(in_groups(flat(read_recipe(None, recipe)))))
     began = time.process_time()
-    setup.DrawnCrops = partial(FewCrops, folder=runs / "crops" / f"{speech.name}-{run.seed}")
+    setup.DrawnCrops = functools.partial(FewCrops, folder=runs / "crops" / f"{speech.name}-{run.seed}")
     train_hf.main([str(folder / "recipe.yaml"), "--resume"])
     seconds = time.process_time() - began
     return {"seconds": round(seconds, 1), "dev": development(runs, run.domain, SpeakerEncoder(trained(folder)))}
@@ -215,6 +247,13 @@ def remembered(pooled: Callable, folder: Path) -> Callable:
     return look_up
 
 
+def few_trials(runs: Path) -> Path:
+    """Two trials for `train_hf.py`, which chooses no step by them: there is one evaluation, at the end of the run."""
+    lines = (runs / "dev_clean.txt").read_text().splitlines()
+    replace_text(runs / "dev_few.txt", f"{lines[0]}\n{lines[-1]}\n")
+    return runs / "dev_few.txt"
+
+
 def folder_of(runs: Path, run: Run) -> Path:
     """Where a run lies."""
     return runs / "runs" / run.key
@@ -248,13 +287,19 @@ def trained(folder: Path):
     return getattr(model, model.base_model_prefix, model)
 
 
+@functools.cache
+def waves_of(folder: Path, paths: tuple[str, ...]) -> list[np.ndarray]:
+    """The audio of a list, read once for all runs."""
+    return [read_audio(folder / path) for path in paths]
+
+
 def development(runs: Path, domain: str, encoder: SpeakerEncoder) -> dict[str, float]:
     """{list, dimension: EER} on the domain's development trials, on clean ones, and those through simulated calls."""
     found = {}
     for name in (domain, "clean", *(["called"] if domain == "telephone" else [])):
         trials = read_trials(runs / f"dev_{name}.txt")
         folder = runs / (name if name in ("clean", "called") else "speech")
-        embeddings = encoder.embed([folder / path for path in trials.utterances])
+        embeddings = encoder.embed(waves_of(folder, tuple(trials.utterances)))
         for dim, drawn in eers(trials, trials.utterances, embeddings, DIMS, 2).items():
             found[f"{name}, {dim}"] = round(100 * drawn.value, 2)
     return found
@@ -291,7 +336,7 @@ class Lists:
         found = {}
         for name in names:
             trials, folder = self.trials[name], self.folders[name]
-            embeddings = encoder.embed([folder / path for path in trials.utterances])
+            embeddings = encoder.embed(waves_of(folder, tuple(trials.utterances)))
             of_dims = eers(trials, trials.utterances, embeddings, dims, self.resamples)
             found |= {(name, dim): drawn for dim, drawn in of_dims.items()}
         return found
