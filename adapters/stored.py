@@ -15,7 +15,7 @@ from torch import nn
 
 from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
 from mrl_redimnet.adapters.placement import encoder_name
-from mrl_redimnet.adapters.strategies import explicit_config, truncated
+from mrl_redimnet.adapters.strategies import explicit_config, nested_weights, truncated
 from mrl_redimnet.fingerprints import ADAPTER_PARTS
 
 HEADS = ("classifier", "score")  # what PEFT saves beside every adapter of a sequence classification
@@ -134,21 +134,25 @@ def as_plain_lora(
 def cut(adapter: Adapter, rank: int) -> Adapter:
     """The adapter with at most `rank` in each layer.
 
-    Of one that was trained for several ranks these are its first components, of any other the nearest to it in the
-    Frobenius norm, by SVD. Raises ValueError for a rank below 1 or above the adapter's own, and for more than plain
-    LoRA.
+    Of one that was trained for several ranks these are its first components, times what gives them the weight of all;
+    of any other, as of one that was cut already, the nearest to it in the Frobenius norm, by SVD.
+
+    Raises ValueError for a rank below 1 or above the adapter's own, and for more than plain LoRA.
     """
     if not adapter.plain:
         raise ValueError("Only plain LoRA can be cut to a rank, no DoRA or norms of its own.")
     ranks = {key.removesuffix(".lora_A.weight"): len(down) for key, down in adapter.tensors.items() if "lora_A" in key}
     if not 1 <= rank <= max(ranks.values()):
         raise ValueError(f"rank: got {rank}, the adapter can be cut to 1 to {max(ranks.values())}.")
-    nested, tensors = adapter.facts is not None and adapter.facts.nested_ranks, {}
+    nested, tensors = [] if adapter.facts is None else adapter.facts.nested_ranks, {}
     for layer, own in ranks.items():
         down, up = (adapter.tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
         shapes, up = (down.shape[1:], up.shape[2:]), up * scaling(adapter.config, layer, own)
-        if nested or own <= rank:
-            down, up = down[:rank], up[:, :rank]
+        if own <= rank:
+            pass
+        elif nested:
+            weights = nested_weights(nested, own)
+            down, up = down[:rank], up[:, :rank] * float(weights.sum() / weights[:rank].sum())
         elif len(down) != up.shape[1]:
             raise ValueError(f"{layer}: a convolution in groups cannot be cut to a rank.")
         else:
@@ -158,7 +162,7 @@ def cut(adapter: Adapter, rank: int) -> Adapter:
     config = explicit_config({layer: min(rank, own) for layer, own in ranks.items()}, adapter.config.task_type)
     facts = adapter.facts
     if facts is not None:
-        facts = replace(facts, nested_ranks=[known for known in facts.nested_ranks if known <= rank])
+        facts = replace(facts, nested_ranks=[])  # its components are weighed for the ranks of the whole adapter
     return replace(adapter, config=config, tensors=tensors, facts=facts, digest=f"{adapter.digest}:rank{rank}")
 
 

@@ -318,18 +318,20 @@ class Mixed(Vanilla):
 class Matryoshka(Vanilla):
     """One adapter for several ranks (MatryoshkaLoRA, arXiv 2605.07850): its first k components are one of rank k.
 
-    The ranks k are 1, 2, 4 ... and `rank` itself. A fixed diagonal between A and B weighs component i by the share of
-    these ranks that contain it, so that what is trained is the mean of all the nested adapters' changes, at the price
-    of one. Early components get the largest gradients, and by that what matters most. The diagonal is saved in A.
+    The ranks k are 1, 2, 4 ... and `rank` itself. A fixed diagonal between A and B makes of their product the mean of
+    the nested adapters, each scaled by rank / k as usual: what is trained is all of them, at the price of one. Early
+    components are in most of them, and have the largest part in each. The diagonal is saved in A.
     """
 
     def __init__(self, host: nn.Module, plan: AdapterPlan, probe: Probe) -> None:
         super().__init__(host, plan, probe)
         for layer in adapted_layers(self.peft).values():
             down = layer.lora_A[ADAPTER]
-            shares = nested_shares(self.nested_ranks, layer.r[ADAPTER]).to(down.weight.device)
-            shares = shares.view(-1, *[1] * (down.weight.dim() - 2))  # of a convolution, along its output's channels
-            down.register_buffer("shares", shares, persistent=False)  # moves with the layer, is in no checkpoint
+            diagonal = nested_weights(self.nested_ranks, layer.r[ADAPTER]).to(down.weight.device)
+            diagonal = diagonal.view(
+                -1, *[1] * (down.weight.dim() - 2)
+            )  # of a convolution, along its output's channels
+            down.register_buffer("diagonal", diagonal, persistent=False)  # moves with the layer, is in no checkpoint
             down.register_forward_hook(weighed)
 
     @property
@@ -348,11 +350,11 @@ class Matryoshka(Vanilla):
         return lora
 
     def save(self, folder: Path) -> None:
-        """As plain LoRA, whose first k components of each layer are the adapter of rank k."""
+        """As plain LoRA, whose first k components of each layer are the adapter of rank k, up to a factor."""
         pairs = {}
         for name, layer in adapted_layers(self.peft).items():
             down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight.detach()
-            weighted = down.weight.detach() * down.shares.view(-1, *[1] * (down.weight.dim() - 1))
+            weighted = down.weight.detach() * down.diagonal.view(-1, *[1] * (down.weight.dim() - 1))
             pairs[name] = (weighted, up * layer.scaling[ADAPTER])
         self._write_pairs(folder, pairs)
 
@@ -377,14 +379,19 @@ def of_first_process(found: Any) -> Any:
     return broadcast_object_list([found])[0]
 
 
-def nested_shares(ranks: list[int], size: int) -> torch.Tensor:
-    """[size]: the share of `ranks` that contain each of a layer's `size` components, from 1 downwards."""
-    return torch.tensor([sum(rank > component for rank in ranks) / len(ranks) for component in range(size)])
+def nested_weights(ranks: list[int], size: int) -> torch.Tensor:
+    """[size]: what `Matryoshka` weighs a layer's components with, for adapters of these `ranks`, in falling order.
+
+    The nested adapter of rank k has its first k components at size / k each, one that is larger than the layer all
+    `size` at 1. The mean of these over the ranks is what a component has.
+    """
+    of_ranks = [min(rank, size) for rank in ranks]
+    return torch.tensor([sum(size / k for k in of_ranks if k > i) / len(ranks) for i in range(size)])
 
 
 def weighed(down: nn.Module, inputs: tuple, components: torch.Tensor) -> torch.Tensor:
-    """A hook of A: its output with each component times its share."""
-    return components * down.shares.to(components.dtype)
+    """A hook of A: its output with each component times its entry of the diagonal."""
+    return components * down.diagonal.to(components.dtype)
 
 
 def is_saved_whole(part: nn.Module) -> bool:

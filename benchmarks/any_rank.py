@@ -10,6 +10,7 @@ and on test lists; with `--lists 'children, held out'` on the former alone, whic
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +36,22 @@ WAYS = ("trained at this rank", "matryoshka, first components", "matryoshka, cut
 
 def nested(placement: str, seed: int) -> Run:
     """The run of an adapter for all ranks."""
-    more = lora(placement, RANKS[-1], strategy="matryoshka")
+    more = lora(placement, RANKS[-1], strategy="matryoshka", learning_rate=rate(RANKS[-1]))
     system = f"LoRA {placement}, r={RANKS[-1]}"
     return Run("children", system=system, seed=seed, more=more, variant="matryoshka")
 
 
 def plain(placement: str, rank: int, seed: int) -> Run:
     """The run of a plain adapter."""
-    return Run("children", system=f"LoRA {placement}, r={rank}", seed=seed)
+    more = {"learning_rate": rate(rank)}
+    return Run("children", system=f"LoRA {placement}, r={rank}", seed=seed, more=more, variant="rate by rank")
+
+
+def rate(rank: int) -> float:
+    """A learning rate. Under AdamW, and with PEFT's scaling of 2 at every rank, all components change by as much in a
+    step; with one rate for all ranks a low one would change the layer less, and be undertrained.
+    """
+    return 1e-2 / math.sqrt(rank)
 
 
 def plan() -> list[Run]:

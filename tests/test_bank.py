@@ -16,7 +16,7 @@ from mrl_redimnet.adapters import PLACEMENTS, AdapterFacts, Base, WrongBaseError
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.combining import METHODS
 from mrl_redimnet.adapters.placement import adapted_layers
-from mrl_redimnet.adapters.strategies import batch_norms
+from mrl_redimnet.adapters.strategies import batch_norms, nested_weights
 from mrl_redimnet.speed import speed_up
 
 BATCH = padded(waves(8_000, 5_000, 7_000, 6_500))
@@ -411,11 +411,12 @@ def test_an_adapter_for_several_ranks_is_cut_to_its_first_components(folders, tm
     bank.add("cut", source, rank=1)
     for key, layer in adapted_layers(bank.model, name).items():
         down, up = layer.lora_A[name].weight[:1], layer.lora_B[name].weight[:, :1]
-        added = (up.flatten(1) @ down.flatten(1)) * layer.scaling[name]
+        weights = nested_weights([1, 2], layer.r[name])  # of which the first component is given the weight of all
+        added = (up.flatten(1) @ down.flatten(1)) * layer.scaling[name] * (weights.sum() / weights[0])
         cut = bank.model.get_submodule(key)
         found = cut.lora_B["cut"].weight.flatten(1) @ cut.lora_A["cut"].weight.flatten(1) * cut.scaling["cut"]
         torch.testing.assert_close(found, added)
-    assert bank.facts("cut").nested_ranks == [1]
+    assert bank.facts("cut").nested_ranks == []
     bank.save("cut", tmp_path / "saved")
     torch.testing.assert_close(with_peft(tmp_path / "saved").embeddings, bank.embed(**BATCH, adapter="cut"))
     assert AdapterFacts.load(tmp_path / "saved").layers.keys() == adapted_layers(bank.model, "cut").keys()

@@ -680,7 +680,10 @@ def test_what_is_no_number_is_refused_in_python_as_well(name, value):
             "domain: got 'telefony', expected one of clean, noisy, telephony. Did you mean telephony?",
         ),
         ("mixed_precision: bf17", "mixed_precision: got 'bf17', expected one of no, bf16, fp16. Did you mean bf16?"),
-        ("strategy: warmup", "strategy: got 'warmup', expected one of vanilla, dynamic, warm_up, mixed, matryoshka. Did"),
+        (
+            "strategy: warmup",
+            "strategy: got 'warmup', expected one of vanilla, dynamic, warm_up, mixed, matryoshka. Did",
+        ),
         ("algorithm: adam", "optimizer.algorithm: got 'adam', expected one of adamw, sgd. Did you mean adamw?"),
         ("tracker: tensorbord", "Did you mean tensorboard?"),
         ("layout: voxceleb3", "Did you mean voxceleb2?"),

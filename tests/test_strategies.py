@@ -18,7 +18,7 @@ from mrl_redimnet.adapters.strategies import (
     AdapterPlan,
     Probe,
     Vanilla,
-    nested_shares,
+    nested_weights,
     ranks_by_worth,
     truncated,
 )
@@ -252,27 +252,25 @@ def test_mixed_resumes_with_the_ranks_it_was_given():
 
 
 def test_matryoshka_trains_the_mean_of_the_nested_adapters():
-    """Of ranks 1, 2, 4 and 6: what the layers compute is the mean of what those prefixes would add."""
+    """Of ranks 1, 2, 4 and 6, whose scaling is larger the lower the rank is."""
     model, strategy, _ = trained("matryoshka", rank=6)
     assert strategy.nested_ranks == [1, 2, 4, 6]
-    name = "projection.segments.1"
-    layer = model.redimnet.get_submodule(name)
+    layer = model.redimnet.get_submodule("projection.segments.1")
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         added = layer(x) - layer.base_layer(x)
-        nested = [layer.scaling["default"] * x @ down[:k].T @ up[:, :k].T for k in strategy.nested_ranks]
+        nested = [layer.scaling["default"] * 6 / k * x @ down[:k].T @ up[:, :k].T for k in strategy.nested_ranks]
     torch.testing.assert_close(added, sum(nested) / 4, rtol=1e-4, atol=1e-5)
     assert nested[0].abs().max() > 1e-3
 
 
-@given(size=st.integers(1, 70), rank=st.integers(1, 70))
-def test_shares_of_nested_ranks_fall_from_one_by_the_ranks_that_end(size, rank):
-    ranks = sorted({1, min(2, rank), rank})
-    shares = nested_shares(ranks, size).tolist()
-    assert len(shares) == size and shares[0] == 1.0 and shares == sorted(shares, reverse=True)
-    for component, share in enumerate(shares):
-        assert round(share * len(ranks)) == len([k for k in ranks if k >= component + 1])
+@given(size=st.integers(1, 70), ranks=st.sets(st.integers(1, 70), min_size=1))
+def test_nested_adapters_weigh_as_much_as_the_whole(size, ranks):
+    """Whatever the ranks, the weights fall and add up to the layer's size, as those of a plain adapter do."""
+    weights = nested_weights(sorted(ranks), size).tolist()
+    assert len(weights) == size and weights == sorted(weights, reverse=True) and min(weights) >= 0
+    assert math.isclose(sum(weights), size, rel_tol=1e-5)
 
 
 def test_matryoshka_goes_on_from_a_checkpoint_of_its_tensors():
@@ -280,7 +278,7 @@ def test_matryoshka_goes_on_from_a_checkpoint_of_its_tensors():
     model, _, _ = trained("matryoshka")
     again, _ = put_on("matryoshka")
     assert again.load_state_dict(model.state_dict()).missing_keys == []
-    assert not [name for name in model.state_dict() if "shares" in name]
+    assert not [name for name in model.state_dict() if "diagonal" in name]
     torch.testing.assert_close(answer(again.eval()), answer(model))
 
 

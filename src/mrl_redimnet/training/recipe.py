@@ -432,8 +432,8 @@ class Adapter(Group):
     )
     strategy: choice(*STRATEGIES) = Field(
         "vanilla",
-        description="how ranks come about (arXiv 2401.10447); matryoshka: in one file, an adapter for each of the ranks 1, "
-        "2, 4 ... rank (arXiv 2605.07850)",
+        description="how ranks come about (arXiv 2401.10447); matryoshka: an adapter that can be cut to "
+        "the ranks 1, 2, 4 ... (arXiv 2605.07850)",
     )
     start_rank: Count = Field(16, description="rank that the strategies dynamic and warm_up begin with")
     cut_at: Ratio = Field(0.3, description="ratio of the run at which warm_up cuts start_rank down to rank")
