@@ -328,9 +328,8 @@ class Matryoshka(Vanilla):
         for layer in adapted_layers(self.peft).values():
             down = layer.lora_A[ADAPTER]
             diagonal = nested_weights(self.nested_ranks, layer.r[ADAPTER]).to(down.weight.device)
-            diagonal = diagonal.view(
-                -1, *[1] * (down.weight.dim() - 2)
-            )  # of a convolution, along its output's channels
+            # Along the components of its output: the last axis, of a convolution the channels.
+            diagonal = diagonal.view(-1, *[1] * (down.weight.dim() - 2))
             down.register_buffer("diagonal", diagonal, persistent=False)  # moves with the layer, is in no checkpoint
             down.register_forward_hook(weighed)
 

@@ -120,8 +120,8 @@ def plan() -> list[Run]:
         for signal in ("teacher", "labels"):
             runs += [Run(domain, signal=signal, system=system) for system in FROZEN]
     runs += [Run("telephone", data=data, seed=seed) for seed in SEEDS for data in ("simulated", "both")]
-    whole = {"learning_rate": SMALL}
-    runs += [Run("telephone", data="simulated", system="projection, whole", seed=s, more=whole) for s in SEEDS[:2]]
+    fast = {"learning_rate": SMALL}
+    runs += [Run("telephone", data="simulated", system="projection, whole", seed=s, more=fast) for s in SEEDS[:2]]
     runs += [Run("telephone", signal="labels", system="LoRA projection, r=16", seed=seed) for seed in SEEDS]
     children = ("projection, whole", "LoRA projection, r=16")
     runs += [Run("children", system=system, seed=seed) for seed in SEEDS for system in children]
@@ -134,6 +134,7 @@ def plan() -> list[Run]:
         for signal in ("teacher", "labels"):
             runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (0, 10)]
     runs += [Run("telephone", signal=signal, system="LoRA linear, r=8") for signal in ("labels", "teacher")]
+    runs += [Run("telephone", data="simulated", system="LoRA linear, r=8", more=fast)]
     return list(dict.fromkeys(runs))
 
 
@@ -351,7 +352,7 @@ def test_lists(runs: Path, speech: Sequence[Path], resamples: int) -> Lists:
 
 
 TESTED = {
-    "telephone": ("telephone", "telephone_handset", CLEAN),
+    "telephone": ("telephone", CLEAN),
     "children": ("children", CLEAN),
     "adults": ("adults", CLEAN),
     "words": ("words", CLEAN),
