@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mrl_redimnet_cli.arguments import (
     MODEL,
     Commands,
+    adapter_source,
     add_command,
     add_push_options,
     file,
@@ -15,7 +16,6 @@ from mrl_redimnet_cli.arguments import (
     must_be_there,
     print_pushed,
     push_options,
-    source,
 )
 from mrl_redimnet_cli.names import CHOICES
 
@@ -49,7 +49,7 @@ def add(commands: Commands) -> None:
     info = add_command(actions, "info", show_info, help="show an adapter's base, domain, layers, rank and size")
     info.add_argument("adapter", help="the adapter: a path or Hub id")
     info.add_argument("--revision", help="branch, tag or commit")
-    must_be_there(info, adapter=source)
+    must_be_there(info, adapter=adapter_source)
 
     detect = add_command(actions, "detect", show_domains, help="say which domain each file sounds like")
     detect.add_argument("detector", type=Path, help="folder of a saved domain detector")
@@ -78,7 +78,7 @@ def add(commands: Commands) -> None:
     cut.add_argument("adapter", help="the adapter: a path or Hub id")
     cut.add_argument("out", type=Path, help="a new folder")
     cut.add_argument("--rank", type=int, required=True, help="the highest rank that a layer keeps")
-    must_be_there(cut, base=model_source, adapter=source)
+    must_be_there(cut, base=model_source, adapter=adapter_source)
 
     merge = add_command(
         actions,
@@ -89,7 +89,7 @@ def add(commands: Commands) -> None:
     merge.add_argument("base", help=f"the base: {MODEL}")
     merge.add_argument("adapter", help="the adapter: a path or Hub id")
     merge.add_argument("out", type=Path, help="a new folder")
-    must_be_there(merge, base=model_source, adapter=source)
+    must_be_there(merge, base=model_source, adapter=adapter_source)
 
 
 def push_folder(arguments: argparse.Namespace) -> None:
