@@ -35,6 +35,7 @@ from mrl_redimnet.adapters.stored import (
     HEADS,
     Adapter,
     adapter_tensors,
+    cut,
     fill,
     fitted,
     read_adapter,
@@ -133,15 +134,28 @@ class AdapterBank:
             return self.base.fingerprint
         return f"{self.base.fingerprint}+{self._get(name).digest or 'unsaved'}"
 
-    def add(self, name: str, source: str | Path, *, revision: str | None = None, any_base: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        rank: int | None = None,
+        revision: str | None = None,
+        any_base: bool = False,
+    ) -> None:
         """Loads the adapter of a folder or Hub repository and calls it `name`. It does not become active.
 
-        Raises ValueError for a name that will not do, a file that does not fit the model completely, or a kind of
-        adapter that would change the base; WrongBaseError, unless any_base, where it was trained on another base. The
-        bank is then as it was.
+        rank: to cut it to, in every layer: a smaller adapter, which answers a little differently. One that was trained
+        with the strategy matryoshka gives its first components, any other what is nearest to it by SVD.
+
+        Raises ValueError for a name that will not do, a file that does not fit the model completely, a rank it does
+        not have, or a kind of adapter that would change the base; WrongBaseError, unless any_base, where it was trained
+        on another base. The bank is then as it was.
         """
         self._check_name(name)
         adapter = self._fetch(source, revision, any_base)
+        if rank is not None:
+            adapter = cut(adapter, rank)
         with self._lock:
             self._attach(name, adapter)
 

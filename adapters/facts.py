@@ -45,6 +45,7 @@ class AdapterFacts:
 
     domain: a short name such as "telephony". task: what the adapter was trained for. labels: the classes of a
     classification, in the order of its logits. training: a sentence for the card. layers: per adapted layer, its rank.
+    nested_ranks: those that its first components were trained to be good at, rising; none of most adapters.
     """
 
     domain: str
@@ -53,6 +54,7 @@ class AdapterFacts:
     labels: list[str] = field(default_factory=list)
     training: str = ""
     layers: dict[str, int] = field(default_factory=dict)
+    nested_ranks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

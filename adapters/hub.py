@@ -40,7 +40,7 @@ from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.files import refuse_missing
 from mrl_redimnet.hub_cards import PLACEHOLDER
-from mrl_redimnet.saving import code_files, load_model, packaged_models
+from mrl_redimnet.saving import code_files, load_model, packaged_adapters, packaged_models
 
 ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
@@ -226,12 +226,15 @@ def list_adapters(base: str, *, author: str | None = None, token: str | None = N
 
 
 def adapter_info(source: str | Path, *, revision: str | None = None, token: str | None = None) -> AdapterInfo:
-    """What there is to know of the adapter in a folder or a repository; of its weights only the header is read.
+    """What there is to know of the adapter in a folder, the package or a repository; of its weights only the header is
+    read.
 
     Raises HubError.
     """
     if Path(source).is_dir():
         return _local_info(Path(source), str(source), None)
+    if (packaged := packaged_adapters().get(str(source))) is not None:
+        return _local_info(packaged, str(source), None)
     repository = str(source)
     _check_id(repository)
     if constants.HF_HUB_OFFLINE:
@@ -547,8 +550,12 @@ def _dump(content: dict, indent: int = 1) -> bytes:
 
 
 def local_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
-    """`source` itself where it is a folder, else the snapshot of that Hub repository."""
+    """`source` itself where it is a folder, else an adapter of that name in the package, else the snapshot of that Hub
+    repository.
+    """
     if Path(source).is_dir():
         return Path(source)
+    if (packaged := packaged_adapters().get(str(source))) is not None:
+        return packaged
     refuse_missing(source)
     return pull(str(source), revision=revision, token=token)

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +27,28 @@ def save_adapter(strategy: "Vanilla", facts: AdapterFacts, folder: str | Path) -
     def write(target: Path) -> None:
         strategy.config.base_model_name_or_path, strategy.config.revision = facts.base.repository, facts.base.revision
         strategy.save(target)
-        replace(facts, layers=saved_ranks(target)).save(target)
+        replace(facts, layers=saved_ranks(target), nested_ranks=strategy.nested_ranks).save(target)
         write_adapter_card(target)
 
     replace_folder(Path(folder), write)
 
 
 def publish_adapter(
-    source: str | Path, folder: str | Path, training: str = "", evaluation: Evaluation | None = None
+    source: str | Path,
+    folder: str | Path,
+    training: str = "",
+    evaluation: Evaluation | None = None,
+    licence: str | None = None,
+    datasets: Sequence[str] | None = None,
 ) -> None:
-    """A copy of the adapter in `source`, with how it was trained and what was measured on its card."""
+    """A copy of the adapter in `source`, with how it was trained and what was measured on its card. licence, datasets:
+    as of `hub_cards.base_card`.
+    """
 
     def write(target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
         replace(AdapterFacts.load(target), training=training).save(target)
-        write_adapter_card(target, evaluation)
+        write_adapter_card(target, evaluation, licence, datasets)
 
     replace_folder(Path(folder), write)
 
@@ -56,7 +63,12 @@ def saved_ranks(folder: Path) -> dict[str, int]:
         }
 
 
-def write_adapter_card(folder: Path, evaluation: Evaluation | None = None) -> None:
+def write_adapter_card(
+    folder: Path,
+    evaluation: Evaluation | None = None,
+    licence: str | None = None,
+    datasets: Sequence[str] | None = None,
+) -> None:
     """The card of the adapter in `folder`, from what its files say; its name is the base's and the domain."""
     facts = AdapterFacts.load(folder)
     weights = folder / "adapter_model.safetensors"
@@ -68,6 +80,8 @@ def write_adapter_card(folder: Path, evaluation: Evaluation | None = None) -> No
         parameters=parameters,
         file_bytes=weights.stat().st_size,
         evaluation=evaluation,
+        licence=licence,
+        datasets=datasets,
     )
     save_card(card, folder, evaluation)
 
@@ -97,6 +111,19 @@ def mix_adapters(
     bank.combine("mix", chosen, method, rank=rank, density=density)
     bank.save("mix", folder)
     write_adapter_card(Path(folder))
+
+
+def cut_adapter(base: str | Path, adapter: str | Path, rank: int, folder: str | Path) -> None:
+    """Writes an adapter cut to `rank` to `folder`, as `AdapterBank.add` cuts it, with a card where it had facts. base,
+    adapter: path or Hub id. Raises as that does.
+    """
+    from mrl_redimnet.adapters.bank import AdapterBank
+
+    bank = AdapterBank.load(base)
+    bank.add("cut", adapter, rank=rank)
+    bank.save("cut", folder)
+    if bank.facts("cut") is not None:
+        write_adapter_card(Path(folder))
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, folder: str | Path) -> None:

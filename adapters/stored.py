@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest
 from mrl_redimnet.adapters.placement import encoder_name
-from mrl_redimnet.adapters.strategies import explicit_config
+from mrl_redimnet.adapters.strategies import explicit_config, nested_weights, truncated
 from mrl_redimnet.fingerprints import ADAPTER_PARTS
 
 HEADS = ("classifier", "score")  # what PEFT saves beside every adapter of a sequence classification
@@ -28,7 +28,8 @@ class Adapter:
     """An adapter as its folder holds it, all names as in the encoder.
 
     tensors: "projection.segments.0.lora_A.weight" and so on; empty once they are in a model. head: the classifier of an
-    embedding. slot: whether `hot_swap` may replace it. digest: of its file of tensors, "" where it is in none.
+    embedding. slot: whether `hot_swap` may replace it. digest: of its file of tensors, with the rank it is cut to; ""
+    where it is in none.
     """
 
     config: LoraConfig
@@ -128,6 +129,41 @@ def as_plain_lora(
     if not ranks:
         raise ValueError("The adapter has learnt nothing: AdaLoRA has pruned all of it.")
     return explicit_config(ranks, task_type=config.task_type, modules_to_save=config.modules_to_save), changed
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter with at most `rank` in each layer.
+
+    Of one that was trained for several ranks these are its first components, times what gives them the weight of all;
+    of any other, as of one that was cut already, the nearest to it in the Frobenius norm, by SVD.
+
+    Raises ValueError for a rank below 1 or above the adapter's own, and for more than plain LoRA.
+    """
+    if not adapter.plain:
+        raise ValueError("Only plain LoRA can be cut to a rank, no DoRA or norms of its own.")
+    ranks = {key.removesuffix(".lora_A.weight"): len(down) for key, down in adapter.tensors.items() if "lora_A" in key}
+    if not 1 <= rank <= max(ranks.values()):
+        raise ValueError(f"rank: got {rank}, the adapter can be cut to 1 to {max(ranks.values())}.")
+    nested, tensors = [] if adapter.facts is None else adapter.facts.nested_ranks, {}
+    for layer, own in ranks.items():
+        down, up = (adapter.tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
+        shapes, up = (down.shape[1:], up.shape[2:]), up * scaling(adapter.config, layer, own)
+        if own <= rank:
+            pass
+        elif nested:
+            weights = nested_weights(nested, own)
+            down, up = down[:rank], up[:, :rank] * float(weights.sum() / weights[:rank].sum())
+        elif len(down) != up.shape[1]:
+            raise ValueError(f"{layer}: a convolution in groups cannot be cut to a rank.")
+        else:
+            down, up, _ = truncated(down.flatten(1), up.flatten(1), rank)
+        tensors[f"{layer}.lora_A.weight"] = down.reshape(-1, *shapes[0]).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = up.reshape(*up.shape[:2], *shapes[1]).contiguous()
+    config = explicit_config({layer: min(rank, own) for layer, own in ranks.items()}, adapter.config.task_type)
+    facts = adapter.facts
+    if facts is not None:
+        facts = replace(facts, nested_ranks=[])  # its components are weighed for the ranks of the whole adapter
+    return replace(adapter, config=config, tensors=tensors, facts=facts, digest=f"{adapter.digest}:rank{rank}")
 
 
 def adapter_tensors(encoder: nn.Module, name: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""How an adapter's ranks come about during training: the four strategies of arXiv 2401.10447, one class each.
+"""How an adapter's ranks come about during training: the four strategies of arXiv 2401.10447, and MatryoshkaLoRA of
+arXiv 2605.07850, one class each.
 
 A strategy puts a trainable adapter on a model and follows it through the run; the loop calls it at fixed points:
 
@@ -86,6 +87,11 @@ class Vanilla:
         """Whether a `cut`, a method of strategies that have one, is still to come."""
         return False
 
+    @property
+    def nested_ranks(self) -> list[int]:
+        """The ranks that the saved adapter can be cut to by its first components, the largest last; else none."""
+        return []
+
     def settled(self, step: int) -> bool:
         """Whether the ranks after `step` steps are final: only then a model may be chosen as the best."""
         return not self.changes_ranks
@@ -112,6 +118,12 @@ class Vanilla:
         start = getattr(self, "start_folder", None)
         self.peft.save_pretrained(folder, path_initial_model_for_weight_conversion=start, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; ours states what was measured
+
+    def _write_pairs(self, folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Saves, instead of PEFT's own tensors, `pairs` of A and B by layer, scaling 1; with what is trained whole."""
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        whole = {key: value for key, value in state.items() if ".lora_" not in key}
+        write_plain_lora(folder, pairs, whole, self.config, self.host)
 
     def _config(self) -> LoraConfig:
         return self._lora(self.plan.rank)
@@ -280,9 +292,7 @@ class Dynamic(Vanilla):
                 pairs[name] = (down, layer.lora_B[ADAPTER].detach()[:, keep] * scale)
         if not pairs:
             raise ValueError("The adapter has learnt nothing yet: all its singular values are zero.")
-        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        whole = {key: value for key, value in state.items() if ".lora_" not in key}
-        write_plain_lora(folder, pairs, whole, self.config, self.host)
+        self._write_pairs(folder, pairs)
 
 
 class Mixed(Vanilla):
@@ -305,7 +315,56 @@ class Mixed(Vanilla):
         return with_ranks(uniform, of_first_process(ranks_by_worth(gradients, self.plan.rank)))
 
 
-STRATEGIES: dict[str, type[Vanilla]] = {"vanilla": Vanilla, "dynamic": Dynamic, "warm_up": WarmUp, "mixed": Mixed}
+class Matryoshka(Vanilla):
+    """One adapter for several ranks (MatryoshkaLoRA, arXiv 2605.07850): its first k components are one of rank k.
+
+    The ranks k are 1, 2, 4 ... and `rank` itself. A fixed diagonal between A and B makes of their product the mean of
+    the nested adapters, each scaled by rank / k as usual: what is trained is all of them, at the price of one. Early
+    components are in most of them, and have the largest part in each. The diagonal is saved in A.
+    """
+
+    def __init__(self, host: nn.Module, plan: AdapterPlan, probe: Probe) -> None:
+        super().__init__(host, plan, probe)
+        for layer in adapted_layers(self.peft).values():
+            down = layer.lora_A[ADAPTER]
+            diagonal = nested_weights(self.nested_ranks, layer.r[ADAPTER]).to(down.weight.device)
+            # Along the components of its output: the last axis, of a convolution the channels.
+            diagonal = diagonal.view(-1, *[1] * (down.weight.dim() - 2))
+            down.register_buffer("diagonal", diagonal, persistent=False)  # moves with the layer, is in no checkpoint
+            down.register_forward_hook(weighed)
+
+    @property
+    def nested_ranks(self) -> list[int]:
+        """Powers of two below the largest rank of a layer, and that rank."""
+        most = max(self.ranks().values())
+        return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+
+    def _config(self) -> LoraConfig:
+        lora = super()._config()
+        if lora.use_dora or lora.lora_bias or str(lora.init_lora_weights).startswith(MUTATING):
+            raise ValueError(
+                "strategy matryoshka: an adapter for several ranks is A and B alone, and begins without effect: leave "
+                "out use_dora, lora_bias and init_lora_weights pissa and olora."
+            )
+        return lora
+
+    def save(self, folder: Path) -> None:
+        """As plain LoRA, whose first k components of each layer are the adapter of rank k, up to a factor."""
+        pairs = {}
+        for name, layer in adapted_layers(self.peft).items():
+            down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight.detach()
+            weighted = down.weight.detach() * down.diagonal.view(-1, *[1] * (down.weight.dim() - 1))
+            pairs[name] = (weighted, up * layer.scaling[ADAPTER])
+        self._write_pairs(folder, pairs)
+
+
+STRATEGIES: dict[str, type[Vanilla]] = {
+    "vanilla": Vanilla,
+    "dynamic": Dynamic,
+    "warm_up": WarmUp,
+    "mixed": Mixed,
+    "matryoshka": Matryoshka,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,6 +376,21 @@ def of_first_process(found: Any) -> Any:
     another, and processes can only train layers of the same shapes.
     """
     return broadcast_object_list([found])[0]
+
+
+def nested_weights(ranks: list[int], size: int) -> torch.Tensor:
+    """[size]: what `Matryoshka` weighs a layer's components with, for adapters of these `ranks`, in falling order.
+
+    The nested adapter of rank k has its first k components at size / k each, one that is larger than the layer all
+    `size` at 1. The mean of these over the ranks is what a component has.
+    """
+    of_ranks = [min(rank, size) for rank in ranks]
+    return torch.tensor([sum(size / k for k in of_ranks if k > i) / len(ranks) for i in range(size)])
+
+
+def weighed(down: nn.Module, inputs: tuple, components: torch.Tensor) -> torch.Tensor:
+    """A hook of A: its output with each component times its entry of the diagonal."""
+    return components * down.diagonal.to(components.dtype)
 
 
 def is_saved_whole(part: nn.Module) -> bool:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
-from campplus import CAMPlusPlus, unpacked
+from campplus import CAMPlusPlus, unpacked, within_speaker_whitened
 from parselmouth.praat import call, run
 from scipy.signal import resample_poly
 from tqdm import tqdm
@@ -154,26 +154,6 @@ def level_of(voice: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """A voice at the level of the utterance it was made of, or lower where it would clip."""
     voice = voice * np.sqrt(np.mean(np.square(wave, dtype=np.float64)) / max(np.mean(np.square(voice)), 1e-18))
     return (voice * min(1.0, 0.99 / max(np.abs(voice).max(), 1e-9))).astype(np.float32)
-
-
-def within_speaker_whitened(embeddings: np.ndarray, speakers: list[str], shrinkage: float = 0.1) -> np.ndarray:
-    """[N, E] -> [N, E] float32 of length 1, without their mean, whitened by the covariance within speakers.
-
-    Within-class covariance normalisation (Hatch, Kajarekar, Stolcke 2006): what differs much between utterances of one
-    speaker counts less in a cosine. shrinkage: as much of the mean variance is added to the variances.
-    """
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).astype(np.float64)
-    unit = unit - unit.mean(0)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    _, own, counts = np.unique(speakers, return_inverse=True, return_counts=True)
-    means = np.stack([np.bincount(own, column) for column in unit.T], axis=1) / counts[:, None]
-    several = counts[own] > 1
-    spread = (unit - means[own])[several] * np.sqrt(counts / np.maximum(counts - 1, 1))[own][several, None]
-    covariance = spread.T @ spread / len(spread)
-    values, vectors = np.linalg.eigh(covariance)
-    values += shrinkage * values.mean()
-    whitened = unit @ (vectors / np.sqrt(values)) @ vectors.T
-    return (whitened / np.linalg.norm(whitened, axis=1, keepdims=True)).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

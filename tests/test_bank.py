@@ -16,7 +16,7 @@ from mrl_redimnet.adapters import PLACEMENTS, AdapterFacts, Base, WrongBaseError
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.combining import METHODS
 from mrl_redimnet.adapters.placement import adapted_layers
-from mrl_redimnet.adapters.strategies import batch_norms
+from mrl_redimnet.adapters.strategies import batch_norms, nested_weights
 from mrl_redimnet.speed import speed_up
 
 BATCH = padded(waves(8_000, 5_000, 7_000, 6_500))
@@ -376,6 +376,75 @@ def test_a_combination_that_fails_leaves_nothing(folders, weights, options, mess
     with pytest.raises(ValueError, match=message):
         bank.combine("new", weights, **options)
     assert bank.names == names and bank.peft.state_dict().keys() == tensors and "new" not in bank.peft.peft_config
+
+
+# ---------------------------------------------------------------- cut to a rank
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_an_adapter_cut_to_a_rank_is_the_nearest_to_it(folders, rank):
+    """The best of that rank for every layer's change by itself (Eckart, Young 1936); layers below it stay."""
+    bank = bank_of(folders, "far")
+    bank.add("cut", folders["far"], rank=rank)
+    before, after = change(bank, "far"), change(bank, "cut")
+    for key in [f"{name}.weight" for name in adapted_layers(bank.model, "far")]:
+        whole = before[key]
+        left, values, right = torch.linalg.svd(whole.flatten(1).double(), full_matrices=False)
+        best = ((left[:, :rank] * values[:rank]) @ right[:rank]).float().reshape(whole.shape)
+        torch.testing.assert_close(after[key], best, rtol=1e-4, atol=1e-5)
+    ranks = {layer.r["cut"] for layer in adapted_layers(bank.model, "cut").values()}
+    assert max(ranks) == rank
+
+
+def nested(folder, source, ranks):
+    """A copy of an adapter whose facts say that it was trained for several ranks."""
+    shutil.copytree(source, folder)
+    facts = AdapterFacts("telephony", Base("me/base", None, fingerprint(tiny_model())), nested_ranks=ranks)
+    facts.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["far", "all"])
+def test_an_adapter_for_several_ranks_is_cut_to_its_first_components(folders, tmp_path, name):
+    source = nested(tmp_path / "nested", folders[name], [1, 2])
+    bank = bank_of(folders, name)
+    bank.add("cut", source, rank=1)
+    for key, layer in adapted_layers(bank.model, name).items():
+        down, up = layer.lora_A[name].weight[:1], layer.lora_B[name].weight[:, :1]
+        weights = nested_weights([1, 2], layer.r[name])  # of which the first component is given the weight of all
+        added = (up.flatten(1) @ down.flatten(1)) * layer.scaling[name] * (weights.sum() / weights[0])
+        cut = bank.model.get_submodule(key)
+        found = cut.lora_B["cut"].weight.flatten(1) @ cut.lora_A["cut"].weight.flatten(1) * cut.scaling["cut"]
+        torch.testing.assert_close(found, added)
+    assert bank.facts("cut").nested_ranks == []
+    bank.save("cut", tmp_path / "saved")
+    torch.testing.assert_close(with_peft(tmp_path / "saved").embeddings, bank.embed(**BATCH, adapter="cut"))
+    assert AdapterFacts.load(tmp_path / "saved").layers.keys() == adapted_layers(bank.model, "cut").keys()
+
+
+def test_a_cut_adapter_keeps_its_classifier_and_has_weights_of_its_own(folders):
+    bank = bank_of(folders, "gender")
+    bank.add("cut", folders["gender"], rank=1)
+    assert list(bank.classify(**BATCH, adapter="cut")) == GENDER
+    assert bank.fingerprint("cut") == bank.fingerprint("gender") + ":rank1"
+    bank.add("whole", folders["gender"], rank=2)
+    torch.testing.assert_close(bank.embed(**BATCH, adapter="whole"), bank.embed(**BATCH, adapter="gender"))
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "message"),
+    [
+        ("tel", 0, "rank: got 0, the adapter can be cut to 1 to 2"),
+        ("tel", 3, "rank: got 3, the adapter can be cut to 1 to 2"),
+        ("dora", 1, "Only plain LoRA can be cut"),
+        ("norms", 1, "Only plain LoRA can be cut"),
+    ],
+)
+def test_a_cut_that_cannot_be_leaves_the_bank_as_it_was(folders, of_base, name, rank, message):
+    bank = bank_of(folders)
+    with pytest.raises(ValueError, match=message):
+        bank.add("cut", folders[name], rank=rank)
+    assert bank.names == [] and torch.equal(bank.embed(**BATCH), of_base)
 
 
 def test_wrong_base(folders, tmp_path):

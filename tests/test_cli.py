@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,27 @@ def test_adapters_mix_refuses_what_it_cannot_mix(folder, adapters, tmp_path, cap
     (tmp_path / "there").mkdir()
     assert "exists already" in refusal(capsys, "adapters", "mix", folder, pair, "--out", tmp_path / "there")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "there"}  # the base, and what was there
+
+
+def test_adapters_cut_makes_a_smaller_adapter(folder, adapters, tmp_path, capsys):
+    assert run("adapters", "cut", folder, adapters / "telephony", tmp_path / "small", "--rank", 1) == 0
+    size = (tmp_path / "small" / "adapter_model.safetensors").stat().st_size
+    assert f"cut to rank 1, {size:,} bytes" in capsys.readouterr().out
+    assert size < (adapters / "telephony" / "adapter_model.safetensors").stat().st_size / 2
+    assert set(AdapterFacts.load(tmp_path / "small").layers.values()) == {1}
+    bank = AdapterBank.load(str(folder), {"small": tmp_path / "small"})
+    bank.add("cut", adapters / "telephony", rank=1)
+    assert torch.equal(bank.embed(WAVE, adapter="small"), bank.embed(WAVE, adapter="cut"))
+    assert relative_error(bank.embed(WAVE, adapter="small"), bank.embed(WAVE, adapter=None)) > 1e-3
+    message = refusal(capsys, "adapters", "cut", folder, adapters / "telephony", tmp_path / "other", "--rank", 9)
+    assert "rank: got 9, the adapter can be cut to 1 to 4" in message and not (tmp_path / "other").exists()
+
+
+def test_adapters_info_tells_the_ranks_that_an_adapter_can_be_cut_to(adapters, tmp_path, capsys):
+    shutil.copytree(adapters / "telephony", tmp_path / "nested")
+    replace(AdapterFacts.load(adapters / "telephony"), nested_ranks=[1, 2, 4]).save(tmp_path / "nested")
+    assert run("adapters", "info", tmp_path / "nested") == 0
+    assert "rank     4 (trained to be cut to 1, 2)" in capsys.readouterr().out
 
 
 def test_adapters_merge_makes_a_plain_model(folder, adapters, tmp_path, capsys):

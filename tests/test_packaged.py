@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mrl_redimnet import MRLReDimNetModel, SpeakerEncoder, recordings
+from mrl_redimnet.adapters import AdapterFacts
 from mrl_redimnet.adapters.hub import pull, push_base
 from mrl_redimnet.audio.io import read_audio
-from mrl_redimnet.saving import code_files, packaged_models
+from mrl_redimnet.saving import code_files, packaged_adapters, packaged_models
 from mrl_redimnet.scoring.calibration import Thresholds
 from mrl_redimnet_cli import main
+from mrl_redimnet_cli.names import adapter_names
 
 ROOT = Path(__file__).resolve().parents[1]
 EACH = pytest.mark.parametrize("name", packaged_models())
+EACH_ADAPTER = pytest.mark.parametrize("name", packaged_adapters())
 
 LOADER = """
 import sys
@@ -78,6 +81,40 @@ def test_a_model_knows_one_woman_from_another_at_every_dimension_of_64_or_more(n
         ):
             found = encoder.verify([first], [same, recordings.OTHER_SPEAKER], dim)
             assert [decision.accepted for decision in found] == [True, False], (dim, found)
+
+
+@EACH_ADAPTER
+def test_an_adapter_is_small_belongs_to_a_model_here_and_states_its_licence(name):
+    folder = packaged_adapters()[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+    facts, base = AdapterFacts.load(folder), packaged_models()[AdapterFacts.load(folder).base.repository]
+    assert name == f"{base.name}-{facts.domain}"
+    facts.check_base(MRLReDimNetModel.from_pretrained(base), base.name)
+    card = (folder / "README.md").read_text()
+    assert "license: cc-by-sa-4.0" in card and "Data: " in card and not (folder / "speakers.json").exists()
+
+
+@EACH_ADAPTER
+def test_an_adapter_of_the_package_is_found_by_its_name(name, capsys, tmp_path, monkeypatch):
+    """Offline, in Python and by every command that takes an adapter."""
+    monkeypatch.chdir(tmp_path)
+    base = AdapterFacts.load(packaged_adapters()[name]).base.repository
+    encoder = SpeakerEncoder.from_pretrained(base, device="cpu")
+    encoder.adapters.add("mine", name)
+    plain = encoder.embed([recordings.FIRST])
+    encoder.adapters.set_adapter("mine")
+    adapted = encoder.embed([recordings.FIRST])
+    assert 0.5 < float(encoder.similarity(plain, adapted)[0, 0]) < 0.9999
+    merged = SpeakerEncoder.from_pretrained(base, name, device="cpu").embed([recordings.FIRST])
+    torch.testing.assert_close(torch.from_numpy(merged), torch.from_numpy(adapted), rtol=1e-3, atol=1e-3)
+    assert not main(["adapters", "info", name])
+    assert f"adapter  {name}" in capsys.readouterr().out
+    assert main(["adapters", "info", f"{name}x"])
+    assert f"the nearest are {name}" in capsys.readouterr().err
+
+
+def test_the_command_line_knows_the_adapters_of_the_package():
+    assert adapter_names() == tuple(packaged_adapters())
 
 
 def test_recordings_are_a_few_seconds_each():

@@ -1,4 +1,4 @@
-"""The four ways to an adapter's ranks, PEFT's initialisations, and that the base never moves."""
+"""The ways to an adapter's ranks, PEFT's initialisations, and that the base never moves."""
 
 import copy
 import math
@@ -18,6 +18,7 @@ from mrl_redimnet.adapters.strategies import (
     AdapterPlan,
     Probe,
     Vanilla,
+    nested_weights,
     ranks_by_worth,
     truncated,
 )
@@ -89,6 +90,10 @@ WAYS = {
     "head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
     "dynamic head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
     "warm_up head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
+    "matryoshka": {},
+    "matryoshka norms": dict(norms=True),
+    "matryoshka all": dict(placement="all", segment_ranks=[6, 2, 1]),
+    "matryoshka head": dict(kind=MRLReDimNetForSequenceClassification, task_type="SEQ_CLS"),
 }
 
 
@@ -243,6 +248,40 @@ def test_mixed_resumes_with_the_ranks_it_was_given():
     assert strategy.ranks() == ranks
 
 
+# ---------------------------------------------------------------- matryoshka
+
+
+def test_matryoshka_trains_the_mean_of_the_nested_adapters():
+    """Of ranks 1, 2, 4 and 6, whose scaling is larger the lower the rank is."""
+    model, strategy, _ = trained("matryoshka", rank=6)
+    assert strategy.nested_ranks == [1, 2, 4, 6]
+    layer = model.redimnet.get_submodule("projection.segments.1")
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        added = layer(x) - layer.base_layer(x)
+        nested = [layer.scaling["default"] * 6 / k * x @ down[:k].T @ up[:, :k].T for k in strategy.nested_ranks]
+    torch.testing.assert_close(added, sum(nested) / 4, rtol=1e-4, atol=1e-5)
+    assert nested[0].abs().max() > 1e-3
+
+
+@given(size=st.integers(1, 70), ranks=st.sets(st.integers(1, 70), min_size=1))
+def test_nested_adapters_weigh_as_much_as_the_whole(size, ranks):
+    """Whatever the ranks, the weights fall and add up to the layer's size, as those of a plain adapter do."""
+    weights = nested_weights(sorted(ranks), size).tolist()
+    assert len(weights) == size and weights == sorted(weights, reverse=True) and min(weights) >= 0
+    assert math.isclose(sum(weights), size, rel_tol=1e-5)
+
+
+def test_matryoshka_goes_on_from_a_checkpoint_of_its_tensors():
+    """The diagonal is the plan's: no checkpoint holds it."""
+    model, _, _ = trained("matryoshka")
+    again, _ = put_on("matryoshka")
+    assert again.load_state_dict(model.state_dict()).missing_keys == []
+    assert not [name for name in model.state_dict() if "diagonal" in name]
+    torch.testing.assert_close(answer(again.eval()), answer(model))
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -254,6 +293,8 @@ def test_mixed_resumes_with_the_ranks_it_was_given():
         ("mixed", dict(segment_ranks=[4, 2, 2]), "strategy mixed finds ranks itself"),
         ("vanilla", dict(placement="attention", segment_ranks=[4, 2, 2]), "segment_ranks: the placement 'attention'"),
         ("vanilla", dict(rank=16, options=dict(init_lora_weights="eva")), "batch_size 12 is below rank x rho = 32"),
+        ("matryoshka", dict(options=dict(use_dora=True)), "leave out use_dora"),
+        ("matryoshka", dict(options=dict(init_lora_weights="pissa")), "leave out use_dora, lora_bias and init_lora"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(name, plan, message):

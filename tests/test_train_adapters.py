@@ -1,5 +1,6 @@
 """Training of adapters, parts and attributes by the script: resumed, in two processes, and refused for good reasons."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from training_runs import command_line, finish, results_of, start
 from transformers import AutoModelForAudioClassification
 
 from modeling_mrl_redimnet import MRLReDimNetForXVector, MRLReDimNetModel
-from mrl_redimnet.adapters import AdapterFacts, fingerprint
+from mrl_redimnet.adapters import AdapterBank, AdapterFacts, fingerprint
 from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.saving import save_model
 
@@ -53,6 +54,7 @@ RESUMED = {
     "warm_up, before the cut": dict(strategy="warm_up", cut_at=0.9),
     "warm_up, at the cut": dict(strategy="warm_up", cut_at=0.75),
     "mixed": dict(strategy="mixed"),
+    "matryoshka": dict(strategy="matryoshka"),
     "pissa": dict(peft_options="{init_lora_weights: pissa}"),
     "eva": dict(peft_options="{init_lora_weights: eva}"),
     "norms": dict(adapter_norms="true"),
@@ -107,6 +109,17 @@ def test_an_adapter_is_trained_in_mixed_precision_on_a_base_in_bfloat16(train, b
     assert {tensor.dtype for tensor in adapter_of(output).values()} == {torch.float32}
     model = MRLReDimNetModel.from_pretrained(tmp_path / "half")
     assert model.dtype == torch.bfloat16 and AdapterFacts.load(output / "best").base.fingerprint == fingerprint(model)
+
+
+def test_an_adapter_for_several_ranks_says_so_and_is_cut_where_it_is_loaded(train, base):
+    output = train(model=base, **ADAPTER, strategy="matryoshka")
+    facts = AdapterFacts.load(output / "best")
+    assert facts.nested_ranks == [1, 2, 3] and set(facts.layers.values()) == {3}
+    bank = AdapterBank.load(str(base), {"whole": output / "best"})
+    bank.add("cut", output / "best", rank=1)
+    audio = torch.stack(waves(8000))
+    answers = [bank.embed(audio, adapter=name) for name in (None, "cut", "whole")]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(answers, 2))
 
 
 def test_no_file_of_an_adapter_says_where_the_base_lies(train, base):

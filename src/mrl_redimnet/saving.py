@@ -129,6 +129,11 @@ def packaged_models() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(MODELS.glob("*/config.json"))}
 
 
+def packaged_adapters() -> dict[str, Path]:
+    """The adapters that come with the package, {name: folder}: each beside the models, named BASE-DOMAIN."""
+    return {file.parent.name: file.parent for file in sorted(MODELS.glob("*/adapter_config.json"))}
+
+
 def code_files() -> list[Path]:
     """The Python files that a model's repository needs to be loaded without this package."""
     return [Path(inspect.getfile(modeling_mrl_redimnet)).with_name(f"{part}_mrl_redimnet.py") for part in CODE]

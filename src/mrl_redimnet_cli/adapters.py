@@ -1,11 +1,13 @@
-"""`mrl-redimnet adapters ...`: adapters to and from the Hub, looked at, chosen by audio, mixed and merged."""
+"""`mrl-redimnet adapters ...`: adapters to and from the Hub, looked at, chosen by audio, mixed, cut and merged."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrl_redimnet_cli.arguments import (
     MODEL,
     Commands,
+    adapter_source,
     add_command,
     add_push_options,
     file,
@@ -14,17 +16,19 @@ from mrl_redimnet_cli.arguments import (
     must_be_there,
     print_pushed,
     push_options,
-    source,
 )
 from mrl_redimnet_cli.names import CHOICES
+
+if TYPE_CHECKING:
+    from mrl_redimnet.adapters.facts import AdapterFacts
 
 
 def add(commands: Commands) -> None:
     """Adds the commands to the subparsers `commands`."""
     parser = commands.add_parser(
         "adapters",
-        help="push, pull, list, look at, mix and merge adapters",
-        description="Push, pull, list, look at, mix and merge adapters.",
+        help="push, pull, list, look at, mix, cut and merge adapters",
+        description="Push, pull, list, look at, mix, cut and merge adapters.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
 
@@ -45,7 +49,7 @@ def add(commands: Commands) -> None:
     info = add_command(actions, "info", show_info, help="show an adapter's base, domain, layers, rank and size")
     info.add_argument("adapter", help="the adapter: a path or Hub id")
     info.add_argument("--revision", help="branch, tag or commit")
-    must_be_there(info, adapter=source)
+    must_be_there(info, adapter=adapter_source)
 
     detect = add_command(actions, "detect", show_domains, help="say which domain each file sounds like")
     detect.add_argument("detector", type=Path, help="folder of a saved domain detector")
@@ -69,6 +73,13 @@ def add(commands: Commands) -> None:
     )
     must_be_there(mix, base=model_source)
 
+    cut = add_command(actions, "cut", cut_to_rank, help="save an adapter cut to a lower rank, as a new adapter")
+    cut.add_argument("base", help=f"the base: {MODEL}")
+    cut.add_argument("adapter", help="the adapter: a path or Hub id")
+    cut.add_argument("out", type=Path, help="a new folder")
+    cut.add_argument("--rank", type=int, required=True, help="the highest rank that a layer keeps")
+    must_be_there(cut, base=model_source, adapter=adapter_source)
+
     merge = add_command(
         actions,
         "merge",
@@ -78,7 +89,7 @@ def add(commands: Commands) -> None:
     merge.add_argument("base", help=f"the base: {MODEL}")
     merge.add_argument("adapter", help="the adapter: a path or Hub id")
     merge.add_argument("out", type=Path, help="a new folder")
-    must_be_there(merge, base=model_source, adapter=source)
+    must_be_there(merge, base=model_source, adapter=adapter_source)
 
 
 def push_folder(arguments: argparse.Namespace) -> None:
@@ -119,12 +130,18 @@ def show_info(arguments: argparse.Namespace) -> None:
         "domain": facts.domain if facts else None,
         "task": f"{facts.task} {', '.join(facts.labels)}".strip() if facts else None,
         "layers": info.placement,
-        "rank": info.rank,
+        "rank": None if info.rank is None else f"{info.rank}{nested_ranks(facts)}",
         "size": f"{info.parameters:,} parameters, {info.size:,} bytes",
         "training": facts.training if facts else None,
     }
     for name, value in lines.items():
         print(f"{name:<9}{value or 'not said'}")
+
+
+def nested_ranks(facts: "AdapterFacts | None") -> str:
+    """Which ranks an adapter was trained to be cut to, as a part of a line; nothing for most."""
+    ranks = [] if facts is None else facts.nested_ranks[:-1]
+    return f" (trained to be cut to {', '.join(map(str, ranks))})" if ranks else ""
 
 
 def show_domains(arguments: argparse.Namespace) -> None:
@@ -156,6 +173,18 @@ def mix_into(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{pair!r}: expected ADAPTER=WEIGHT, a path or Hub id and a number.") from error
     mix_adapters(arguments.base, weights, arguments.out, arguments.method, arguments.rank, arguments.density)
     print(f"{arguments.out}: {arguments.method} of {', '.join(arguments.weights)}.")
+
+
+def cut_to_rank(arguments: argparse.Namespace) -> None:
+    """`mrl-redimnet adapters cut`."""
+    from mrl_redimnet.adapters.hub import adapter_info
+    from mrl_redimnet.adapters.publishing import cut_adapter
+    from mrl_redimnet.files import refuse_existing
+
+    refuse_existing(arguments.out)
+    cut_adapter(arguments.base, arguments.adapter, arguments.rank, arguments.out)
+    size = adapter_info(arguments.out).size
+    print(f"{arguments.out}: {arguments.adapter} cut to rank {arguments.rank}, {size:,} bytes.")
 
 
 def merge_into(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mrl_redimnet_cli.names import CHOICES, VALUES, model_names, published_names
+from mrl_redimnet_cli.names import CHOICES, VALUES, adapter_names, model_names, published_names
 
 MODEL = "a path, Hub id, or name such as b2-vox2-ft_lm"  # what a model may be given as, for help texts
 
@@ -35,8 +35,11 @@ def add_command(
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `model`, and --adapter."""
     parser.add_argument("model", help=f"the model: {MODEL}")
-    parser.add_argument("--adapter", help="an adapter to put on the model: a path or Hub id")
-    must_be_there(parser, model=model_source, adapter=source)
+    parser.add_argument(
+        "--adapter",
+        help="an adapter to put on the model: a path, a Hub id or the name of one in the package",
+    )
+    must_be_there(parser, model=model_source, adapter=adapter_source)
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +192,13 @@ def source(adapter: str) -> str | None:
     if may_be_hub_id or Path(adapter).is_dir():
         return None
     return f"{adapter} is not a folder: give a saved folder, or a Hub id (OWNER/NAME)"
+
+
+def adapter_source(given: str) -> str | None:
+    """What is wrong with an adapter: as `source`, or the name of one in the package."""
+    if given in adapter_names() or (problem := source(given)) is None:
+        return None
+    return f"{problem}{_nearest(given, adapter_names())}"
 
 
 def model_source(given: str) -> str | None:

@@ -60,3 +60,8 @@ def published_names() -> tuple[str, ...]:
 def model_names() -> tuple[str, ...]:
     """The models that a name stands for: those that come with the package, and the published checkpoints."""
     return (*(file.parent.name for file in sorted(PACKAGE.glob("models/*/config.json"))), *published_names())
+
+
+def adapter_names() -> tuple[str, ...]:
+    """The adapters that come with the package."""
+    return tuple(file.parent.name for file in sorted(PACKAGE.glob("models/*/adapter_config.json")))

@@ -430,7 +430,11 @@ class Adapter(Group):
     segment_ranks: Counts = Field(
         [], description="ranks of the projection's Matryoshka segments, shortest prefix first; []: as rank"
     )
-    strategy: choice(*STRATEGIES) = Field("vanilla", description="how ranks come about (arXiv 2401.10447)")
+    strategy: choice(*STRATEGIES) = Field(
+        "vanilla",
+        description="how ranks come about (arXiv 2401.10447); matryoshka: an adapter that can be cut to "
+        "the ranks 1, 2, 4 ... (arXiv 2605.07850)",
+    )
     start_rank: Count = Field(16, description="rank that the strategies dynamic and warm_up begin with")
     cut_at: Ratio = Field(0.3, description="ratio of the run at which warm_up cuts start_rank down to rank")
     adapter_norms: bool = Field(False, description="batch norms adapt as well, and are saved with the adapter")
