@@ -42,13 +42,13 @@ WAYS = {"oracle": "speech given", "found": "speech found", "counted": "speech fo
 def main():
     """Parses the command line, measures, writes a page with a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=MODEL[+ADAPTER]")
+    parser.add_argument("models", nargs="*", metavar="NAME=MODEL[+ADAPTER]")
     parser.add_argument("--sets", type=Path, nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--wheels", type=Path, help="folder of the wheels [no public models]")
     parser.add_argument("--draw", metavar="RECORDING", help="draw the turns of one beside the reference: OUT.png")
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.md")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json, which is continued, and OUT.md")
     arguments = parser.parse_args()
     systems = {}
     for text in arguments.models:
@@ -61,17 +61,19 @@ def main():
             embed, _, _ = make()
             systems[name, None] = remembered(functools.partial(one_by_one, embed))
     record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "systems": []}
-    found: dict[str, Diarization] = {}
+    if (before := arguments.out.with_suffix(".json")).exists():
+        record["systems"] = json.loads(before.read_text())["systems"]
+    done = {tuple(system[key] for key in ("name", "dim", "set", "way")) for system in record["systems"]}
     for (name, dim), embed in systems.items():
         for folder in arguments.sets:
             references = read_rttm(next(folder.glob("*.rttm")))
             files = {name: folder / f"{name}.flac" for name in references}
             for way in WAYS:
+                if (name, dim, folder.name, way) in done:
+                    continue
                 rows = []
                 for recording, file in tqdm(files.items(), desc=f"{name} {dim or ''} {folder.name} {way}"):
                     result = diarized(embed, file, references[recording], way)
-                    if recording == arguments.draw and way == "found":
-                        found[f"{name}, {dim} numbers" if dim else name] = result
                     rows.append({"recording": recording} | errors(references[recording], result))
                 record["systems"].append({"name": name, "dim": dim, "set": folder.name, "way": way, "rows": rows})
                 print(table(record, arguments.resamples).splitlines()[-1], flush=True)
@@ -83,8 +85,8 @@ def main():
         f"over recordings.\n\n{table(record, arguments.resamples)}\n"
     )
     arguments.out.with_suffix(".md").write_text(text)
-    if found:
-        draw(arguments.draw, arguments.sets, found, arguments.out.with_suffix(".png"))
+    if arguments.draw:
+        draw(arguments.draw, arguments.sets, systems, arguments.out.with_suffix(".png"))
 
 
 def one_by_one(embed: Callable, waves: list[np.ndarray]) -> np.ndarray:
@@ -171,13 +173,17 @@ def table(record: dict, resamples: int) -> str:
     return "\n".join(lines)
 
 
-def draw(recording: str, sets: list[Path], found: dict[str, Diarization], file: Path) -> None:
+def draw(recording: str, sets: list[Path], systems: dict[tuple, Callable], file: Path) -> None:
     """The turns of one recording, by the reference and each system, below each other."""
-    references = {name: turns for folder in sets for name, turns in read_rttm(next(folder.glob("*.rttm"))).items()}
-    rows = {f"{recording}, reference": references[recording]} | {name: each.turns for name, each in found.items()}
+    (path,) = [found for folder in sets if (found := folder / f"{recording}.flac").exists()]
+    reference = read_rttm(next(path.parent.glob("*.rttm")))[recording]
+    rows = {f"{recording}, reference": reference}
+    for (name, dim), embed in systems.items():
+        result = diarized(embed, path, reference, "found")
+        rows[f"{name}, {dim} numbers" if dim else name] = result.turns
     figure, panels = new_panels(len(rows), 1, 10, 1.6)
     for panel, (name, turns) in zip(panels, rows.items(), strict=True):
-        draw_turns(panel, turns, next(iter(found.values())).seconds, name)
+        draw_turns(panel, turns, result.seconds, name)
     save_figure(figure, file)
 
 
