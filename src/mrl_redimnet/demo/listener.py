@@ -134,6 +134,30 @@ class Listener:
         entries = [] if self._thresholds is None else self._thresholds.entries
         self.dims = sorted({entry.dim for entry in entries if entry.scorer == str(self._scorer)}) or encoder.dims()
 
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "nano",
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        detector: str | Path | None = None,
+        thresholds: str | Path | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Listener":
+        """A saved model, adapters {name: path or Hub id}, and the folders of a detector and of thresholds.
+
+        Raises as the class, `SpeakerEncoder.from_pretrained`, `AdapterBank.add`, `DomainDetector.load` and
+        `Thresholds.load` do.
+        """
+        encoder = SpeakerEncoder.from_pretrained(model, device=device)
+        for name, source in (adapters or {}).items():
+            encoder.adapters.add(name, source)
+        return cls(
+            encoder,
+            None if detector is None else DomainDetector.load(detector),
+            None if thresholds is None else Thresholds.load(thresholds),
+        )
+
     # ------------------------------------------------------------ one recording
 
     def hear(self, file: str | Path) -> Take:

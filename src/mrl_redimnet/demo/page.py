@@ -1,13 +1,17 @@
 """The layout of the page to try a model on, and how it is opened: Gradio on top of `Listener`.
 
-    with opened(listener) as address: ...
+    run_until_stopped(Listener.load("nano"))
 
 Nothing goes to other machines: no analytics, no fonts or scripts of other servers, and it listens on this machine
 alone unless told otherwise. Recordings lie in a private temporary folder while they are used.
 """
 
+import json
 import os
+import signal
 import tempfile
+import threading
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +31,7 @@ MEMORY_MINUTES = 60  # after which what was heard is forgotten, though the page 
 MEGABYTES = 32  # of a file
 MOST_SPEAKERS, MOST_TAKES = 20, 10
 
-CONSENT = f"""
+CONSENT = """
 **What is kept: nothing.** A voice identifies a person. Compare only voices whose speakers have agreed to it.
 """
 DETAILS = f"""
@@ -67,10 +71,10 @@ CSS = """
 
 # A range input over sizes that are not evenly spaced: it says the size, not its place, to who sees and who hears it.
 SIZE_TEMPLATE = """<div class="mrl-size"><label for="mrl-size">Numbers of the embedding that are compared:
-<output id="mrl-size-now" for="mrl-size"></output></label>
+<span aria-hidden="true"></span></label>
 <input id="mrl-size" type="range" min="0" step="1"><div class="mrl-marks" aria-hidden="true"></div></div>"""
 SIZE_SCRIPT = """
-const input = element.querySelector('input'), now = element.querySelector('output');
+const input = element.querySelector('input'), now = element.querySelector('span');
 const dims = props.dims, last = dims[dims.length - 1];
 element.querySelector('.mrl-marks').innerHTML = dims.map((dim) => `<span>${dim}</span>`).join('');
 input.max = dims.length - 1;
@@ -83,9 +87,13 @@ show();
 input.addEventListener('input', show);
 input.addEventListener('change', () => { props.value = String(dims[input.value]); trigger('change'); });
 """
-# Results come without the focus moving to them: screen readers say them where the boxes are live.
-LIVE_SCRIPT = """() => { for (const box of document.querySelectorAll('.mrl-live')) {
-  box.setAttribute('role', 'status'); box.setAttribute('aria-live', 'polite'); } }"""
+# Results come without the focus moving to them: screen readers say them where the box is live.
+LIVE_SCRIPT = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+# The buttons of a recorder say "Record", not of what: its box gets its label. Tabs are made when they are opened.
+AUDIO = {"first": "First recording", "second": "Second recording", "take": "Recording to enrol", "test": "Whom to identify"}
+GROUP_SCRIPT = f"""() => {{ for (const [id, label] of Object.entries({json.dumps(AUDIO)})) {{
+  const box = document.getElementById(id);
+  box?.setAttribute('role', 'group'); box?.setAttribute('aria-label', label); }} }}"""
 
 
 # ---------------------------------------------------------------- what the page's events do
@@ -223,7 +231,7 @@ def make_page(listener: Listener) -> gr.Blocks:
     ) as page:
         adapters = f", with adapters: {', '.join(listener.adapters)}" if listener.adapters else ""
         gr.Markdown(f"# Is this the same speaker?\n\nModel `{model.name}`{adapters}.\n{CONSENT}")
-        with gr.Accordion("Consent, and what happens to a recording", open=False):
+        with gr.Accordion("Consent, and what happens to a recording", open=False, elem_id="consent"):
             gr.Markdown(DETAILS)
         dim = gr.HTML(
             str(listener.dims[-1]),
@@ -244,25 +252,26 @@ def make_page(listener: Listener) -> gr.Blocks:
         settings = [dim, adapter]
         with gr.Tab("Verify", id="verify"):
             _verify_tab(session, settings)
-        with gr.Tab("Identify", id="identify"):
+        with gr.Tab("Identify", id="identify") as second:
             _identify_tab(session, settings)
         with gr.Tab("Compare many", id="compare"):
             _compare_tab(session, settings)
         with gr.Accordion("Error rates of this model", open=False, elem_id="rates"):
             points = gr.HTML(session.points(OFF))
         adapter.change(session.points, [adapter], [points], api_name=False)
-        page.load(None, js=LIVE_SCRIPT)
+        for event in (page.load, second.select):
+            event(None, js=GROUP_SCRIPT)
     return page
 
 
-def _audio(label: str, name: str) -> gr.Audio:
+def _audio(name: str) -> gr.Audio:
     return gr.Audio(
-        label=label, sources=["microphone", "upload"], type="filepath", editable=False, buttons=[], elem_id=name
+        label=AUDIO[name], sources=["upload", "microphone"], type="filepath", editable=False, buttons=[], elem_id=name
     )
 
 
 def _live(text: str = "", name: str | None = None) -> gr.HTML:
-    return gr.HTML(text, elem_classes="mrl-live", elem_id=name)
+    return gr.HTML(text, js_on_load=LIVE_SCRIPT, elem_id=name)
 
 
 def _memory() -> gr.State:
@@ -276,7 +285,7 @@ def _on(triggers: Sequence[Callable], run: Callable, inputs: Sequence, outputs: 
 
 def _verify_tab(session: Session, settings: Sequence[Any]) -> None:
     with gr.Row():
-        first, second = _audio("First recording", "first"), _audio("Second recording", "second")
+        first, second = _audio("first"), _audio("second")
     told = _live(markup.hint("Record or choose two recordings."), "verdict")
     lost = gr.HTML(elem_id="lost")
     pictures = gr.HTML(elem_id="pictures")
@@ -291,12 +300,12 @@ def _identify_tab(session: Session, settings: Sequence[Any]) -> None:
     with gr.Row():
         with gr.Column():
             name = gr.Textbox(label="Name", elem_id="name", max_length=60)
-            take = _audio("Recording to enrol", "take")
+            take = _audio("take")
             with gr.Row():
                 add = gr.Button("Enrol", variant="primary")
                 clear = gr.Button("Forget everybody")
         with gr.Column():
-            test = _audio("Whom to identify", "test")
+            test = _audio("test")
     done = _live(name="done")
     who = gr.HTML(markup.enrolled({}), elem_id="enrolled")
     told = _live(name="identified")
@@ -359,3 +368,20 @@ def opened(listener: Listener, host: str = "127.0.0.1", port: int | None = None)
                 del os.environ["GRADIO_TEMP_DIR"]
             else:
                 os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def run_until_stopped(
+    listener: Listener, host: str = "127.0.0.1", port: int | None = None, *, browser: bool = False
+) -> None:
+    """Shows the page until Ctrl-C or SIGTERM. browser: also opens it in the browser of this machine.
+
+    Raises as `opened`. To be called from the main thread, as signals are.
+    """
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    with opened(listener, host, port) as address:
+        print(f"The page is at {address} until Ctrl-C.", flush=True)
+        if browser:
+            webbrowser.open(address)
+        stop.wait()
