@@ -115,9 +115,8 @@ async function record() {
 
 async function identify() {
   const page = await open();
-  // By the keyboard: the tabs are one stop, and arrows go from one to the next.
-  await page.getByRole("tab", { name: "Verify" }).focus();
-  await page.keyboard.press("ArrowRight");
+  await page.getByRole("tab", { name: "Verify" }).focus(); // from there on by the keyboard
+  await page.keyboard.press("Tab");
   await page.keyboard.press("Enter");
   await page.getByRole("group", { name: "Recording to enrol" }).waitFor();
   for (const [name, ...takes] of [["Anna", "anna_1a", "anna_1b"], ["Berta", "berta_1a"]]) {

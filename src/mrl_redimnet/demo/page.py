@@ -6,7 +6,6 @@ Nothing goes to other machines: no analytics, no fonts or scripts of other serve
 alone unless told otherwise. Recordings lie in a private temporary folder while they are used.
 """
 
-import json
 import os
 import signal
 import tempfile
@@ -89,11 +88,8 @@ input.addEventListener('change', () => { props.value = String(dims[input.value])
 """
 # Results come without the focus moving to them: screen readers say them where the box is live.
 LIVE_SCRIPT = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
-# The buttons of a recorder say "Record", not of what: its box gets its label. Tabs are made when they are opened.
-AUDIO = {"first": "First recording", "second": "Second recording", "take": "Recording to enrol", "test": "Whom to identify"}
-GROUP_SCRIPT = f"""() => {{ for (const [id, label] of Object.entries({json.dumps(AUDIO)})) {{
-  const box = document.getElementById(id);
-  box?.setAttribute('role', 'group'); box?.setAttribute('aria-label', label); }} }}"""
+# The buttons of a recorder say "Record", not of what: they stand in a group with a name.
+GROUP_SCRIPT = "element.setAttribute('role', 'group'); element.setAttribute('aria-label', props.name);"
 
 
 # ---------------------------------------------------------------- what the page's events do
@@ -252,22 +248,21 @@ def make_page(listener: Listener) -> gr.Blocks:
         settings = [dim, adapter]
         with gr.Tab("Verify", id="verify"):
             _verify_tab(session, settings)
-        with gr.Tab("Identify", id="identify") as second:
+        with gr.Tab("Identify", id="identify"):
             _identify_tab(session, settings)
         with gr.Tab("Compare many", id="compare"):
             _compare_tab(session, settings)
         with gr.Accordion("Error rates of this model", open=False, elem_id="rates"):
             points = gr.HTML(session.points(OFF))
         adapter.change(session.points, [adapter], [points], api_name=False)
-        for event in (page.load, second.select):
-            event(None, js=GROUP_SCRIPT)
     return page
 
 
-def _audio(name: str) -> gr.Audio:
-    return gr.Audio(
-        label=AUDIO[name], sources=["upload", "microphone"], type="filepath", editable=False, buttons=[], elem_id=name
-    )
+def _audio(label: str, name: str) -> gr.Audio:
+    with gr.HTML(html_template="@children", js_on_load=GROUP_SCRIPT, name=label):
+        return gr.Audio(
+            label=label, sources=["upload", "microphone"], type="filepath", editable=False, buttons=[], elem_id=name
+        )
 
 
 def _live(text: str = "", name: str | None = None) -> gr.HTML:
@@ -285,7 +280,7 @@ def _on(triggers: Sequence[Callable], run: Callable, inputs: Sequence, outputs: 
 
 def _verify_tab(session: Session, settings: Sequence[Any]) -> None:
     with gr.Row():
-        first, second = _audio("first"), _audio("second")
+        first, second = _audio("First recording", "first"), _audio("Second recording", "second")
     told = _live(markup.hint("Record or choose two recordings."), "verdict")
     lost = gr.HTML(elem_id="lost")
     pictures = gr.HTML(elem_id="pictures")
@@ -300,12 +295,12 @@ def _identify_tab(session: Session, settings: Sequence[Any]) -> None:
     with gr.Row():
         with gr.Column():
             name = gr.Textbox(label="Name", elem_id="name", max_length=60)
-            take = _audio("take")
+            take = _audio("Recording to enrol", "take")
             with gr.Row():
                 add = gr.Button("Enrol", variant="primary")
                 clear = gr.Button("Forget everybody")
         with gr.Column():
-            test = _audio("test")
+            test = _audio("Whom to identify", "test")
     done = _live(name="done")
     who = gr.HTML(markup.enrolled({}), elem_id="enrolled")
     told = _live(name="identified")
