@@ -78,6 +78,7 @@ PURPOSES = {
     "evaluation": "results, robustness, page",
     "extraction": "bulk embedding, search",
     "serving": "batches, HTTP, speakers",
+    "demo": "a page in the browser",
     "training": "recipe, tasks, schedules",
     "adapters": "LoRA: train, serve, publish",
     "hub_cards": "model cards",

@@ -1,8 +1,8 @@
 """What the page to try a model on computes, without the page: recordings heard once, then compared at every size.
 
-    listener = Listener(SpeakerEncoder.from_pretrained("nano"))
-    first, second = listener.hear("a.wav"), listener.hear("b.wav")
-    listener.verify([first], second)[-1].decision.accepted
+listener = Listener(SpeakerEncoder.from_pretrained("nano"))
+first, second = listener.hear("a.wav"), listener.hear("b.wav")
+listener.verify([first], second)[-1].decision.accepted
 """
 
 import warnings
@@ -170,7 +170,9 @@ class Listener:
             warnings.simplefilter("always", AudioWarning)
             info = audio_info(source)
             if info.seconds > LONGEST:
-                raise AudioError(f"{source.name} has {info.seconds:.0f} s, here it may have {LONGEST:g} s: cut a part out")
+                raise AudioError(
+                    f"{source.name} has {info.seconds:.0f} s, here it may have {LONGEST:g} s: cut a part out"
+                )
             wave = read_audio(source)
         least = self.encoder.config.min_samples
         if len(wave) < least:
@@ -287,9 +289,7 @@ class Listener:
             domain = facts.domain if facts else adapter  # thresholds are saved by it
         weights = self._weights[adapter]
         try:
-            return DecisionRule.of(
-                self._thresholds, dim, domain, self._scorer, weights, counts, speakers=speakers
-            )
+            return DecisionRule.of(self._thresholds, dim, domain, self._scorer, weights, counts, speakers=speakers)
         except ValueError:  # the scores are shown all the same
             whose = "the model" if domain is None else f"the adapter {domain}"
             problem = f"no threshold is saved for {whose} as it is here. `mrl-redimnet calibrate` sets one"
@@ -321,7 +321,9 @@ def notes(wave: NDArray, sampling_rate: int = SAMPLING_RATE) -> list[str]:
         speaking = np.mean(power > np.percentile(power, 95) * 10 ** (-SPEECH_DB / 10))
         heard = speaking * facts.seconds
         if speaking < SPEECH_SHARE or heard < SPEECH_SECONDS <= facts.seconds:
-            found.append(f"Mostly silence: {heard:.1f} s of {facts.seconds:.1f} s hold sound. Speak without long pauses.")
+            found.append(
+                f"Mostly silence: {heard:.1f} s of {facts.seconds:.1f} s hold sound. Speak without long pauses."
+            )
     if sampling_rate < SAMPLING_RATE:
         found.append(
             f"Sampled at {sampling_rate:,} Hz: nothing is left above {sampling_rate / 2000:g} kHz, and the model "

@@ -175,9 +175,7 @@ def matches(found: Sequence[Match]) -> str:
         f"<td>{percent(each.probability)}</td></tr>"
         for each in found
     ]
-    return _table(
-        "All enrolled speakers: the nearest first", ["name", "score", "accepted from", "probability"], rows
-    )
+    return _table("All enrolled speakers: the nearest first", ["name", "score", "accepted from", "probability"], rows)
 
 
 def matrix(names: Sequence[str], similarities: NDArray, threshold: float | None) -> str:
