@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import unescape
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 from commands import refusal
-from conftest import tiny_model
 from demo_visit import missing, visit, write_speech
 from gradio_client import Client, handle_file
 from hypothesis import given

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mrl_redimnet.adapters.detector import Detection, DomainDetector
+from mrl_redimnet.adapters.detector import CLEAN, Detection, DomainDetector
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning, Encoded, audio_info, read_audio
 from mrl_redimnet.audio.levels import levels, refuse_silence
 from mrl_redimnet.encoder import SpeakerEncoder
@@ -298,7 +298,7 @@ class Listener:
 
 def _sounding(heard: Detection) -> str:
     name, probability = max(heard.probabilities.items(), key=lambda pair: pair[1])
-    doubt = "" if heard.domain == name or name == "clean" else ", which is too uncertain"
+    doubt = "" if name in (heard.domain, CLEAN) else ", which is too uncertain"
     return f"{name} ({100 * probability:.0f} %{doubt})"
 
 

@@ -1,4 +1,4 @@
-"""What `Listener` found, as HTML and pictures. Everything that comes from outside, such as names of files, is escaped."""
+"""What `Listener` found, as HTML and pictures. What comes from outside, such as names, is escaped."""
 
 import base64
 import io
@@ -107,8 +107,8 @@ def operating_points(entries: Sequence[Threshold]) -> str:
     ]
     of = entries[0]
     return _table(
-        f"Operating points: error rates on the trials “{of.trials}” ({of.targets:,} of one speaker, {of.impostors:,} of "
-        "two) that the thresholds were set on. On your recordings they may be worse",
+        f"Operating points: error rates on the trials “{of.trials}” ({of.targets:,} of one speaker, {of.impostors:,} "
+        "of two) that the thresholds were set on. On your recordings they may be worse",
         ["numbers", "accepted from", "false accepts", "misses"],
         rows,
     )
@@ -117,8 +117,9 @@ def operating_points(entries: Sequence[Threshold]) -> str:
 def _table(caption: str, columns: Sequence[str], rows: Sequence[str]) -> str:
     """rows: of HTML. In a box that the keyboard can scroll where the window is narrow."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    name = f"Table: {escape(caption.split(':')[0])}"
     return (
-        f'<div class="mrl-scroll" tabindex="0" role="region" aria-label="Table: {escape(caption.split(":")[0])}"><table>'
+        f'<div class="mrl-scroll" tabindex="0" role="region" aria-label="{name}"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -160,8 +161,8 @@ def enrolled(speakers: Mapping[str, Sequence[Take]]) -> str:
     if not speakers:
         return hint("Nobody is enrolled yet. Give a name and a recording, then press Enrol.")
     rows = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{len(takes)}</td><td>{sum(take.seconds for take in takes):.1f} s</td>'
-        "</tr>"
+        f'<tr><th scope="row">{escape(name)}</th><td>{len(takes)}</td>'
+        f"<td>{sum(take.seconds for take in takes):.1f} s</td></tr>"
         for name, takes in speakers.items()
     ]
     return _table("Enrolled speakers", ["name", "recordings", "speech"], rows)

@@ -17,7 +17,7 @@ from typing import Any
 
 from mrl_redimnet.audio.io import AudioError
 from mrl_redimnet.demo import markup
-from mrl_redimnet.demo.listener import LONGEST, MOST_FILES, OFF, Choice, Listener, Take
+from mrl_redimnet.demo.listener import LONGEST, MOST_FILES, OFF, Listener, Take
 from mrl_redimnet.extras import extra
 
 with extra("demo"):
@@ -35,8 +35,8 @@ CONSENT = """
 """
 DETAILS = f"""
 - A recording goes from this browser to the program that made this page, and nowhere else.
-- There it lies in a temporary folder that only this program's user can read. It is deleted after {AUDIO_MINUTES} minutes,
-  and when the program ends.
+- There it lies in a temporary folder that only this program's user can read. It is deleted after {AUDIO_MINUTES}
+  minutes, and when the program ends.
 - Embeddings of the recordings, and the names you enrol, are held in memory for this page alone. They are gone when you
   press *Forget everybody*, and at the latest {MEMORY_MINUTES} minutes after the last use.
 - Nothing is logged, measured or used for training.
@@ -49,14 +49,16 @@ CSS = """
 .mrl-card { border: 1px solid var(--border-color-primary); border-left: 6px solid #64748b; border-radius: 6px;
   padding: .6rem .9rem; margin: .3rem 0; overflow-wrap: anywhere; }
 .mrl-card ul { margin: .2rem 0 0 1.2rem; list-style: disc; }
-.mrl-good { border-left-color: #15803d; } .mrl-bad { border-left-color: #b91c1c; } .mrl-warn { border-left-color: #b45309; }
+.mrl-good { border-left-color: #15803d; } .mrl-bad { border-left-color: #b91c1c; }
+.mrl-warn { border-left-color: #b45309; }
 .mrl-verdict { font-size: 1.25rem; margin: 0 0 .3rem; }
 .mrl-card dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; margin: .3rem 0; }
 .mrl-card dt { opacity: .8; } .mrl-card dd { margin: 0; font-weight: 600; }
 .mrl-scroll { overflow-x: auto; }
 .mrl-scroll table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .mrl-scroll caption { text-align: left; padding: .4rem 0; }
-.mrl-scroll th, .mrl-scroll td { border: 1px solid var(--border-color-primary); padding: .2rem .5rem; text-align: right; }
+.mrl-scroll th, .mrl-scroll td { border: 1px solid var(--border-color-primary); padding: .2rem .5rem;
+  text-align: right; }
 .mrl-scroll th[scope=row] { text-align: left; } .mrl-chosen > * { font-weight: 700; background: rgba(29,78,216,.18); }
 .mrl-picture { width: 100%; max-width: 640px; height: auto; background: white; border-radius: 6px; }
 .mrl-map { width: 100%; max-width: 420px; border: 1px solid var(--border-color-primary); border-radius: 6px; }
@@ -254,7 +256,7 @@ def make_page(listener: Listener) -> gr.Blocks:
             _compare_tab(session, settings)
         with gr.Accordion("Error rates of this model", open=False, elem_id="rates"):
             points = gr.HTML(session.points(OFF))
-        adapter.change(session.points, [adapter], [points], api_name=False)
+        adapter.change(session.points, [adapter], [points], api_visibility="private")
     return page
 
 
