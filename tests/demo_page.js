@@ -23,7 +23,7 @@ const args = [
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args });
 const [requests, errors, seen] = [[], [], {}];
 
-async function open(width = 900, height = 700) {
+async function open(width = 800, height = 700) {
   const page = await browser.newPage({ viewport: { width, height } });
   page.setDefaultTimeout(PATIENCE.timeout);
   page.on("request", (request) => requests.push(request.url()));

@@ -320,7 +320,7 @@ def notes(wave: NDArray, sampling_rate: int = SAMPLING_RATE) -> list[str]:
     if len(power):
         speaking = np.mean(power > np.percentile(power, 95) * 10 ** (-SPEECH_DB / 10))
         heard = speaking * facts.seconds
-        if speaking < SPEECH_SHARE or heard < SPEECH_SECONDS <= facts.seconds:
+        if speaking < SPEECH_SHARE or (heard < SPEECH_SECONDS and facts.seconds >= SHORT_SECONDS):
             found.append(
                 f"Mostly silence: {heard:.1f} s of {facts.seconds:.1f} s hold sound. Speak without long pauses."
             )

@@ -124,9 +124,14 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[str]) -> str:
     )
 
 
+def pictures(takes: Sequence[Take]) -> str:
+    """Waveforms and log-mel features, side by side where there is room."""
+    return f'<div class="mrl-pictures">{"".join(map(picture, takes))}</div>' if takes else ""
+
+
 def picture(take: Take) -> str:
     """Waveform and log-mel features of a recording."""
-    figure = new_figure(6.4, 3.0)
+    figure = new_figure(4.4, 3.0)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.6))
     low, high = take.envelope
     above.fill_between(np.linspace(0, take.seconds, len(low)), low, high, color="#1d4ed8", linewidth=0)
@@ -143,7 +148,7 @@ def picture(take: Take) -> str:
         f"{take.name}: the waveform, {take.seconds:.1f} seconds with a peak of {peak:.2f} of full scale, above the "
         f"{bins} mel bands that the network gets."
     )
-    return f'<img class="mrl-picture" src="data:image/webp;base64,{data}" alt="{escape(alt)}">'
+    return f'<img src="data:image/webp;base64,{data}" alt="{escape(alt)}">'
 
 
 def facts(takes: Sequence[Take], choice: Choice) -> str:

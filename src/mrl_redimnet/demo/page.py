@@ -37,8 +37,8 @@ DETAILS = f"""
 - A recording goes from this browser to the program that made this page, and nowhere else.
 - There it lies in a temporary folder that only this program's user can read. It is deleted after {AUDIO_MINUTES}
   minutes, and when the program ends.
-- Embeddings of the recordings, and the names you enrol, are held in memory for this page alone. They are gone when you
-  press *Forget everybody*, and at the latest {MEMORY_MINUTES} minutes after the last use.
+- Embeddings of the recordings, and the names you enrol, are held in memory for this page alone. They are gone when
+  you clear a recording or press *Forget everybody*, and at the latest {MEMORY_MINUTES} minutes after the last use.
 - Nothing is logged, measured or used for training.
 - An embedding is biometric data, as a fingerprint is. In many countries it may be made only with the speaker's consent.
 - A score is evidence, not proof: thresholds were set on other recordings, and copied or synthetic voices are accepted.
@@ -59,8 +59,10 @@ CSS = """
 .mrl-scroll caption { text-align: left; padding: .4rem 0; }
 .mrl-scroll th, .mrl-scroll td { border: 1px solid var(--border-color-primary); padding: .2rem .5rem;
   text-align: right; }
-.mrl-scroll th[scope=row] { text-align: left; } .mrl-chosen > * { font-weight: 700; background: rgba(29,78,216,.18); }
-.mrl-picture { width: 100%; max-width: 640px; height: auto; background: white; border-radius: 6px; }
+.mrl-scroll th:first-child { text-align: left !important; }
+ .mrl-chosen > * { font-weight: 700; background: rgba(29,78,216,.18); }
+.mrl-pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: .6rem; }
+.mrl-pictures img { width: 100%; height: auto; margin: 0; background: white; border-radius: 6px; }
 .mrl-map { width: 100%; max-width: 420px; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 .mrl-map circle { fill: #1d4ed8; } .mrl-map line { stroke: #15803d; stroke-width: 2; }
 .mrl-map text { fill: white; font-size: 12px; text-anchor: middle; }
@@ -121,7 +123,7 @@ class Session:
                 return (
                     markup.hint(f"Record or choose {missing}.") + markup.warnings_of(takes),
                     "",
-                    "".join(map(markup.picture, takes)),
+                    markup.pictures(takes),
                     known,
                 )
             choice = self.listener.choose(adapter, takes[1:])
@@ -136,7 +138,7 @@ class Session:
         return (
             told + markup.warnings_of(takes) + markup.facts(takes, choice),
             markup.sizes(found, size),
-            "".join(map(markup.picture, takes)),
+            markup.pictures(takes),
             known,
         )
 
@@ -261,7 +263,7 @@ def make_page(listener: Listener) -> gr.Blocks:
 
 
 def _audio(label: str, name: str) -> gr.Audio:
-    with gr.HTML(html_template="@children", js_on_load=GROUP_SCRIPT, name=label):
+    with gr.HTML(html_template="@children", js_on_load=GROUP_SCRIPT, min_width=280, name=label):
         return gr.Audio(
             label=label, sources=["upload", "microphone"], type="filepath", editable=False, buttons=[], elem_id=name
         )
@@ -332,8 +334,9 @@ def _compare_tab(session: Session, settings: Sequence[Any]) -> None:
 
 def look() -> dict[str, Any]:
     """Options of `launch` with which the page looks as it should, keeps nothing and asks no other server."""
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return dict(
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=theme.set(color_accent="*primary_700", button_primary_background_fill="*primary_700"),
         css=CSS,
         max_file_size=f"{MEGABYTES}mb",
         run_history=False,
