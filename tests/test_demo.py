@@ -347,7 +347,7 @@ def running(*command: object, folder: Path, **environment: str) -> Iterator[str]
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
-    assert list(folder.iterdir()) == []
+    assert [file for file in folder.rglob("*") if file.is_file()] == []
 
 
 @pytest.mark.slow

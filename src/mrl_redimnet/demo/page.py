@@ -54,7 +54,7 @@ CSS = """
 .mrl-verdict { font-size: 1.25rem; margin: 0 0 .3rem; }
 .mrl-card dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; margin: .3rem 0; }
 .mrl-card dt { opacity: .8; } .mrl-card dd { margin: 0; font-weight: 600; }
-.mrl-scroll { overflow-x: auto; }
+.mrl-scroll { overflow-x: auto; contain: inline-size; }
 .mrl-scroll table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .mrl-scroll caption { text-align: left; padding: .4rem 0; }
 .mrl-scroll th, .mrl-scroll td { border: 1px solid var(--border-color-primary); padding: .2rem .5rem;
