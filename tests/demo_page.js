@@ -36,7 +36,7 @@ async function open(width = 800, height = 700) {
 }
 
 const give = (page, box, ...names) => page.locator(`#${box} input[type=file]`).setInputFiles(speech(...names));
-const text = (page, box) => page.locator(`#${box}`).innerText();
+const text = (page, box) => page.locator(`#${box} [role=status]`).innerText(); // without how long it took
 const says = (page, box, words) => page.locator(`#${box}`).getByText(words).first().waitFor(PATIENCE);
 
 async function shoot(page, name) {

@@ -154,6 +154,7 @@ def test_recordings_that_cannot_be_used(listener, tmp_path):
         (write(tmp_path / "silent.wav", np.zeros(SAMPLING_RATE)), "silent.wav is silent"),
         (write(tmp_path / "long.wav", np.zeros(round((LONGEST + 1) * 1000)), 1000), "long.wav has 121 s"),
         (tmp_path / "text.wav", "text.wav cannot be read as audio"),
+        (tmp_path / "gone.wav", "gone.wav is not there any more: record or choose it again"),
     ):
         with pytest.raises(AudioError, match=words):
             listener.hear(file)

@@ -165,7 +165,10 @@ class Listener:
 
         Raises AudioError for one that cannot be read, is too long or too short, or in which nobody can be heard.
         """
-        source = Encoded(Path(file).name, Path(file).read_bytes())  # messages call it by its name alone
+        try:
+            source = Encoded(Path(file).name, Path(file).read_bytes())  # messages call it by its name alone
+        except FileNotFoundError as error:  # the page deletes recordings after a while
+            raise AudioError(f"{Path(file).name} is not there any more: record or choose it again") from error
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", AudioWarning)
             info = audio_info(source)
