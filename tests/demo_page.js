@@ -159,6 +159,7 @@ async function phone() {
   await says(page, "verdict", "Accepted");
   await page.locator("#pictures img").nth(1).waitFor();
   seen.width = await page.evaluate(() => document.documentElement.scrollWidth);
+  seen.narrowest = await page.locator("#verdict dd").evaluateAll((all) => Math.min(...all.map((each) => each.clientWidth)));
   seen.outside = await page.evaluate(() =>
     [...document.querySelectorAll("button, input:not([type=file]), [role=tab], .mrl-card, img")]
       .filter((each) => each.getClientRects().length && each.getBoundingClientRect().right > innerWidth + 1)

@@ -406,4 +406,4 @@ def test_the_page_in_chromium(tmp_path):
     assert re.search(r"\d\.\d s, \d\d,000 Hz|\d\.\d s, 44,100 Hz", seen["recorded"]), seen["recorded"]
     assert seen["identified"].startswith("Accepted: this is Anna.") and seen["nearest"] == ["Anna", "Berta"]
     assert len(seen["matrix"]) == 6 and seen["map"].startswith("Map of 6 recordings")
-    assert seen["width"] <= 375 and seen["outside"] == []
+    assert seen["width"] <= 375 and seen["outside"] == [] and seen["narrowest"] > 150

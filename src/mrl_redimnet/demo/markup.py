@@ -119,8 +119,8 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     name = f"Table: {escape(caption.split(':')[0])}"
     return (
-        f'<div class="mrl-scroll" tabindex="0" role="region" aria-label="{name}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p>{escape(caption)}.</p><div class="mrl-scroll" tabindex="0" role="region" aria-label="{name}">'
+        f'<table aria-label="{name}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 

@@ -56,7 +56,6 @@ CSS = """
 .mrl-card dt { opacity: .8; } .mrl-card dd { margin: 0; font-weight: 600; }
 .mrl-scroll { overflow-x: auto; contain: inline-size; }
 .mrl-scroll table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.mrl-scroll caption { text-align: left; padding: .4rem 0; }
 .mrl-scroll th, .mrl-scroll td { border: 1px solid var(--border-color-primary); padding: .2rem .5rem;
   text-align: right; }
 .mrl-scroll th:first-child { text-align: left !important; }
@@ -69,6 +68,7 @@ CSS = """
 .mrl-size label { display: block; font-weight: 600; }
 .mrl-size input { width: 100%; min-height: 2rem; accent-color: #1d4ed8; }
 .mrl-size .mrl-marks { display: flex; justify-content: space-between; }
+@media (max-width: 600px) { .mrl-row { flex-direction: column; } .mrl-card dl { display: block; } }
 :focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px; }
 """
 
@@ -283,7 +283,7 @@ def _on(triggers: Sequence[Callable], run: Callable, inputs: Sequence, outputs: 
 
 
 def _verify_tab(session: Session, settings: Sequence[Any]) -> None:
-    with gr.Row():
+    with gr.Row(elem_classes="mrl-row"):
         first, second = _audio("First recording", "first"), _audio("Second recording", "second")
     told = _live(markup.hint("Record or choose two recordings."), "verdict")
     lost = gr.HTML(elem_id="lost")
@@ -296,7 +296,7 @@ def _verify_tab(session: Session, settings: Sequence[Any]) -> None:
 
 def _identify_tab(session: Session, settings: Sequence[Any]) -> None:
     speakers = _memory()
-    with gr.Row():
+    with gr.Row(elem_classes="mrl-row"):
         with gr.Column():
             name = gr.Textbox(label="Name", elem_id="name", max_length=60)
             take = _audio("Recording to enrol", "take")
