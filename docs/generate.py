@@ -79,6 +79,7 @@ PURPOSES = {
     "diarization": "who spoke when",
     "extraction": "bulk embedding, search",
     "serving": "batches, HTTP, speakers",
+    "demo": "a page in the browser",
     "training": "recipe, tasks, schedules",
     "adapters": "LoRA: train, serve, publish",
     "hub_cards": "model cards",

@@ -19,7 +19,7 @@ FLOORS = (
     {"saving"},
     {"adapters"},
     {"encoder", "export"},
-    {"diarization", "evaluation", "extraction", "rotation", "serving"},
+    {"demo", "diarization", "evaluation", "extraction", "rotation", "serving"},
     {"training"},
     {"train_hf", "mrl_redimnet_cli"},
 )

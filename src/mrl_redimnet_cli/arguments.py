@@ -42,6 +42,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     must_be_there(parser, model=model_source, adapter=adapter_source)
 
 
+def add_named_adapters(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --adapter NAME=SOURCE, which `named_adapters` reads. what: the name is."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help=f"an adapter, by the name {what}: a path or Hub id; may be given several times",
+    )
+    must_be_there(parser, adapter=_named_source)
+
+
+def named_adapters(arguments: argparse.Namespace) -> dict[str, str]:
+    """{name: path or Hub id} of every --adapter."""
+    return {name: where for name, _, where in (given.partition("=") for given in arguments.adapter)}
+
+
+def _named_source(given: str) -> str | None:
+    name, equals, where = given.partition("=")
+    return source(where) if name and equals else f"{given} is not NAME=SOURCE, such as telephony=me/my-adapter"
+
+
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Adds --scoring, --cohort and --top, which `check_scoring` checks."""
     top = VALUES["scoring.scorers.TOP"]

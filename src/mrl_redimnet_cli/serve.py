@@ -7,12 +7,13 @@ from mrl_redimnet_cli.arguments import (
     MODEL,
     Commands,
     add_command,
+    add_named_adapters,
     add_thresholds,
     file,
     folder,
     model_source,
     must_be_there,
-    source,
+    named_adapters,
 )
 from mrl_redimnet_cli.names import VALUES
 
@@ -29,13 +30,7 @@ def add(commands: Commands) -> None:
         epilog="SIGTERM or Ctrl-C ends it when all requests that were taken are answered. See docs/serving.md.",
     )
     parser.add_argument("model", help=f"the model: {MODEL}")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="an adapter, by the name that requests call it: a path or Hub id; may be given several times",
-    )
+    add_named_adapters(parser, "that requests call it")
     parser.add_argument(
         "--allow-namespace",
         action="append",
@@ -76,13 +71,7 @@ def add(commands: Commands) -> None:
     limits.add_argument(
         "--enrol-seconds", type=float, default=2, metavar="S", help="of speech to enrol from, at least [2]"
     )
-    must_be_there(parser, model=model_source, adapter=_named_source, detector=folder, keys=file)
-
-
-def _named_source(given: str) -> str | None:
-    """What is wrong with NAME=SOURCE."""
-    name, equals, where = given.partition("=")
-    return source(where) if name and equals else f"{given} is not NAME=SOURCE, such as telephony=me/my-adapter"
+    must_be_there(parser, model=model_source, detector=folder, keys=file)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -115,8 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
     detector = None if arguments.detector is None else DomainDetector.load(arguments.detector)
     thresholds = None if arguments.thresholds is None else Thresholds.load(arguments.thresholds)
     encoder = SpeakerEncoder.from_pretrained(arguments.model, device=arguments.device)
-    for given in arguments.adapter:
-        name, _, where = given.partition("=")
+    for name, where in named_adapters(arguments).items():
         encoder.adapters.add(name, where)
     store = None if arguments.store is None else open_store(arguments.store)
     batcher = MicroBatcher(
