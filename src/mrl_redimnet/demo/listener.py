@@ -26,7 +26,7 @@ OFF, AUTO = "off", "automatic"  # beside the adapters' names: the model itself, 
 LONGEST = 120.0  # seconds of a recording, which bound memory and time, as in the service
 MOST_FILES = 20  # that are compared at a time
 POINTS = 400  # across a picture
-# When a recording is warned of, though it is used. Of 500 recordings of the corpora in docs/results/README.md the levels
+# When a recording is warned of, though it is used. Of 500 recordings of the corpora in docs/results/README.md, levels
 # were -41 to -13 dBFS, 27 % (1st percentile) to all of the frames were less than 30 dB below the loud ones, and 0.12 %
 # of the samples of the worst were at full scale.
 SHORT_SECONDS = 2.0
