@@ -211,6 +211,14 @@ def test_nobody_speaks(nano, samples):
     assert found.turns == () and found.voices == {} and found.seconds == samples / RATE
 
 
+def test_who_speaks_for_a_little_more_than_an_excerpt(tmp_path):
+    """Of the last turn that an excerpt takes, less than a sample could be left."""
+    soundfile.write(tmp_path / "a.wav", np.full(40 * RATE, 0.05), RATE)
+    for last in (pipeline.EXCERPT - 15 - 1e-6, 15.0, 15.2):
+        found = Diarizer(by_loudness)(tmp_path / "a.wav", speech=[(0.0, 15.0), (16.0, 16.0 + last), (35.0, 39.0)])
+        assert list(found.voices) == ["speaker_01"]
+
+
 def test_speech_of_an_instant_is_embedded_with_its_surroundings(nano):
     wave = read_audio(FIRST)
     found = Diarizer(nano.embed)(wave, speech=[(0.0, 0.05), (1.0, 1.02), (len(wave) / RATE - 0.01, len(wave) / RATE)])

@@ -163,7 +163,7 @@ class Diarizer:
         held: dict[str, float] = {}
         for turn in sorted(turns, key=lambda turn: -turn.seconds):
             left = EXCERPT - held.get(turn.speaker, 0.0)
-            if left > 0 and (turn.seconds >= _SHORTEST or turn.speaker not in held):
+            if left >= _SHORTEST and (turn.seconds >= _SHORTEST or turn.speaker not in held):
                 length = min(max(turn.seconds, _SHORTEST), left)
                 first = max(0, min(round(turn.start * SAMPLING_RATE), read.samples - round(length * SAMPLING_RATE)))
                 last = min(first + round(length * SAMPLING_RATE), read.samples)
