@@ -578,7 +578,7 @@ def under_way(port: int) -> float:
     """How many requests the service has not answered yet."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("GET", "/metrics")
-    return float(re.search(r"requests_under_way (\S+)", connection.getresponse().read().decode())[1])
+    return float(re.search(r"requests_under_way ([\d.]+)", connection.getresponse().read().decode())[1])
 
 
 @pytest.mark.slow
@@ -702,6 +702,8 @@ def test_the_same_client_and_store_on_ray_serve(tmp_path, folders, monkeypatch, 
     examples = str(Path(__file__).parents[1] / "examples")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", examples)  # of Ray's workers
+    for check in ("READY", "HEALTH"):  # Ray gives a proxy 5 s to start, and ends it where the machine is busy for longer
+        monkeypatch.setenv(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "120")
     ray = pytest.importorskip("ray")
     import serve_with_ray
     import service_client
