@@ -702,7 +702,7 @@ def test_the_same_client_and_store_on_ray_serve(tmp_path, folders, monkeypatch, 
     examples = str(Path(__file__).parents[1] / "examples")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", examples)  # of Ray's workers
-    for check in ("READY", "HEALTH"):  # Ray gives a proxy 5 s to start, and ends it where the machine is busy for longer
+    for check in ("READY", "HEALTH"):  # of 5 s, which a busy machine needs more than
         monkeypatch.setenv(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "120")
     ray = pytest.importorskip("ray")
     import serve_with_ray
