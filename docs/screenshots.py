@@ -18,6 +18,7 @@ FOLDER = ROOT / "docs" / "demo"
 
 
 def main() -> None:
+    """Takes the pictures."""
     if problem := missing():
         raise SystemExit(problem)
     FOLDER.mkdir(exist_ok=True)

@@ -362,6 +362,7 @@ def test_command_refuses(tmp_path, dialogue, capsys):
     out = ("--out", tmp_path / "out")
     assert "speakers: got 0" in refusal_late(capsys, "diarize", "nano", path, *out, "--speakers", 0)
     assert "no file or folder" in refusal(capsys, "diarize", "nano", tmp_path / "none.wav", *out)
+    assert "is a file: give a folder" in refusal(capsys, "diarize", "nano", path, "--out", path)
     other = tmp_path / "dialogue.flac"
     soundfile.write(other, np.zeros(RATE), RATE)
     message = refusal(capsys, "diarize", "nano", path, other, *out)

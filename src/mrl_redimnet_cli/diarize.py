@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mrl_redimnet.diarization.pipeline import Diarizer
     from mrl_redimnet.diarization.writing import write_diarization
 
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise FileExistsError(f"--out: {arguments.out} is a file: give a folder.")
     files = named_files(arguments.recordings)
     stems = _stems(files, arguments.out)
     encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
