@@ -38,7 +38,7 @@ def joined(turns: Iterable[Turn], pause: float = 0.0) -> list[Turn]:
         else:
             last[turn.speaker] = len(found)
             found.append(turn)
-    return found
+    return sorted(found)  # a turn that grew may now come after one of the same start
 
 
 def rttm_name(text: str) -> str:
