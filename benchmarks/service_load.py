@@ -12,8 +12,10 @@ LoRA, linear, r=8, made here), take turns, at 1, 16 and 64 callers who ask witho
 Beside them stands the best rate of the same bank offline: sorted batches of several sizes, the fastest. The goals are
 ratios: throughput at 16 callers by that rate, and p99 at 16 callers by what 16 utterances take in the best batches (the
 p50 of one caller, times the share that a batch of 16 takes of 16 times that). Then 100,000 requests (--quick:
-2,000) to a tiny network from 16 callers are compared, number by number, with the answers alone. OUT.md and OUT.json
-are rewritten after each part. Run it while nothing else runs.
+2,000) to a tiny network from 16 callers are compared, number by number, with the answers alone, and the service of the
+first model is loaded over HTTP by 16 and by 64 callers for ten minutes each (--quick: 5 s): every answer is compared
+with that alone, the service's own count of requests with that of the callers, and its memory is read. OUT.md and
+OUT.json are rewritten after each part. Run it while nothing else runs; the last two parts measure no times.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import http.client
 import io
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +61,18 @@ AGREEMENT = 1e-3  # of the length of an embedding: how far an answer may be from
 
 @dataclass(frozen=True)
 class Effort:
-    """turns of every way, seconds of a turn, rounds of offline batches, requests that are checked by value."""
+    """turns of every way, seconds of a turn, rounds of offline batches, requests that are checked by value, seconds of
+    the long load.
+    """
 
     turns: int = 3
     seconds: float = 20.0
     offline: int = 3
     checked: int = 100_000
+    long: float = 600.0
 
 
-QUICK = Effort(turns=1, seconds=3.0, offline=1, checked=2_000)
+QUICK = Effort(turns=1, seconds=3.0, offline=1, checked=2_000, long=5.0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         save_all("tiny", Path(folder))
         record["by_value"] = by_value(load(Path(folder)), effort.checked)
+    write()
+    print("compared by value", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_all(arguments.models[0], Path(folder))
+        record["long"] = long_load(Path(folder), effort.long, arguments)
     write()
     print(report(record))
 
@@ -245,12 +257,10 @@ def together(way: Callable, asked: list[Job], callers: int, seconds: float) -> t
             way(rng.choice(asked))
             found.append(time.perf_counter() - began)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(callers)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(callers) as pool:
+        for done in [pool.submit(work, number) for number in range(callers)]:
+            done.result()
     return found, len(found) / (time.perf_counter() - began)
 
 
@@ -297,8 +307,8 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
-    def embed(self, job: Job):
-        """Uploads a file, which now and then is broken."""
+    def embed(self, job: Job) -> list[float] | None:
+        """Uploads a file; gets its embedding, or None for one that is broken, as now and then one is."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port)
         with self.lock:
@@ -307,11 +317,22 @@ class Server:
         path = f"/embed?adapter={job.adapter or 'none'}"
         self.local.connection.request("POST", path, body, {"Content-Type": "audio/wav"})
         answer = self.local.connection.getresponse()
-        answer.read()
+        text = answer.read()
         if answer.status != (422 if broken else 200):
             raise RuntimeError(f"The service answered {answer.status}.")
         with self.lock:
             self.statuses[answer.status] = self.statuses.get(answer.status, 0) + 1
+        return None if broken else json.loads(text)["embeddings"][0]["embedding"]
+
+    def answered(self) -> dict[str, int]:
+        """How many uploads the service itself counts, by status."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        found: dict[str, int] = {}
+        for status, count in re.findall(r'requests_total\{[^}]*route="/embed"[^}]*status="(\d+)"[^}]*\} (\S+)', text):
+            found[status] = found.get(status, 0) + round(float(count))
+        return found
 
     def memory(self) -> float:
         """MiB of the process."""
@@ -344,11 +365,9 @@ def by_value(encoder: SpeakerEncoder, count: int) -> dict:
             worst.append(error)
 
     with MicroBatcher(encoder, on_pass=lambda one: passes.append(one.rows)) as batcher:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(16) as pool:
+            for done in [pool.submit(work, number) for number in range(16)]:
+                done.result()
     if len(worst) != count // 16 * 16:
         raise RuntimeError(f"Of {count} requests {len(worst)} were answered rightly.")
     return {
@@ -359,6 +378,46 @@ def by_value(encoder: SpeakerEncoder, count: int) -> dict:
         "grown_mib": (resident() - before) / 2**20,
         "seconds": time.perf_counter() - began,
     }
+
+
+def long_load(folder: Path, seconds: float, arguments: argparse.Namespace) -> list[dict]:
+    """The service under 16 and under 64 callers. RuntimeError for an answer that is wrong, lost, or given twice."""
+    asked, encoder, found = jobs(), load(folder), []
+    alone = []
+    for job in asked:
+        wave, lengths = torch.from_numpy(job.waveform)[None], torch.tensor([len(job.waveform)])
+        alone.append(encoder.embed_padded(wave, lengths, [job.adapter])[0])
+    expected = {id(job): numbers / np.linalg.norm(numbers) for job, numbers in zip(asked, alone, strict=True)}
+    worst: list[float] = []
+
+    def checked(job: Job):
+        answer = server.embed(job)
+        if answer is not None:
+            given = np.array(answer)
+            worst.append(float(np.linalg.norm(given / np.linalg.norm(given) - expected[id(job)])))
+
+    with Server(folder, arguments) as server:
+        for callers in CALLERS[1:]:
+            memory, ended = [], threading.Event()
+
+            def watch(memory=memory, ended=ended):
+                while not ended.wait(min(10.0, seconds / 5)):
+                    memory.append(server.memory())
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                times, rate = together(checked, asked, callers, seconds)
+            finally:
+                ended.set()
+                watcher.join()
+            found.append({"callers": callers, "requests": len(times), "per_second": rate, "memory_mib": memory})
+        own = {str(status): count for status, count in server.statuses.items()}
+        if server.answered() != own or sum(own.values()) != sum(part["requests"] for part in found):
+            raise RuntimeError(f"The callers count {own}, the service {server.answered()}.")
+    if len(worst) != own["200"] or not max(worst) <= AGREEMENT:
+        raise RuntimeError(f"An answer is not that to the request: {max(worst):.1e} of its length away.")
+    return [{**part, "statuses": own, "worst": max(worst)} for part in found]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,6 +448,26 @@ def report(record: dict) -> str:
                 f"{value['rows_in_a_pass']:.1f} rows: the worst answer is {value['worst_relative_error']:.1e} of its "
                 f"length away from that alone; the nearest answer to another request is "
                 f"{value['nearest_other_answer']:.1e} away. The process grew by {value['grown_mib']:.0f} MiB."
+            ),
+        ]
+    if "long" in record:
+        text += ["", f"## A long load ({next(iter(record['models']))}, over HTTP)", ""]
+        columns = ["callers", "requests", "memory, MiB: after a tenth", "after half", "at last", "most"]
+        text += [table_row(columns), table_row(["---"] * len(columns))]
+        for part in record["long"]:
+            memory = part["memory_mib"]
+            points = [memory[len(memory) // 10], memory[len(memory) // 2], memory[-1], max(memory)]
+            text.append(
+                table_row(
+                    [str(part["callers"]), f"{part['requests']:,}", *(f"{point:,.0f}" for point in points)],
+                )
+            )
+        counts = ", ".join(f"{count:,} answered {status}" for status, count in sorted(part["statuses"].items()))
+        text += [
+            "",
+            paragraph(
+                f"In all {counts}, as the callers count them and as the service does; the worst embedding is "
+                f"{part['worst']:.1e} of its length away from that alone."
             ),
         ]
     return "\n".join(text) + "\n"
