@@ -4,8 +4,9 @@
 
 A SPLIT holds wav/SPEAKER/..., as docs/training.md describes it. Speakers whose names begin with the same letters are
 one corpus, and talk with each other. Of each corpus, each place (as it is, in a simulated room, over a simulated
-telephone line) and 2 to 6 speakers a conversation is made; corpora of real telephone speech stay as they are, and get
-as many. OUT gets a FLAC of each, reference.rttm, and statistics.json, with how people take turns here and in the
+telephone line) and 2 to 6 speakers (or --counts) a conversation is made; corpora of real telephone speech stay as
+they are, and get as many. OUT gets a FLAC of each, reference.rttm, and statistics.json, with how people take turns here
+and in the
 recordings of --like.
 """
 
@@ -25,7 +26,6 @@ from mrl_redimnet.diarization.conversations import Statistics, simulate_conversa
 from mrl_redimnet.diarization.turns import Turn, read_rttm, rttm_text
 
 PLACES = ("clean", "room", "telephone")
-COUNTS = range(2, 7)
 
 
 def main():
@@ -35,6 +35,9 @@ def main():
     parser.add_argument("--speech", type=Path, nargs="+", required=True, metavar="SPLIT")
     parser.add_argument("--speakers", type=Path, help="a file with the names of those that may speak, one a line [all]")
     parser.add_argument("--telephone", nargs="+", default=["wu"], help="corpora of real telephone speech [wu]")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[*range(2, 7)], help="speakers of a conversation [2 to 6]"
+    )
     parser.add_argument("--like", type=Path, help="an RTTM file, for the statistics")
     parser.add_argument("--seconds", type=float, default=90.0, help="of a conversation [90]")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,11 +52,11 @@ def main():
     found: dict[str, list[Turn]] = {}
     telephone = make_domain("telephony")
     for corpus, speech in sorted(corpora.items()):
-        if len(speech) < max(COUNTS):
+        if len(speech) < max(arguments.counts):
             continue
         for number, place in enumerate(PLACES):
             real = corpus in arguments.telephone
-            for count in COUNTS:
+            for count in arguments.counts:
                 name = f"{corpus}_{f'call{number}' if real else place}_{count}"
                 rng = np.random.default_rng([arguments.seed, *name.encode()])
                 names = [sorted(speech)[row] for row in rng.permutation(len(speech))[:count]]

@@ -3,7 +3,8 @@
     python benchmarks/packaged_speech.py packaged ...            # names the development speakers
     ls packaged/dev > SPEAKERS
     python benchmarks/conversations.py CONVERSATIONS --speech SPLIT/train ... --speakers SPEAKERS
-    python benchmarks/diarisation_settings.py nano --sets CONVERSATIONS MEETINGS --out docs/results/diarisation_settings
+    python benchmarks/conversations.py ALONE --speech SPLIT/train ... --speakers SPEAKERS --counts 1 --seconds 20
+    python benchmarks/diarisation_settings.py nano --sets CONVERSATIONS ALONE MEETINGS --out docs/results/NAME
 
 The recordings are of development speakers, and MEETINGS may hold more than `--pattern` names. Columns are DER in per
 cent, of it confused speakers, and by how many speakers the count is off, see diarisation.py. Rows of "detector" find
@@ -55,18 +56,22 @@ def main():
         if chosen:
             sets[folder.name] = chosen
     embed = remembered(SpeakerEncoder.from_pretrained(arguments.model, device="cpu").embed)
-    kept = {"windows of 1 s every 0.5 s, spectral, silhouette (kept)": {}}
+    kept = {"windows of 1 s every 0.5 s; below 35 s of speech 1.5 s every 0.75 s, cut at 0.6 (kept)": {}}
+    short = {"pipeline.WINDOW_OF_FEW": 1.0}
     tried = kept | {
-        f"average linkage, cut at {distance}": {"clustering.FEW_SECONDS": 1e9, "clustering.DISTANCE": distance}
+        f"below 35 s of speech 1 s every 0.5 s, cut at {distance}": short | {"clustering.DISTANCE": distance}
         for distance in (0.6, 0.7, 0.8)
     }
     tried |= {
-        "spectral for every recording": {"clustering.FEW_SECONDS": 0.0},
+        f"below 35 s of speech cut at {distance}": {"clustering.DISTANCE": distance} for distance in (0.5, 0.7, 0.8)
+    }
+    tried |= {
+        "below 35 s of speech 2 s every 1 s": {"pipeline.WINDOW_OF_FEW": 2.0},
+        "spectral for every recording": {"pipeline.FEW_SECONDS": 0.0},
+        "average linkage for every recording": {"pipeline.FEW_SECONDS": 1e9},
         "spectral, counted by the eigengap": {"clustering.spectral": by_eigengap},
-        "windows of 0.75 s every 0.375 s": {"window": 0.75, "step": 0.375},
-        "windows of 1 s every 0.33 s": {"step": 0.33},
-        "windows of 1.5 s every 0.75 s": {"window": 1.5, "step": 0.75},
-        "windows of 1.5 s every 0.75 s, few ones cut at 0.6": {"window": 1.5, "step": 0.75, "clustering.DISTANCE": 0.6},
+        "otherwise 0.75 s every 0.375 s": {"pipeline.WINDOW": 0.75},
+        "otherwise 1.5 s every 0.75 s": {"pipeline.WINDOW": 1.5},
         "without a least length of 2 s in all": {"least_seconds": 0.0},
     }
     lines = [f"| | {' | '.join(f'{name}: DER | confused | speakers off by' for name in sets)} |",

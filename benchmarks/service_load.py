@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["nano", "b2"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--wait-ms", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, help="of each turn [20]")
     parser.add_argument("--quick", action="store_true", help="little of everything: to see that it runs")
     parser.add_argument("--serve", nargs=2, metavar=("FOLDER", "PORT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -100,6 +101,8 @@ def main():
         serve(Path(arguments.serve[0]), int(arguments.serve[1]), arguments.wait_ms)
         return
     effort = QUICK if arguments.quick else Effort()
+    if arguments.seconds is not None:
+        effort = replace(effort, seconds=arguments.seconds)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "threads": arguments.threads}
     record |= {"torch": torch.__version__, "wait_ms": arguments.wait_ms, "models": {}}

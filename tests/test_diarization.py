@@ -112,7 +112,7 @@ def voices(sizes, spread=0.25, dim=32, seed=0):
 @given(st.lists(st.integers(12, 25), min_size=1, max_size=6), st.booleans(), st.integers(0, 99))
 def test_speakers_who_differ_are_told_apart_and_counted(sizes, counted, seed):
     units, truth = voices(sizes, seed=seed)
-    labels, means = clustered(units, np.ones(len(units)), len(sizes) if counted else None)
+    labels, means = clustered(units, np.ones(len(units)), len(sizes) if counted else None, few=len(units) < 70)
     assert len(means) == len(sizes) and len(set(zip(labels, truth, strict=True))) == len(sizes)
     np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1)
 
@@ -120,7 +120,6 @@ def test_speakers_who_differ_are_told_apart_and_counted(sizes, counted, seed):
 @pytest.mark.parametrize("most", [30, 1500])
 def test_of_many_windows_some_are_clustered_and_all_get_a_speaker(monkeypatch, most):
     monkeypatch.setattr(clustering, "_MANY", most)
-    monkeypatch.setattr(clustering, "FEW_SECONDS", 10.0)
     units, truth = voices([40, 40, 40])
     labels, means = clustered(units, np.ones(len(units)))
     assert len(means) == 3 and len(set(zip(labels, truth, strict=True))) == 3
@@ -128,8 +127,8 @@ def test_of_many_windows_some_are_clustered_and_all_get_a_speaker(monkeypatch, m
 
 def test_who_hardly_speaks_is_no_further_speaker_unless_asked_for():
     units, truth = voices([30, 2])
-    assert len(clustered(units, np.full(32, 0.9))[1]) == 1
-    labels, means = clustered(units, np.full(32, 0.9), speakers=2)
+    assert len(clustered(units, np.full(32, 0.9), few=True)[1]) == 1
+    labels, means = clustered(units, np.full(32, 0.9), speakers=2, few=True)
     assert len(means) == 2 and len(set(zip(labels, truth, strict=True))) == 2
 
 

@@ -5,26 +5,29 @@ from numpy.typing import NDArray
 
 from mrl_redimnet.extras import extra
 
-# Seconds of windows (which overlap) below which their graph says too little, and distances are cut at a threshold.
-FEW_SECONDS = 70.0
-DISTANCE = 0.7  # of cosines, at which that cut is made
+DISTANCE = 0.6  # of cosines, at which few windows are cut into clusters
 _MANY = 1500  # windows that are clustered; of more, so many are drawn evenly, and the others go to the nearest cluster
 _NEIGHBOURS = (0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3)  # shares of all windows, of which one is chosen
 _LEAST_SILHOUETTE = 0.05  # two clusters that are less apart are one
 
 
 def clustered(
-    units: NDArray, seconds: NDArray, speakers: int | None = None, most: int = 10, least_seconds: float = 2.0
+    units: NDArray,
+    seconds: NDArray,
+    speakers: int | None = None,
+    most: int = 10,
+    least_seconds: float = 2.0,
+    few: bool = False,
 ) -> tuple[NDArray, NDArray]:
     """Embeddings of windows in clusters, one for each speaker.
-
-    Many windows are clustered by the spectrum of their neighbourhood graph, few by average linkage.
 
     Args:
         units: [N, D] of length one, N at least 1.
         seconds: [N] of the windows.
         speakers: how many there are; None: found, at most `most`.
         least_seconds: smaller clusters are given up, unless `speakers` asks for them.
+        few: whether so few windows are all that there is, that the graph of their neighbours says too little: then
+            they are clustered by average linkage, otherwise by the spectrum of that graph.
 
     Returns:
         The cluster of each window [N], and the clusters' mean embeddings [K, D] of length one. Where fewer windows
@@ -34,7 +37,7 @@ def clustered(
     if len(units) > _MANY:
         rows = np.linspace(0, len(units) - 1, _MANY).round().astype(int)
     drawn = units[rows]
-    if seconds.sum() < FEW_SECONDS or len(drawn) < 4:
+    if few or len(drawn) < 4:
         labels = _linked(drawn, speakers)
     else:
         labels = spectral(drawn, speakers, most)

@@ -19,6 +19,9 @@ STRETCH = 60.0  # seconds whose windows are embedded at a time
 EXCERPT = 30.0  # seconds of a speaker that are kept to tell who it is
 _SHORTEST = 0.3  # seconds of a window; shorter speech is embedded with what is around it
 _GRID = 0.05  # seconds, to which a change of speaker is placed
+# Below so many seconds of speech, windows are longer, and are clustered in another way.
+FEW_SECONDS = 35.0
+WINDOW, WINDOW_OF_FEW = 1.0, 1.5
 
 Embed = Callable[[list[NDArray]], NDArray]  # waveforms [samples] float32 at 16 kHz -> embeddings [N, D]
 
@@ -61,23 +64,26 @@ class Diarizer:
 
     Attributes:
         embed: gives embeddings of waveforms, such as `SpeakerEncoder.embed`, or `partial(encoder.embed, dim=64)`.
-        window, step: seconds of the windows that are embedded, and from one to the next.
+        window: seconds of the windows that are embedded [1.0; 1.5 where there are less than 35 s of speech].
+        step: seconds from one to the next [half a window].
         most_speakers: how many are looked for where their number is not given.
         least_seconds: who speaks less in all is not taken for another speaker, where their number is not given.
     """
 
     embed: Embed
-    window: float = 1.0
-    step: float = 0.5
+    window: float | None = None
+    step: float | None = None
     most_speakers: int = 10
     least_seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        if not _SHORTEST <= self.window <= STRETCH or not 0 < self.step <= self.window:
-            raise ValueError(
-                f"window: got {self.window} s with a step of {self.step} s, expected windows of {_SHORTEST} to "
-                f"{STRETCH:g} s, and a step above 0 and at most as long."
-            )
+        for window in (WINDOW, WINDOW_OF_FEW) if self.window is None else (self.window,):
+            step = self._step(window)
+            if not _SHORTEST <= window <= STRETCH or not 0 < step <= window:
+                raise ValueError(
+                    f"window: got {window} s with a step of {step} s, expected windows of {_SHORTEST} to {STRETCH:g} "
+                    "s, and a step above 0 and at most as long."
+                )
         if self.most_speakers < 1:
             raise ValueError(f"most_speakers: got {self.most_speakers}, expected at least 1.")
 
@@ -110,30 +116,29 @@ class Diarizer:
         spans = speech_in(read) if speech is None else _checked(speech, seconds)
         if not spans:
             return Diarization(item.name, seconds, (), {})
-        windows = np.array([window for span in spans for window in self._windows(*span)])  # [N, 2]
+        few = sum(end - start for start, end in spans) < FEW_SECONDS
+        window = self.window or (WINDOW_OF_FEW if few else WINDOW)
+        windows = np.concatenate([windows_over(*span, window, self._step(window)) for span in spans])  # [N, 2]
         units = self._embedded(read, windows, progress)
-        labels, means = clustered(
-            units, windows[:, 1] - windows[:, 0], speakers, self.most_speakers, self.least_seconds
-        )
+        lengths = windows[:, 1] - windows[:, 0]
+        labels, means = clustered(units, lengths, speakers, self.most_speakers, self.least_seconds, few)
         turns = [turn for span in spans for turn in self._turns(span, windows, units @ means.T)]
         order = {name: f"speaker_{number:02}" for number, name in enumerate(dict.fromkeys(t.speaker for t in turns), 1)}
         turns = joined(Turn(turn.start, turn.end, order[turn.speaker]) for turn in turns)
         return Diarization(item.name, seconds, tuple(turns), self._voices(read, turns))
 
-    def _windows(self, start: float, end: float) -> NDArray:
-        """Windows [n, 2] that cover speech from `start` to `end` evenly, at most a step apart."""
-        count = int(np.ceil(max(end - start - self.window, 0) / self.step - 1e-9)) + 1
-        starts = np.linspace(start, max(end - self.window, start), count)
-        return np.column_stack([starts, np.minimum(starts + self.window, end)])
+    def _step(self, window: float) -> float:
+        return window / 2 if self.step is None else self.step
 
     def _embedded(self, read: Reader, windows: NDArray, progress: str | None) -> NDArray:
         """windows [N, 2] in seconds -> [N, D] of length one. A stretch of the recording is held at a time."""
         missing = np.maximum(_SHORTEST - (windows[:, 1] - windows[:, 0]), 0) / 2
         samples = np.round((windows + np.column_stack([-missing, missing])) * SAMPLING_RATE).astype(np.int64)
         samples = samples.clip(0, read.samples)
+        longest = int((samples[:, 1] - samples[:, 0]).max())
         found = []
         hidden = True if progress is None else None  # None: shown where it is a terminal
-        groups = consecutive(samples[:, 0], round(self.window * SAMPLING_RATE), round(STRETCH * SAMPLING_RATE))
+        groups = consecutive(samples[:, 0], longest, round(STRETCH * SAMPLING_RATE))
         for rows in tqdm(groups, desc=progress, disable=hidden, leave=False, unit=" min"):
             first = samples[rows[0], 0]
             wave = read(first, samples[rows, 1].max())
@@ -171,6 +176,13 @@ class Diarizer:
                 held[turn.speaker] = held.get(turn.speaker, 0.0) + length
         names = sorted(excerpts)
         return dict(zip(names, self.embed([np.concatenate(excerpts[name]) for name in names]), strict=True))
+
+
+def windows_over(start: float, end: float, window: float, step: float) -> NDArray:
+    """Windows [n, 2] that cover speech from `start` to `end` evenly, at most a step apart, in seconds."""
+    count = int(np.ceil(max(end - start - window, 0) / step - 1e-9)) + 1
+    starts = np.linspace(start, max(end - window, start), count)
+    return np.column_stack([starts, np.minimum(starts + window, end)])
 
 
 def _checked(speech: Sequence[Span], seconds: float) -> list[Span]:

@@ -13,12 +13,18 @@ or after adapters are put on, and a model is saved as before. `as_defined(model)
     loss         the loss of all Matryoshka prefixes in one pass over the classifier's rows, on CPUs
 """
 
+import os
 from typing import TypeVar
 
 from torch import nn
 
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 from mrl_redimnet.speed import blocks, linear, loss, maps, norms
+
+# oneDNN keeps what it has made for the last 1,024 layers and shapes. Every length and number of utterances in a batch
+# is a shape: with recordings of all lengths that holds gigabytes. One pass of the largest network has about 70 of them,
+# and to make one again takes well under a millisecond. oneDNN reads this at its first use; a value set outside is kept.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 Model = TypeVar("Model", bound=nn.Module)
 
