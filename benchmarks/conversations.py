@@ -6,8 +6,7 @@ A SPLIT holds wav/SPEAKER/..., as docs/training.md describes it. Speakers whose 
 one corpus, and talk with each other. Of each corpus, each place (as it is, in a simulated room, over a simulated
 telephone line) and 2 to 6 speakers (or --counts) a conversation is made; corpora of real telephone speech stay as
 they are, and get as many. OUT gets a FLAC of each, reference.rttm, and statistics.json, with how people take turns here
-and in the
-recordings of --like.
+and in the recordings of --like.
 """
 
 import argparse

