@@ -13,11 +13,14 @@ the speech, and show what is missed and what is taken for speech by mistake, in 
 
 import argparse
 import fnmatch
+import functools
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import diarisation
 import numpy as np
 import torch
 from diarisation import annotation, diarized, errors, rates, remembered
@@ -25,9 +28,10 @@ from pyannote.metrics.detection import DetectionErrorRate
 from sklearn.cluster import KMeans
 from timing import machine
 
+from configuration_mrl_redimnet import SAMPLING_RATE
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from mrl_redimnet import SpeakerEncoder
-from mrl_redimnet.audio.windows import stretch_reader
+from mrl_redimnet import MRLReDimNetModel, SpeakerEncoder
+from mrl_redimnet.audio.windows import consecutive, stretch_reader
 from mrl_redimnet.diarization import activity, clustering, pipeline
 from mrl_redimnet.diarization.turns import Turn, read_rttm
 
@@ -55,7 +59,8 @@ def main():
                   if fnmatch.fnmatch(name, arguments.pattern)}  # fmt: skip
         if chosen:
             sets[folder.name] = chosen
-    embed = remembered(SpeakerEncoder.from_pretrained(arguments.model, device="cpu").embed)
+    encoder = SpeakerEncoder.from_pretrained(arguments.model, device="cpu")
+    embed, model = remembered(encoder.embed), encoder.model.base_model
     kept = {"windows of 1 s every 0.5 s; below 35 s of speech 1.5 s every 0.75 s, cut at 0.6 (kept)": {}}
     short = {"pipeline.WINDOW_OF_FEW": 1.0}
     tried = kept | {
@@ -73,6 +78,7 @@ def main():
         "otherwise 0.75 s every 0.375 s": {"pipeline.WINDOW": 0.75},
         "otherwise 1.5 s every 0.75 s": {"pipeline.WINDOW": 1.5},
         "without a least length of 2 s in all": {"least_seconds": 0.0},
+        "windows out of joint passes of the trunk": {"diarisation.Diarizer": functools.partial(Shared, model=model)},
     }
     lines = [f"| | {' | '.join(f'{name}: DER | confused | speakers off by' for name in sets)} |",
              f"|---|{'---|' * 3 * len(sets)}"]  # fmt: skip
@@ -105,7 +111,7 @@ class patched:
 
     def __init__(self, changes: dict):
         self.settings = {name: value for name, value in changes.items() if "." not in name}
-        parts = {"clustering": clustering, "pipeline": pipeline}
+        parts = {"clustering": clustering, "pipeline": pipeline, "diarisation": diarisation}
         self.patches = [mock.patch.object(parts[name.split(".")[0]], name.split(".")[1], value)
                         for name, value in changes.items() if "." in name]  # fmt: skip
 
@@ -117,6 +123,33 @@ class patched:
     def __exit__(self, *error) -> None:
         for patch in self.patches:
             patch.stop()
+
+
+@dataclass(frozen=True)
+class Shared(pipeline.Diarizer):
+    """Windows that are pooled out of passes of the trunk over longer stretches, as `embed_windows(shared=True)` does.
+
+    Attributes:
+        model: the network.
+        longest: seconds of a pass.
+    """
+
+    model: MRLReDimNetModel | None = None
+    longest: float = 15.0
+
+    def _embedded(self, read, windows, progress):
+        samples = np.round(windows * SAMPLING_RATE).astype(int)
+        size, found = int((samples[:, 1] - samples[:, 0]).max()), []
+        for rows in consecutive(samples[:, 0], size, round(self.longest * SAMPLING_RATE)):
+            first, last = samples[rows[0], 0], samples[rows, 1].max()
+            weights = torch.zeros(1, len(rows), -(-(last - first) // 160))
+            for row, (start, end) in zip(weights[0], (samples[rows] - first) // 160, strict=True):
+                row[start : max(end, start + 1)] = 1
+            with torch.inference_mode():
+                wave = torch.from_numpy(read(first, last))[None]
+                found.append(self.model(wave, frame_weights=weights).embeddings[0].numpy())
+        units = np.concatenate(found)
+        return units / np.linalg.norm(units, axis=1, keepdims=True)
 
 
 def by_eigengap(units: np.ndarray, speakers: int | None, most: int) -> np.ndarray:
