@@ -31,7 +31,12 @@ def add(commands: Commands) -> None:
         description="Push, pull, list, look at, mix, cut and merge adapters.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
+    _add_those_of_the_hub(actions)
+    _add_those_that_look(actions)
+    _add_those_that_make(actions)
 
+
+def _add_those_of_the_hub(actions: Commands) -> None:
     push = add_command(actions, "push", push_folder, help="push a saved adapter to a Hub repository")
     add_push_options(push, "a saved adapter")
     push.add_argument("--base", help="Hub id of the adapter's base [what the folder says]")
@@ -46,6 +51,8 @@ def add(commands: Commands) -> None:
     listing.add_argument("base", help="Hub id of the base")
     listing.add_argument("--author", help="only adapters of this user or organisation")
 
+
+def _add_those_that_look(actions: Commands) -> None:
     info = add_command(actions, "info", show_info, help="show an adapter's base, domain, layers, rank and size")
     info.add_argument("adapter", help="the adapter: a path or Hub id")
     info.add_argument("--revision", help="branch, tag or commit")
@@ -56,6 +63,8 @@ def add(commands: Commands) -> None:
     detect.add_argument("files", nargs="+", type=Path, metavar="AUDIO", help="audio files")
     must_be_there(detect, detector=folder, files=file)
 
+
+def _add_those_that_make(actions: Commands) -> None:
     mix = add_command(actions, "mix", mix_into, help="mix several adapters of one base into a new adapter")
     mix.add_argument("base", help=f"the base: {MODEL}")
     mix.add_argument(
