@@ -36,10 +36,14 @@ def builder(model: str, adapters: dict[str, str], store: str | None) -> Callable
     return build
 
 
-def application(model: str, adapters: dict[str, str], store: str | None, replicas: int, cpus: float, gpus: float):
-    """The Serve application."""
-    options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus}}
-    return serve.deployment(**options)(serve.ingress(builder(model, adapters, store))()).bind()
+def options_of(replicas: int, most_replicas: int | None, cpus: float, gpus: float) -> dict:
+    """Of the deployment: so many replicas, or as many as the requests under way need."""
+    if most_replicas is None:
+        count = {"num_replicas": replicas}
+    else:  # a replica with a round of requests under way and a round that waits is busy
+        count = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": most_replicas,
+                                        "target_ongoing_requests": 32}}  # fmt: skip
+    return {**count, "max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus}}
 
 
 def main(argv: list[str] | None = None, blocking: bool = True):
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None, blocking: bool = True):
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=SOURCE")
     parser.add_argument("--store", help="an SQLite file, or postgresql://...")
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--most-replicas", type=int, metavar="N", help="more start up to N while many requests wait")
     parser.add_argument("--cpus", type=float, default=1, help="of each replica [1]")
     parser.add_argument("--gpus", type=float, default=0, help="of each replica; 0.25: four share one [0]")
     parser.add_argument("--port", type=int, default=8000)
@@ -58,7 +63,8 @@ def main(argv: list[str] | None = None, blocking: bool = True):
         arguments.store = os.path.abspath(arguments.store)  # replicas have a working directory of their own
     model = os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
     adapters = {name: os.path.abspath(source) if os.path.isdir(source) else source for name, source in adapters.items()}
-    app = application(model, adapters, arguments.store, arguments.replicas, arguments.cpus, arguments.gpus)
+    options = options_of(arguments.replicas, arguments.most_replicas, arguments.cpus, arguments.gpus)
+    app = serve.deployment(**options)(serve.ingress(builder(model, adapters, arguments.store))()).bind()
     serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
     serve.run(app, name="speakers", route_prefix="/", blocking=blocking)
 
