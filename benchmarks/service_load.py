@@ -10,14 +10,15 @@ LoRA, linear, r=8, made here), take turns, at 1, 16 and 64 callers who ask witho
 - "http": `mrl-redimnet serve`'s application in a process of its own, files uploaded, 2 % of them broken.
 
 Beside them stand the rates of the same bank offline: sorted batches of several sizes, of which the fastest is the best
-rate, and utterances 16 at a time as they come, divided as `MicroBatcher` divides them. The goals are ratios: throughput at 16
-callers by the best rate, and p99 at 16 callers by what 16 utterances take in the best batches (the p50 of one caller,
-times the share that a batch of 16 takes of 16 times that). Then 100,000 requests (--quick:
-2,000) to a tiny network from 16 callers are compared, number by number, with the answers alone, and the service of the
-first model is loaded over HTTP by 16 and by 64 callers for ten minutes each (--quick: 5 s): every answer is compared
-with that alone, the service's own count of requests with that of the callers, and its memory is read. OUT.md and
-OUT.json are rewritten after each part, and continued. Run it while nothing else runs; only the first part measures
-times.
+rate, and utterances 16 at a time as they come, divided as `MicroBatcher` divides them. The goals are ratios: throughput
+at 16 callers by the best rate, and p99 at 16 callers by what 16 utterances take in the best batches (the p50 of one
+caller, times the share that a batch of 16 takes of 16 times that).
+
+Then 100,000 requests (--quick: 2,000) to a tiny network from 16 callers are compared, number by number, with the
+answers alone, and the service of the first model is loaded over HTTP by 16 and by 64 callers for ten minutes each
+(--quick: 5 s): every answer is compared with that alone, the service's own count of requests with that of the callers,
+and its memory is read. OUT.md and OUT.json are rewritten after each part, and continued. Run it while nothing else
+runs; only the first part measures times.
 """
 
 import argparse
