@@ -604,6 +604,7 @@ class SpeakerEncoder:
 
         Returns:
             A `Decision` on each utterance of `test`.
+            An AudioWarning names sides with less speech than `ENROL_SECONDS` and `TEST_SECONDS` of `scoring.decisions`.
 
         Raises:
             AudioError: an utterance that cannot be read, or in which nobody can be heard.
@@ -647,6 +648,7 @@ class SpeakerEncoder:
 
         Returns:
             An `Identification` of each utterance of `test`.
+            An AudioWarning names speech that is too short, as in `verify`.
 
         Raises:
             AudioError: utterances that cannot be read, or in which nobody can be heard; it lists them all.

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from mrl_redimnet.scoring.calibration import RULE_OF, THRESHOLDS_FILE, Threshold, Thresholds
 
-# Seconds of speech, as `audio.levels.speech_seconds` counts them, below which a decision is warned of.
+# Seconds of speech (`audio.levels.speech_seconds`) below which a decision is warned of: at its saved thresholds the
+# packaged nano rejects more than half of the true speakers where either side is a stretch of 1 to 2 s, and a quarter to a
+# third at 2 to 4 s (64 and 256 numbers; docs/results/durations.md).
 ENROL_SECONDS = 2.0
 TEST_SECONDS = 2.0
 
@@ -208,7 +210,7 @@ def short_speech(what: str, speech: Sequence[tuple[str, float]], least: float) -
         told = f"{name} has {seconds:.1f} s of speech"
     else:
         told = f"{len(short)} of {len(speech)} {what} have too little speech, {name} the least with {seconds:.1f} s"
-    return [f"{told}: below {least:g} s a decision is far less certain than its rule says, so take more speech"]
+    return [f"{told}: below {least:g} s most true speakers are rejected by usual thresholds, so take more"]
 
 
 def _utterances(count: int) -> str:
