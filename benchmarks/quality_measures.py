@@ -31,7 +31,7 @@ from mrl_redimnet.plotting import new_panels, save_figure, shades
 from mrl_redimnet.scoring.metrics import act_dcf, auc, bootstrap_together, cllr, eer, min_cllr
 from mrl_redimnet.tables import markdown_table
 
-DIMS = (64, 256)
+DIMS = (256,)
 PRIOR = 0.01  # as `Calibration.fit` has it by default
 REPEATS = 8
 REJECTED = np.linspace(0.0, 0.8, 17)
