@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mrl_redimnet.scoring.calibration import RULE_OF, THRESHOLDS_FILE, Threshold, Thresholds
 
 # Seconds of speech (`audio.levels.speech_seconds`) below which a decision is warned of: at its saved thresholds the
-# packaged nano rejects more than half of the true speakers where either side is a stretch of 1 to 2 s, and a quarter to a
+# packaged nano rejects more than half of the true speakers where one side or both have 1 to 2 s, and a quarter to a
 # third at 2 to 4 s (64 and 256 numbers; docs/results/durations.md).
 ENROL_SECONDS = 2.0
 TEST_SECONDS = 2.0
