@@ -131,7 +131,7 @@ def test_a_recording_is_drawn_as_it_is(listener):
     [
         (lambda wave: wave, 16_000, None),
         (lambda wave: wave, 48_000, None),
-        (lambda wave: wave[: SAMPLING_RATE * 3 // 2], 16_000, "Too short: 1.5 s"),
+        (lambda wave: wave[: SAMPLING_RATE * 3 // 2], 16_000, "Too short: 0.4 s of speech"),
         (lambda wave: wave / 100, 16_000, "Too quiet: -6"),
         (lambda wave: np.clip(20 * wave, -1, 1), 16_000, "Clipped:"),
         (lambda wave: np.concatenate([wave, 1e-4 * np.resize([1.0, -1.0], 9 * len(wave))]), 16_000, "Mostly silence:"),

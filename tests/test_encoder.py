@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mrl_redimnet.audio.scan import speakers_files
 from mrl_redimnet.audio.waveforms import READ_AHEAD, length_batches
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.calibration import Thresholds
+from mrl_redimnet.scoring.decisions import ENROL_SECONDS, TEST_SECONDS, short_speech
 from mrl_redimnet.scoring.scorers import make_scorer
 
 
@@ -261,6 +263,44 @@ def test_silence_and_nobody_are_refused(encoder, files):
     for enrolled in ({}, {"a": []}):
         with pytest.raises(ValueError, match="at least one speaker, and at least one utterance of each"):
             encoder.identify(enrolled, files)
+
+
+def talk(seed: int, seconds: float) -> np.ndarray:
+    """Noise, all of which counts as speech."""
+    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * SAMPLING_RATE)).astype(np.float32)
+
+
+def told(call) -> list[str]:
+    """The AudioWarnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in caught if issubclass(each.category, AudioWarning)]
+
+
+def test_too_little_speech_is_told_of_each_side_in_a_sentence(encoder):
+    long, short = talk(0, 5), talk(1, 0.5)
+    with_pauses = np.concatenate([short, np.zeros(5 * SAMPLING_RATE, np.float32)])
+    assert told(lambda: encoder.verify([long], [long, talk(2, TEST_SECONDS)], threshold=0.5)) == []
+    assert told(lambda: encoder.verify([talk(seed, ENROL_SECONDS / 2) for seed in (3, 4)], [long], threshold=0.5)) == []
+    for enrolled in (short, with_pauses):
+        (sentence,) = told(lambda enrolled=enrolled: encoder.verify([enrolled], [long], threshold=0.5))
+        assert sentence.startswith(f"the enrolment has 0.5 s of speech: below {ENROL_SECONDS:g} s")
+    both = told(lambda: encoder.verify([short], [long, talk(2, 0.75), short], threshold=0.5))
+    assert len(both) == 2
+    assert "2 of 3 test utterances have too little speech, test utterance 2 the least with 0.5 s" in both[1]
+    named = told(lambda: encoder.identify({"anna": [long], "bert": [short]}, [long], threshold=0.5))
+    assert len(named) == 1 and "1 of 2 enrolments have too little speech, bert the least" in named[0]
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0.1, 9))
+def test_a_sentence_on_short_speech_counts_what_is_below_the_limit(seconds, least):
+    found = short_speech("test utterances", [(f"file{row}", each) for row, each in enumerate(seconds)], least)
+    short = [each for each in seconds if each < least]
+    assert len(found) == bool(short)
+    if short:
+        assert f"file{seconds.index(min(short))}" in found[0] and f"{min(short):.1f} s" in found[0]
+        assert found[0].startswith(f"{len(short)} of {len(seconds)} ") or len(seconds) == 1
 
 
 # ---------------------------------------------------------------- what it is

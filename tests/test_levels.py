@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
-from mrl_redimnet.audio.levels import levels, read_utterance, warn_of_silence
+from mrl_redimnet.audio.levels import levels, read_utterance, speaking, speech_seconds, warn_of_silence
 from mrl_redimnet.data.synthetic import make_corpus
 
 SECONDS = 3
@@ -106,3 +108,24 @@ def test_channels_that_cancel_each_other_are_silence(tmp_path):
         read_utterance(tmp_path / "a.wav")
     soundfile.write(tmp_path / "b.wav", np.stack([voice, 0 * voice], axis=1), SAMPLING_RATE)
     assert len(read_utterance(tmp_path / "b.wav")) == len(voice)
+
+
+@given(
+    seconds=st.lists(st.floats(0.1, 3.0), min_size=1, max_size=4),
+    pauses=st.floats(0.0, 3.0),
+    gain=st.floats(-40.0, 0.0),
+)
+def test_seconds_of_speech_are_those_between_the_pauses_at_any_level(seconds, pauses, gain):
+    """Pauses are 40 dB softer. Up to 19 times as long, as the loud frames are the loudest twentieth."""
+    rng = np.random.default_rng(0)
+    quiet = 0.001 * rng.standard_normal(round(pauses * SAMPLING_RATE))
+    parts = [part for each in seconds for part in (0.1 * rng.standard_normal(round(each * SAMPLING_RATE)), quiet)]
+    wave = (np.concatenate(parts) * 10 ** (gain / 20)).astype(np.float32)
+    assume(len(wave) < 15 * sum(seconds) * SAMPLING_RATE)
+    assert abs(speech_seconds(wave) - sum(seconds)) < 0.05 * len(parts)
+    assert speech_seconds(wave) <= len(wave) / SAMPLING_RATE
+
+
+def test_silence_and_less_than_a_frame_have_no_speech():
+    assert speech_seconds(ZEROS) == speech_seconds(ZEROS[:100]) == speech_seconds(speechlike(0.01)) == 0.0
+    assert speaking(ZEROS[:1000]).shape == (3,) and speaking(ZEROS[:100]).shape == (0,)

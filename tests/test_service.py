@@ -45,12 +45,13 @@ RATE = 16_000
 BOUNDARY = "a-boundary"
 
 
-def voice(seed: int, seconds: float = 2.5, rate: int = RATE, format: str = "WAV") -> bytes:
-    """A file with noise of one colour."""
+def voice(seed: int, seconds: float = 2.5, rate: int = RATE, format: str = "WAV", pause: float = 0.0) -> bytes:
+    """A file with noise of one colour, and a pause behind it."""
     rng = np.random.default_rng(seed)
     tone = 0.2 * np.sin(2 * np.pi * (200 + 300 * (seed % 10)) * np.arange(round(seconds * rate)) / rate)
     file = io.BytesIO()
-    soundfile.write(file, 0.05 * rng.standard_normal(len(tone)) + tone, rate, format=format)
+    sound = np.concatenate([0.05 * rng.standard_normal(len(tone)) + tone, np.zeros(round(pause * rate))])
+    soundfile.write(file, sound, rate, format=format)
     return file.getvalue()
 
 
@@ -233,7 +234,13 @@ def test_verification_of_two_sides(running, encoder):
     saved = running.service.encoder.weights("tel")
     assert (answer["adapter"], answer["dim"], answer["weights"]) == ("tel", 16, saved)
     assert answer["accepted"] is (answer["score"] >= answer["threshold"]) and answer["llr"] is not None
-    assert "set on dev for 10 % false accepts" in answer["rule"]
+    assert "set on dev for 10 % false accepts" in answer["rule"] and answer["notes"] == []
+    short = voice(4, 0.5, pause=3.0)
+    status, answer = running.post("/verify", ("enrol", short), ("test", short), ("dim", "16"))
+    assert [note[:33] for note in answer["notes"]] == [
+        "the enrolment has 0.5 s of speech",
+        "test has 0.5 s of speech: below 2",
+    ]
     for threshold, accepted in ((-1, True), (1.5, False)):
         status, answer = running.post(
             "/verify", ("enrol", files[0]), ("test", files[2]), ("threshold", str(threshold)), ("dim", "8")
@@ -254,6 +261,7 @@ def test_the_life_of_an_enrolled_speaker(running):
     for name, file in list(files.items())[1:]:
         status, found = running.post("/identify", ("test", file), ("top", "2"), ("threshold", "0.9"))
         assert (status, found["speaker"], found["enrolled_speakers"]) == (200, name, 3), found
+        assert found["notes"] == []
         assert found["candidates"][0]["score"] == pytest.approx(1, abs=1e-4) and len(found["candidates"]) == 2
         status, found = running.post("/verify", ("test", file), ("speaker", name))
         assert (status, found["accepted"]) == (200, True) and found["score"] == pytest.approx(1, abs=1e-4)
@@ -388,6 +396,8 @@ def test_bad_audio(running):
     soundfile.write(silence, np.zeros(3 * RATE), RATE, format="WAV")
     assert running.post("/enrol", ("audio", silence.getvalue()), ("speaker", "a")) == error("no_speech", 422, "silent")
     assert running.post("/enrol", ("audio", voice(1, 1.5)), ("speaker", "a")) == error("too_short", 422, "give 2 s")
+    paused = [("audio", voice(1, 1.5, pause=2.0)), ("speaker", "a")]
+    assert running.post("/enrol", *paused) == error("too_short", 422, "1.50 s of speech are too little")
     assert running.ask("GET", "/speakers")[1] == {"speakers": []}
 
 

@@ -90,6 +90,13 @@ def test_the_exit_status_tells_the_decision(folder, files, capsys, threshold, st
     assert capsys.readouterr().out.splitlines()[1].startswith(told)
 
 
+def test_too_little_speech_is_noted_on_both_sides(folder, files, capsys):
+    assert run("verify", folder, *files[:2], "--test", files[2], "--threshold", -1) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Note: ")]
+    assert len(notes) == 2 and notes[0].startswith("Note: the enrolment has 0.") and f"{files[2]} has 0." in notes[1]
+    assert all("s of speech: below 2 s" in note for note in notes)
+
+
 def test_without_thresholds_nothing_is_decided(folder, files, capsys):
     assert run("verify", folder, files[0], "--test", files[1]) == 3
     heading, line = capsys.readouterr().out.splitlines()

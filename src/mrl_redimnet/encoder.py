@@ -32,7 +32,7 @@ from modeling_mrl_redimnet import (
 from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest, labelled
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning
-from mrl_redimnet.audio.levels import refuse_silence, warn_of_silence
+from mrl_redimnet.audio.levels import refuse_silence, speech_seconds, warn_of_silence
 from mrl_redimnet.audio.scan import drawn, files_below
 from mrl_redimnet.audio.waveforms import Prepare, length_batches, read_waveform
 from mrl_redimnet.audio.windows import consecutive, stretch_reader, window_starts
@@ -40,7 +40,15 @@ from mrl_redimnet.data.utterances import Input, as_inputs, distinct
 from mrl_redimnet.fingerprints import fingerprint
 from mrl_redimnet.saving import load_model, resolve_model
 from mrl_redimnet.scoring.calibration import THRESHOLDS_FILE, Thresholds
-from mrl_redimnet.scoring.decisions import Candidate, Decision, DecisionRule, Identification
+from mrl_redimnet.scoring.decisions import (
+    ENROL_SECONDS,
+    TEST_SECONDS,
+    Candidate,
+    Decision,
+    DecisionRule,
+    Identification,
+    short_speech,
+)
 from mrl_redimnet.scoring.scorers import SCORERS, TOP, Scorer, enrolment_units, make_scorer
 from mrl_redimnet.speed import speed_up
 
@@ -61,11 +69,13 @@ class Embedded:
     Attributes:
         embeddings: [N, D] float32, a row of NaN where there is a problem.
         seconds: [N] of the audio that was embedded, NaN where there is a problem.
+        speech: [N] seconds of it that hold speech, as their level tells (`audio.levels.speech_seconds`); NaN likewise.
         problems: {row: why it has no embedding}.
     """
 
     embeddings: NDArray
     seconds: NDArray
+    speech: NDArray
     problems: dict[int, str]
 
     def usable(self, what: str) -> NDArray:
@@ -449,6 +459,7 @@ class SpeakerEncoder:
         keep_problems: bool = False,
     ) -> Embedded:
         dim, extractor, problems = self.dim(dim), self.extractor(), {}
+        spoken: dict[int, float] = {}
         first: dict[object, int] = {}  # of each file, the row that is read
         source = [first.setdefault(item.key, row) if item.key else row for row, item in enumerate(items)]
         state, training = PartialState(), self._encoder.training
@@ -457,12 +468,15 @@ class SpeakerEncoder:
         def waveforms() -> Iterator[tuple[int, NDArray]]:
             for row in own:
                 try:
-                    yield row, read_waveform(items[row].load(), items[row].name, extractor, prepare, longest)
+                    wave = read_waveform(items[row].load(), items[row].name, extractor, prepare, longest)
                 except AudioError as error:
                     if not keep_problems:
                         raise
                     problems[row] = str(error)
                     bar.update()
+                else:
+                    spoken[row] = speech_seconds(wave)
+                    yield row, wave
 
         embedded = []
         broadcast(list(self._encoder.buffers()))  # running statistics differ between processes; the first's are saved
@@ -472,19 +486,18 @@ class SpeakerEncoder:
             try:
                 for batch in length_batches(waveforms(), batch_seconds):
                     rows, lengths = list(batch), torch.tensor([len(wave) for wave in batch.values()])
-                    embedded.append(
-                        (rows, self.embed_padded(padded(batch.values()), lengths)[:, :dim], lengths.numpy())
-                    )
+                    vectors = self.embed_padded(padded(batch.values()), lengths)[:, :dim]
+                    embedded.append((rows, vectors, lengths.numpy(), [spoken[row] for row in rows]))
                     bar.update(len(rows))
             finally:
                 self._encoder.train(training)
         result = np.full((len(items), dim), np.nan, dtype=np.float32)
-        seconds = np.full(len(items), np.nan)
-        for rows, embeddings, lengths in gather_object(embedded):
-            result[rows], seconds[rows] = embeddings, lengths / SAMPLING_RATE
+        seconds, speech = np.full((2, len(items)), np.nan)
+        for rows, embeddings, lengths, held in gather_object(embedded):
+            result[rows], seconds[rows], speech[rows] = embeddings, lengths / SAMPLING_RATE, held
         reasons = dict(gather_object([*problems.items()]))
         found = {row: reasons[origin] for row, origin in enumerate(source) if origin in reasons}
-        return Embedded(result[source], seconds[source], found)
+        return Embedded(result[source], seconds[source], speech[source], found)
 
     # ------------------------------------------------------------ scores
 
@@ -591,6 +604,7 @@ class SpeakerEncoder:
 
         Returns:
             A `Decision` on each utterance of `test`.
+            An AudioWarning names sides with less speech than `ENROL_SECONDS` and `TEST_SECONDS` of `scoring.decisions`.
 
         Raises:
             AudioError: an utterance that cannot be read, or in which nobody can be heard.
@@ -606,6 +620,7 @@ class SpeakerEncoder:
         else:
             rule = self.decision_rule([count], dim, threshold=threshold, scorer=scorer)
         found = self._embedded([*enrolled, *tested], progress=progress, prepare=refuse_silence)
+        _warn_of_short({"the enrolment": found.speech[:count]}, tested, found.speech[count:])
         units = scorer.units(found.embeddings, dim, [item.name for item in (*enrolled, *tested)])
         enrolment = enrolment_units(units[:count], {"the enrolment": range(count)})
         scores = scorer.compare(enrolment, units[count:], (np.zeros(len(tested), int), np.arange(len(tested))))
@@ -633,6 +648,7 @@ class SpeakerEncoder:
 
         Returns:
             An `Identification` of each utterance of `test`.
+            An AudioWarning names speech that is too short, as in `verify`.
 
         Raises:
             AudioError: utterances that cannot be read, or in which nobody can be heard; it lists them all.
@@ -658,6 +674,7 @@ class SpeakerEncoder:
         found = self._embedded(items, progress=progress, prepare=refuse_silence, keep_problems=True)
         if found.problems:
             raise AudioError(problems_text(found.problems, len(items)))
+        _warn_of_short({name: found.speech[rows[name]] for name in rows}, items[first:], found.speech[first:])
         cosine, names = make_scorer("cosine"), list(speech)
         units = cosine.units(found.embeddings, dim, [item.name for item in items])
         similarities = units[first:] @ enrolment_units(units, rows).T  # [tests, speakers]
@@ -682,6 +699,18 @@ class SpeakerEncoder:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+
+
+def _warn_of_short(enrolled: Mapping[str, NDArray], tested: Sequence[Input], speech: NDArray) -> None:
+    """An AudioWarning each on enrolments and on test utterances with too little speech.
+
+    enrolled: {name: seconds of speech of its utterances}. speech: [N] seconds of the tested ones.
+    """
+    sums = [(name, float(seconds.sum())) for name, seconds in enrolled.items()]
+    tests = [(item.name, float(seconds)) for item, seconds in zip(tested, speech, strict=True)]
+    told = short_speech("enrolments", sums, ENROL_SECONDS) + short_speech("test utterances", tests, TEST_SECONDS)
+    for sentence in told:
+        warnings.warn(sentence, AudioWarning, stacklevel=3)
 
 
 def padded(waveforms: Iterable[NDArray]) -> torch.Tensor:

@@ -41,6 +41,7 @@ VALUES = {
     "diarization.plda.LDA_DIM": 128,
     "diarization.plda.PIECE_SECONDS": 3.0,
     "scoring.calibration.THRESHOLDS_FILE": "thresholds.json",
+    "scoring.decisions.ENROL_SECONDS": 2.0,
     "evaluation.robustness.REPORT": "robustness.json",
     "evaluation.robustness.PICTURE": "robustness.png",
     "serving.batcher.WAIT_MS": 10.0,

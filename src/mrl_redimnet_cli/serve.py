@@ -69,7 +69,11 @@ def add(commands: Commands) -> None:
     limits.add_argument("--max-requests", type=int, default=256, metavar="N", help="at once [256]")
     limits.add_argument("--max-adapters", type=int, default=32, metavar="N", help="loaded at once [32]")
     limits.add_argument(
-        "--enrol-seconds", type=float, default=2, metavar="S", help="of speech to enrol from, at least [2]"
+        "--enrol-seconds",
+        type=float,
+        default=VALUES["scoring.decisions.ENROL_SECONDS"],
+        metavar="S",
+        help=f"of speech to enrol from, at least [{VALUES['scoring.decisions.ENROL_SECONDS']:g}]",
     )
     must_be_there(parser, model=model_source, detector=folder, keys=file)
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from mrl_redimnet.adapters.detector import CLEAN, Detection, DomainDetector
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning, Encoded, audio_info, read_audio
-from mrl_redimnet.audio.levels import levels, refuse_silence
+from mrl_redimnet.audio.levels import levels, refuse_silence, speech_seconds
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.scoring.calibration import Threshold, Thresholds
-from mrl_redimnet.scoring.decisions import Decision, DecisionRule
+from mrl_redimnet.scoring.decisions import TEST_SECONDS, Decision, DecisionRule
 from mrl_redimnet.scoring.scorers import enrolment_units, make_scorer
 
 OFF, AUTO = "off", "automatic"  # beside the adapters' names: the model itself, and the detector's choice
@@ -29,9 +29,8 @@ POINTS = 400  # across a picture
 # When a recording is warned of, though it is used. Of 500 recordings of the corpora in docs/results/README.md, levels
 # were -41 to -13 dBFS, 27 % (1st percentile) to all of the frames were less than 30 dB below the loud ones, and 0.12 %
 # of the samples of the worst were at full scale.
-SHORT_SECONDS = 2.0
 QUIET_DBFS = -45.0
-SPEECH_DB, SPEECH_SHARE, SPEECH_SECONDS = 30.0, 0.27, 1.0
+SPEECH_SHARE = 0.27
 FULL_SCALE, CLIPPED_SHARE = 0.99, 0.0015
 
 
@@ -312,21 +311,15 @@ def _starts(length: int) -> NDArray:
 
 def notes(wave: NDArray, sampling_rate: int = SAMPLING_RATE) -> list[str]:
     """wave [samples] at 16 kHz, sampling_rate in Hz of its file -> sentences on what makes a comparison uncertain."""
-    found, facts, frame = [], levels(wave), SAMPLING_RATE // 50
-    if facts.seconds < SHORT_SECONDS:
-        found.append(f"Too short: {facts.seconds:.1f} s. Speak for {SHORT_SECONDS:g} s or longer; five are better.")
+    found, facts, speech = [], levels(wave), speech_seconds(wave)
+    if speech < TEST_SECONDS:
+        found.append(f"Too short: {speech:.1f} s of speech. Speak for {TEST_SECONDS:g} s or longer; five are better.")
     if facts.dbfs < QUIET_DBFS:
         found.append(f"Too quiet: {facts.dbfs:.0f} dBFS. Come closer to the microphone, or raise its level.")
     if (share := np.mean(np.abs(wave) >= FULL_SCALE)) > CLIPPED_SHARE:
         found.append(f"Clipped: {100 * share:.1f} % of the samples are at full scale. Lower the microphone's level.")
-    power = np.square(wave[: len(wave) // frame * frame].reshape(-1, frame)).mean(axis=1)
-    if len(power):
-        speaking = np.mean(power > np.percentile(power, 95) * 10 ** (-SPEECH_DB / 10))
-        heard = speaking * facts.seconds
-        if speaking < SPEECH_SHARE or (heard < SPEECH_SECONDS and facts.seconds >= SHORT_SECONDS):
-            found.append(
-                f"Mostly silence: {heard:.1f} s of {facts.seconds:.1f} s hold sound. Speak without long pauses."
-            )
+    if speech < SPEECH_SHARE * facts.seconds:
+        found.append(f"Mostly silence: {speech:.1f} s of {facts.seconds:.1f} s hold sound. Speak without long pauses.")
     if sampling_rate < SAMPLING_RATE:
         found.append(
             f"Sampled at {sampling_rate:,} Hz: nothing is left above {sampling_rate / 2000:g} kHz, and the model "

@@ -1,5 +1,6 @@
 """Who the speakers of recordings are: enrolled ones by name, unknown ones by the same number in all recordings."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mrl_redimnet.audio.io import AudioWarning
 from mrl_redimnet.audio.levels import refuse_silence
 from mrl_redimnet.diarization.pipeline import EXCERPT, Diarization
 from mrl_redimnet.encoder import SpeakerEncoder
-from mrl_redimnet.scoring.decisions import Decision, DecisionRule
+from mrl_redimnet.scoring.decisions import ENROL_SECONDS, Decision, DecisionRule, short_speech
 from mrl_redimnet.scoring.scorers import enrolment_units, make_scorer
 
 
@@ -70,6 +72,9 @@ class Roll:
         rows = {name: range(starts[row], starts[row + 1]) for row, name in enumerate(counts)}
         units = enrolment_units(make_scorer("cosine").units(found.embeddings, dim), rows)
         seconds = {name: float(found.seconds[rows[name]].sum()) for name in counts}
+        speech = [(name, float(found.speech[rows[name]].sum())) for name in counts]
+        for sentence in short_speech("enrolments", speech, ENROL_SECONDS):
+            warnings.warn(sentence, AudioWarning, stacklevel=2)
         return cls(unknown, rule, dict(zip(counts, units, strict=True)), counts, seconds)
 
     def named(self, found: Diarization) -> tuple[Diarization, dict[str, Decision]]:

@@ -8,6 +8,12 @@ from numpy.typing import NDArray
 
 from mrl_redimnet.scoring.calibration import RULE_OF, THRESHOLDS_FILE, Threshold, Thresholds
 
+# Seconds of speech (`audio.levels.speech_seconds`) below which a decision is warned of: at its saved thresholds the
+# packaged nano rejects more than half of the true speakers where one side or both have 1 to 2 s, and a quarter to a
+# third at 2 to 4 s (64 and 256 numbers; docs/results/durations.md).
+ENROL_SECONDS = 2.0
+TEST_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -186,6 +192,25 @@ class DecisionRule:
             f". Not calibrated: {used}; how many false accepts that lets through, and what the LLRs are worth, is not "
             f"known. `mrl-redimnet calibrate --enrolments {wanted}` sets what is missing"
         )
+
+
+def short_speech(what: str, speech: Sequence[tuple[str, float]], least: float) -> list[str]:
+    """A sentence on what has too little speech to be relied on, where there is such; else nothing.
+
+    Args:
+        what: they are, in the plural, such as "test utterances".
+        speech: (name, seconds of speech) of each.
+        least: seconds, `ENROL_SECONDS` or `TEST_SECONDS`.
+    """
+    short = [(name, seconds) for name, seconds in speech if seconds < least]
+    if not short:
+        return []
+    name, seconds = min(short, key=lambda pair: pair[1])
+    if len(speech) == 1:
+        told = f"{name} has {seconds:.1f} s of speech"
+    else:
+        told = f"{len(short)} of {len(speech)} {what} have too little speech, {name} the least with {seconds:.1f} s"
+    return [f"{told}: below {least:g} s true speakers are often rejected, so take more"]
 
 
 def _utterances(count: int) -> str:

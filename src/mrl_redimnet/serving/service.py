@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from mrl_redimnet.adapters.detector import DomainDetector
 from mrl_redimnet.adapters.hub import HubError
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, Encoded, audio_info, read_audio
-from mrl_redimnet.audio.levels import refuse_silence
+from mrl_redimnet.audio.levels import refuse_silence, speech_seconds
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.scoring.calibration import Thresholds
-from mrl_redimnet.scoring.decisions import Decision, DecisionRule
+from mrl_redimnet.scoring.decisions import ENROL_SECONDS, TEST_SECONDS, Decision, DecisionRule, short_speech
 from mrl_redimnet.scoring.scorers import enrolment_units, make_scorer
 from mrl_redimnet.serving.batcher import BatcherClosedError, MicroBatcher, QueueFullError
 from mrl_redimnet.serving.store import (
@@ -70,7 +70,7 @@ class Limits:
     seconds: float = 120.0
     utterances: int = 20
     requests: int = 256
-    enrol_seconds: float = 2.0
+    enrol_seconds: float = ENROL_SECONDS
     adapters: int = 32
 
     def __post_init__(self) -> None:
@@ -81,10 +81,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Voice:
-    """Utterances as the service embedded them: whole embeddings [N, D], and seconds of each [N]."""
+    """Utterances as the service embedded them: whole embeddings [N, D], seconds and seconds of speech [N]."""
 
     embeddings: NDArray
     seconds: list[float]
+    speech: list[float]
     adapter: str | None
     weights: str
 
@@ -194,17 +195,24 @@ class Service:
             units = self._units(heard.embeddings, dim)
             (enrolment,) = enrolment_units(units[1:], {"the enrolment": range(len(others))})
             count, seconds = len(others), sum(heard.seconds[1:])
+            notes = short_speech("enrolments", [("the enrolment", sum(heard.speech[1:]))], ENROL_SECONDS)
             space = Space(heard.weights, name, dim)
         else:
             heard = await self._embedded([wave], name)
             units, space = self._units(heard.embeddings, dim), Space(heard.weights, name, dim)
             known, enrolment = await self._store(lambda store: store.find(space, speaker))
-            count, seconds = known.utterances, known.seconds
+            count, seconds, notes = known.utterances, known.seconds, []  # too little is refused there
         rule = self._rule(space, [count], threshold)
         score = float(enrolment @ units[0])
         (decision,) = rule.decide(np.array([score]), [count], np.array([[seconds, heard.seconds[0]]]))
         await self._decided("verify", speaker, space, decision)
-        return {"speaker": speaker, **_decision(decision), **self._versions(space, rule), "enrolled_utterances": count}
+        return {
+            "speaker": speaker,
+            **_decision(decision),
+            **self._versions(space, rule),
+            "enrolled_utterances": count,
+            "notes": notes + _notes(heard),
+        }
 
     async def enrol(
         self,
@@ -220,12 +228,12 @@ class Service:
         dim = self._dim(dim)
         self._need_store()
         waves = await self._read(audio, "audio")
-        seconds = sum(map(len, waves)) / SAMPLING_RATE
-        if seconds < self.limits.enrol_seconds:
+        seconds, speech = sum(map(len, waves)) / SAMPLING_RATE, sum(await self._speech(waves))
+        if speech < self.limits.enrol_seconds:
             raise Refused(
                 "too_short",
                 422,
-                f"{seconds:.2f} s of speech are too little to enrol a speaker: give {self.limits.enrol_seconds:g} s.",
+                f"{speech:.2f} s of speech are too little to enrol a speaker: give {self.limits.enrol_seconds:g} s.",
             )
         name = self._adapter(adapter, np.concatenate(waves))
         heard = await self._embedded(waves, name)
@@ -269,6 +277,7 @@ class Service:
             ],
             "enrolled_speakers": speakers,
             **self._versions(space, rule),
+            "notes": _notes(heard),
         }
 
     async def classify(self, audio: bytes, adapter: str | None = None) -> dict[str, Any]:
@@ -458,7 +467,12 @@ class Service:
         if len(weights) > 1:
             raise Refused("adapter_changed", 409, f"The adapter {adapter!r} was replaced meanwhile: ask again.")
         seconds = [len(wave) / SAMPLING_RATE for wave in waves]
-        return Voice(np.stack([each.numbers for each in found]), seconds, adapter, weights.pop())
+        speech = await self._speech(waves)
+        return Voice(np.stack([each.numbers for each in found]), seconds, speech, adapter, weights.pop())
+
+    async def _speech(self, waves: Sequence[NDArray]) -> list[float]:
+        """Seconds of speech of each."""
+        return await _together([self._in_thread(partial(speech_seconds, wave)) for wave in waves])
 
     def _units(self, embeddings: NDArray, dim: int) -> NDArray:
         return self._scorer.units(embeddings, dim)
@@ -523,6 +537,11 @@ async def _together(work: Sequence[Awaitable[Result]]) -> list[Result]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def _notes(heard: Voice) -> list[str]:
+    """On a test utterance, the first of what was heard."""
+    return short_speech("test utterances", [("test", heard.speech[0])], TEST_SECONDS)
 
 
 def _decision(decision: Decision) -> dict[str, Any]:
