@@ -181,7 +181,7 @@ def report(arguments: argparse.Namespace) -> None:
             enrolled = embedded.get((way, whole), embedded["nano", whole])
             if depth < whole:
                 rates[way, depth, "cross", name] = cross(trials, enrolled, embeddings, arguments.resamples)
-    times = timed({depth: models[key] for key in models for depth in [key[1]] if key[0] in ("joint", "nano")})
+    times = timed({depth: model for (_, depth), model in models.items()})
     text = [HEAD.format(arguments.resamples, machine()), "", *time_table(times, models), ""]
     for name in lists:
         text += [f"## {name}", "", *table(name, rates), ""]
@@ -281,9 +281,10 @@ def draw(rates: dict, times: dict[int, dict], names: Sequence[str], file: Path) 
     colours = dict(zip(DIMS, shades(len(DIMS)), strict=True))
     others = {"frozen": "^", "alone": "s", "random": "x"}
     ways = {way for way, *_ in rates}
+    shown = "joint" if "joint" in ways else "frozen"
     for ax, name in zip(panels, names, strict=True):
-        for dim in DIMS if "joint" in ways else ():
-            eer = [100 * rates["joint", depth, "same", name][dim].value for depth in at]
+        for dim in DIMS:
+            eer = [100 * rates[shown, depth, "same", name][dim].value for depth in at]
             ax.plot([*at.values()], eer, "o-", color=colours[dim], markersize=4)
         for way, marker in others.items():
             points = [(at[depth], 100 * rates[way, depth, "same", name][DIMS[-1]].value)
