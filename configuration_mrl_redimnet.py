@@ -258,6 +258,8 @@ class MRLReDimNetConfig(PretrainedConfig):
         aggregation_channels (int | None, None): width of the 1x1 layer after the last mixing (in "redimnet" with a
             norm), None for no such layer.
         aggregation_per_bin (bool, False): "redimnet2": that 1x1 layer sees the channels of one bin at a time.
+        exits (list | None, None): increasing numbers of stages after which an embedding can be taken besides the whole
+            network's, at less cost (`depth` of the forward pass).
         pooling (str, "ASTP"): "ASTP" (attentive statistics), "TAP" (mean), "TSDP" (standard deviation) or "TSTP"
             (both).
         pooling_context (bool, True): the attention sees the mean and the standard deviation of the utterance.
@@ -316,6 +318,7 @@ class MRLReDimNetConfig(PretrainedConfig):
     map_norm_groups: int | None = None
     aggregation_channels: int | None = None
     aggregation_per_bin: bool = False
+    exits: list[int] | None = None
 
     pooling: str = "ASTP"
     pooling_context: bool = True
@@ -561,8 +564,24 @@ class MRLReDimNetConfig(PretrainedConfig):
             raise ValueError(f"map_norm_groups: {self.map_norm_groups} does not divide {self.trunk_width} channels.")
         if self.aggregation_per_bin and self.aggregation_channels is None:
             raise ValueError("aggregation_per_bin: there are no aggregation_channels.")
+        self.checked_exits()
         if self.window_seconds * SAMPLING_RATE < 2 * self.min_samples:
             raise ValueError(f"window_seconds: {self.window_seconds} s is too short to cut utterances into.")
+
+    def checked_exits(self) -> list[int]:
+        """The exits, none where that is None. Raises ValueError for wrong ones, also where the field was set later."""
+        if self.exits is None:
+            return []
+        exits, last = list(self.exits), len(self.stages) - 1
+        whole = all(type(each) is int and 1 <= each <= last for each in exits)
+        if not exits or not whole or sorted(set(exits)) != exits:
+            raise ValueError(f"exits: got {exits}, expected increasing whole numbers from 1 to {last}, or None.")
+        if self.aggregation_per_bin:
+            raise ValueError("exits: not with aggregation_per_bin, whose layer is made for the bins of the last stage.")
+        if self.embedding_norm:
+            raise ValueError("exits: not with embedding_norm; `mrl-redimnet rotate` folds it into the projection.")
+        self.exits = exits
+        return exits
 
     def _check_matryoshka(self) -> None:
         dims = list(self.matryoshka_dims)

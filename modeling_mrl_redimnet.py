@@ -15,6 +15,7 @@ speaker losses (`losses_mrl_redimnet.py`) and how weights are loaded and saved (
 transformers are all that they need. Faster forms of the same modules are in the package (`mrl_redimnet.speed`).
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -65,21 +66,26 @@ NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded 
 
 @dataclass
 class SpeakerEmbeddingOutput(ModelOutput):
-    """`embeddings` [B, D] (or the prefix that was asked for), not normalised: compare by cosine."""
+    """`embeddings` [B, D] (or the prefix that was asked for), not normalised: compare by cosine; `exits` [exits, B, D]
+    where they were asked for.
+    """
 
     embeddings: torch.FloatTensor | None = None
+    exits: torch.FloatTensor | None = None
 
 
 @dataclass
 class MatryoshkaXVectorOutput(ModelOutput):
     """`loss` [] when labels were given, `logits` [B, speakers] (scaled cosines, no margin), `embeddings` [B, D],
-    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0.
+    `prefix_losses` [len(matryoshka_dims)] when labels were given, NaN for a prefix of weight 0; `exits` [exits, B, D]
+    where they were asked for.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     embeddings: torch.FloatTensor | None = None
     prefix_losses: torch.FloatTensor | None = None
+    exits: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -642,6 +648,12 @@ def map_norm(config: MRLReDimNetConfig) -> nn.Module:
     return NoMapNorm() if groups is None else MapNorm(groups, config.trunk_width)
 
 
+def aggregate_norm(config: MRLReDimNetConfig) -> BatchNorm | None:
+    """The norm behind the aggregation, if the network has one."""
+    wide = config.aggregation_channels
+    return None if wide is None or config.network == "redimnet2" else BatchNorm(wide)
+
+
 class MapMix(nn.Module):
     """Softmax-weighted sum of earlier feature maps, a weight per map and channel: [B, frames, width].
 
@@ -731,6 +743,19 @@ class Stem(nn.Module):
         return self.map_norm(self.norm(conv_image(self.conv, x, mask)).flatten(2), mask)
 
 
+class Exit(nn.Module):
+    """What an exit behind some stages has of its own: how it mixes the maps made so far, and the batch norms after the
+    mixing, because statistics differ between depths (as in arXiv 1812.08928). It shares all else with the whole.
+    """
+
+    def __init__(self, config: MRLReDimNetConfig, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.mix = MapMix(config.map_strides(depth), config.trunk_width)
+        self.aggregate_norm = aggregate_norm(config)
+        self.norm = BatchNorm(config.pooled_size)  # in front of the projection
+
+
 class ReDimNetTrunk(nn.Module):
     """Features [B, frames, bins] to frame-level speaker features [B, frames, channels].
 
@@ -744,20 +769,31 @@ class ReDimNetTrunk(nn.Module):
         self.mix = MapMix(config.map_strides(), config.trunk_width)
         self.bins = config.stage_shapes()[-1][-1] if config.aggregation_per_bin else 1
         wide = config.aggregation_channels
-        normed = wide is not None and config.network == "redimnet"
         self.aggregate = None if wide is None else nn.Linear(config.trunk_width // self.bins, wide)
-        self.aggregate_norm = BatchNorm(wide) if normed else None
+        self.aggregate_norm = aggregate_norm(config)
         self.dropout = nn.Dropout(config.aggregation_dropout)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, mask: torch.Tensor | None = None, end: Exit | None = None
+    ) -> torch.Tensor:
+        """end: the exit behind which no stage is computed; None: the whole."""
+        return self.mixed(self.maps(features, mask, None if end is None else end.depth), mask, end)
+
+    def maps(self, features: torch.Tensor, mask: torch.Tensor | None, depth: int | None = None) -> list[torch.Tensor]:
+        """The maps of the stem and of the first `depth` stages, or of all."""
         maps = [self.stem(features, mask)]
-        for stage in self.stages:
+        for stage in self.stages[:depth]:
             maps = [*maps, *stage(maps, mask)]  # not longer in place: checkpointing may call the stage again
-        x = self.mix(maps)
+        return maps
+
+    def mixed(self, maps: list[torch.Tensor], mask: torch.Tensor | None, end: Exit | None = None) -> torch.Tensor:
+        """What is pooled, of the maps that there are up to an exit, or of all."""
+        own = self if end is None else end
+        x = own.mix(maps[: len(own.mix.strides)])
         if self.aggregate is not None:
             x = self.aggregate(x.unflatten(-1, (self.bins, -1))).flatten(2)
-        if self.aggregate_norm is not None:
-            x = self.aggregate_norm(x, mask)
+        if own.aggregate_norm is not None:
+            x = own.aggregate_norm(x, mask)
         return self.dropout(x)
 
 
@@ -830,8 +866,9 @@ class MatryoshkaProjection(nn.Module):
         )
         self.embedding_norm = BatchNorm(config.embedding_size) if config.embedding_norm else None
 
-    def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
-        pooled = self.dropout(self.norm(pooled.to(self.norm.weight.dtype)))
+    def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None, end: Exit | None = None) -> torch.Tensor:
+        norm = self.norm if end is None else end.norm
+        pooled = self.dropout(norm(pooled.to(norm.weight.dtype)))
         # A batch norm behind the projection knows only the whole embedding; then the prefix is cut at the end.
         wanted = self.dims[-1] if truncate_dim is None or self.embedding_norm is not None else truncate_dim
         used = [segment for segment, start in zip(self.segments, [0, *self.dims], strict=False) if start < wanted]
@@ -1005,6 +1042,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         attentive = config.pooling == "ASTP"
         self.pooling = AttentiveStatisticsPooling(config) if attentive else StatisticsPooling(config)
         self.projection = MatryoshkaProjection(config)
+        self.exits = nn.ModuleDict({str(depth): Exit(config, depth) for depth in config.checked_exits()})
         self.post_init()
 
     @can_return_tuple
@@ -1014,6 +1052,8 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         truncate_dim: int | None = None,
         frame_weights: torch.Tensor | None = None,
+        depth: int | None = None,
+        output_exits: bool = False,
         **kwargs: Any,
     ) -> SpeakerEmbeddingOutput:
         """input_values [B, T] mono at 16 kHz, attention_mask [B, T] 1 = audio, 0 = padding behind it.
@@ -1023,35 +1063,69 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         length of T (padding included), or [B, S, n] for S embeddings of each row, `embeddings` [B, S, D], from one pass
         of the trunk (of the speakers of a conversation, say). Only their ratios matter; weights of one change nothing;
         an embedding whose weights are all 0 is NaN.
+        depth: one of config.exits, behind which no stage is computed; None: the whole network.
+        output_exits: beside the whole embeddings those of all exits, from one pass of the trunk: for training. All see
+        the frames of the whole, which are cut to what its time strides fill.
         Utterances longer than config.window_seconds are cut into equal windows whose embeddings are averaged.
 
-        Raises ValueError for a wrong shape, a prefix the model was not built for, too short an utterance, or padding
-        in front of audio; TypeError for arguments it has no use for.
+        Raises ValueError for a wrong shape, a prefix or depth the model was not built for, too short an utterance, or
+        padding in front of audio; TypeError for arguments it has no use for.
         """
         self.refuse_extras(kwargs)
         self.check_waveforms(input_values)
         self.check_prefix(truncate_dim)
+        self.check_depth(depth)
         lengths = self.lengths_of(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
         weights = self.check_weights(frame_weights, input_values)
-        if input_values.shape[1] > window:
-            embeddings = self._embed_windows(input_values, lengths, window, truncate_dim, weights)
+        end, exits = None if depth is None else self.exits[str(depth)], None
+        if output_exits:
+            if input_values.shape[1] > window or any(x is not None for x in (truncate_dim, depth, frame_weights)):
+                raise ValueError("output_exits: is for whole embeddings of utterances that fit into a window.")
+            embeddings, *exits = self.at_all_depths(input_values, lengths)
+        elif input_values.shape[1] > window:
+            embeddings = self._embed_windows(input_values, lengths, window, truncate_dim, weights, end)
         else:
-            embeddings = self.projection(self.pooled(input_values, lengths, weights), truncate_dim)
+            embeddings = self.projection(self.pooled(input_values, lengths, weights, end), truncate_dim, end)
         if frame_weights is not None and frame_weights.dim() == 3:
             several = frame_weights.shape[:2]
             if weights is None:  # all of them are ones
                 embeddings = embeddings.repeat_interleave(several[1], 0)
             embeddings = embeddings.unflatten(0, several)
-        return SpeakerEmbeddingOutput(embeddings=embeddings)
+        return SpeakerEmbeddingOutput(embeddings=embeddings, exits=torch.stack(exits) if exits else None)
+
+    def at_all_depths(self, input_values: torch.Tensor, lengths: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """input_values [B, T], lengths [B] in samples or None -> embeddings [B, D] of the whole, then of each exit."""
+        features, mask = self.features(input_values, lengths)
+        maps, embeddings = self.trunk.maps(features, mask), []
+        for end in (None, *self.exits.values()):
+            embeddings.append(self.projection(self.pooling(self.trunk.mixed(maps, mask, end), mask), end=end))
+        return embeddings
+
+    def at_depth(self, depth: int) -> "MRLReDimNetModel":
+        """A model of its own that ends at an exit, and answers as `forward` does with this depth: an ordinary smaller
+        model to save, export or adapt. Raises ValueError for a depth that is none of config.exits.
+        """
+        self.check_depth(depth)
+        model = copy.deepcopy(self)
+        end, config = model.exits[str(depth)], model.config
+        del model.trunk.stages[depth:]
+        model.trunk.mix, model.trunk.aggregate_norm, model.projection.norm = end.mix, end.aggregate_norm, end.norm
+        config.stages, config.exits = config.stages[:depth], [each for each in config.exits if each < depth] or None
+        model.exits = nn.ModuleDict({str(each): model.exits[str(each)] for each in config.exits or ()})
+        return model
 
     def pooled(
-        self, input_values: torch.Tensor, lengths: torch.Tensor | None = None, weights: torch.Tensor | None = None
+        self,
+        input_values: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        end: Exit | None = None,
     ) -> torch.Tensor:
         """input_values [B, T], lengths [B] in samples or None, weights [B, S, n] or None -> pooled statistics [B, P]
-        float32, with weights [B * S, P].
+        float32, with weights [B * S, P]. end: one of `exits`.
         """
-        x, mask = self.frames(input_values, lengths)
+        x, mask = self.frames(input_values, lengths, end)
         if weights is None:
             return self.pooling(x, mask)
         weights = stretched(weights.float(), x.shape[1])
@@ -1062,15 +1136,21 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         return self.pooling(x, None, weights.flatten(0, 1)[..., None])
 
     def frames(
-        self, input_values: torch.Tensor, lengths: torch.Tensor | None = None
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None = None, end: Exit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is pooled: input_values [B, T], lengths [B] in samples or None -> the trunk's [B, frames, C] and their
-        mask [B, frames, 1] or None. A frame stands for config.hop_length samples.
+        mask [B, frames, 1] or None. A frame stands for config.hop_length samples. end: one of `exits`.
         """
+        features, mask = self.features(input_values, lengths, end)
+        return self.trunk(features, mask, end), mask
+
+    def features(
+        self, input_values: torch.Tensor, lengths: torch.Tensor | None, end: Exit | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the trunk sees, [B, frames, bins], and its mask, both cut to what the time strides up to `end` fill."""
         features = self.front_end(input_values, lengths)
         mask = frame_mask(lengths, features.shape[1], self.front_end)
-        features, mask = whole_frames(features, mask, self.config.time_strides()[-1])
-        return self.trunk(features, mask), mask
+        return whole_frames(features, mask, self.config.time_strides()[-1 if end is None else end.depth - 1])
 
     def _embed_windows(
         self,
@@ -1079,6 +1159,7 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         window: int,
         truncate_dim: int | None,
         weights: torch.Tensor | None,
+        end: Exit | None,
     ) -> torch.Tensor:
         """One window at a time, so that memory is bounded by a window whatever the utterance's length. With weights,
         windows count by the sum of theirs.
@@ -1086,13 +1167,14 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         ends = [input_values.shape[1]] * len(input_values) if lengths is None else lengths.tolist()
         hop, embeddings = self.config.hop_length, []
         fine = None if weights is None else stretched(weights.float(), math.ceil(input_values.shape[1] / hop))
-        for number, (row, end) in enumerate(zip(input_values, ends, strict=True)):
-            count = math.ceil(end / window)
-            starts = [i * end // count for i in range(count + 1)]
+        for number, (row, samples) in enumerate(zip(input_values, ends, strict=True)):
+            count = math.ceil(samples / window)
+            starts = [i * samples // count for i in range(count + 1)]
             parts, sums = [], []
             for start, stop in zip(starts[:-1], starts[1:], strict=True):
                 own = None if fine is None else fine[number, None, :, start // hop : math.ceil(stop / hop)]
-                parts.append(self.projection(self.pooled(row[None, start:stop], None, own), truncate_dim))
+                pooled = self.pooled(row[None, start:stop], None, own, end)
+                parts.append(self.projection(pooled, truncate_dim, end))
                 sums.append(None if own is None else own[0].sum(-1, keepdim=True))
             embedding = torch.stack(parts)  # [windows, S or 1, D]
             if fine is None:
@@ -1121,21 +1203,22 @@ class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):
         margin: float | None = None,
         prefix_weights: list[float] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        output_exits: bool = False,
         **kwargs: Any,
     ) -> MatryoshkaXVectorOutput:
         """input_values [B, T], attention_mask [B, T], labels [B] speaker ids; margin, prefix_weights as in the
-        classifier's forward.
+        classifier's forward; output_exits as in MRLReDimNetModel.
 
         num_items_in_batch: the loss is then the sum over this batch divided by it, as transformers' Trainer asks for
         when it accumulates gradients over several batches.
         """
         self.refuse_extras(kwargs)
-        embeddings = self.redimnet(input_values, attention_mask).embeddings
+        found = self.redimnet(input_values, attention_mask, output_exits=output_exits)
         if labels is None:
-            return MatryoshkaXVectorOutput(logits=self.classifier.logits(embeddings), embeddings=embeddings)
-        loss, prefix_losses, logits = self.classifier(embeddings, labels, margin, prefix_weights)
+            return MatryoshkaXVectorOutput(logits=self.classifier.logits(found.embeddings), **found)
+        loss, prefix_losses, logits = self.classifier(found.embeddings, labels, margin, prefix_weights)
         loss = self.share_of_items(loss, labels, num_items_in_batch)
-        return MatryoshkaXVectorOutput(loss=loss, logits=logits, embeddings=embeddings, prefix_losses=prefix_losses)
+        return MatryoshkaXVectorOutput(loss=loss, logits=logits, prefix_losses=prefix_losses, **found)
 
 
 class MRLReDimNetForSequenceClassification(MRLReDimNetPreTrainedModel):

@@ -133,7 +133,8 @@ class CheckedModel(PreTrainedModel):
         """As in transformers, but every tensor must be what was saved: nothing is drawn at random without being asked.
 
         A new head is allowed on a model that was saved without one, and with ignore_mismatched_sizes=True in the place
-        of any other; it replaces the head alone. Weights are read from safetensors unless use_safetensors=False.
+        of any other; it replaces the head alone. Exits that are asked for (`exits=[1, 2]`) are new where the model was
+        saved without them, and are to be trained. Weights are read from safetensors unless use_safetensors=False.
 
         Raises WeightsError, which names the tensors, for weights that lack some, have others or other shapes, and for
         a damaged file; OSError as transformers does, and for weights that exist as pickle only.
@@ -160,7 +161,7 @@ class CheckedModel(PreTrainedModel):
                     "from_pretrained(..., use_safetensors=False), then save_pretrained(...)."
                 ) from error
             raise
-        cls._check_loaded(base, model, of_base, new_head, "loss" in kwargs)
+        cls._check_loaded(base, model, of_base, new_head, kwargs)
         if adapter and (lost := {*info["missing_keys"], *info["unexpected_keys"], *_misshapen(info)}):
             raise WeightsError(
                 f"The adapter {'' if source == base else f'in {source} '}does not fit its base {base}: "
@@ -170,9 +171,17 @@ class CheckedModel(PreTrainedModel):
 
     @classmethod
     def _check_loaded(
-        cls, source: str | os.PathLike | None, model: PreTrainedModel, info: dict, new_head: bool, new_loss: bool
+        cls,
+        source: str | os.PathLike | None,
+        model: PreTrainedModel,
+        info: dict,
+        new_head: bool,
+        asked: Collection[str],
     ) -> None:
-        """Raises WeightsError unless all of the model came from the file; info: transformers' loading info."""
+        """Raises WeightsError unless all of the model came from the file, but for what is new because it was asked for.
+
+        info: transformers' loading info; asked: the names of from_pretrained's arguments.
+        """
         shapes = _misshapen(info)
         missing, unknown = set(info["missing_keys"]) - shapes.keys(), set(info["unexpected_keys"])
         names = set() if model.base_model is model else _plain_names(model)
@@ -180,8 +189,10 @@ class CheckedModel(PreTrainedModel):
         if new_head or (head <= missing and cls.__name__ not in (model.config.architectures or ())):
             missing, shapes = missing - head, {name: both for name, both in shapes.items() if name not in head}
             unknown = {name for name in unknown if not name.startswith("classifier.")}
-        if new_loss:  # asked for: what it learns beside the rows starts at its own value, not at random
+        if "loss" in asked:  # what it learns beside the rows starts at its own value, not at random
             missing -= {"classifier.bias"}
+        if "exits" in asked:
+            missing, unknown = ({n for n in names if "exits" not in n.split(".")} for names in (missing, unknown))
         if not (missing or unknown or shapes):
             return
         problems, cause = _name_problems(missing, unknown)
@@ -274,6 +285,13 @@ class CheckedModel(PreTrainedModel):
         if truncate_dim is not None and truncate_dim not in self.config.matryoshka_dims:
             raise ValueError(f"truncate_dim: got {truncate_dim}, the model has {self.config.matryoshka_dims}.")
 
+    def check_depth(self, depth: int | None) -> None:
+        """Raises ValueError for a depth that is no exit of the model; None is the whole network."""
+        exits = self.config.exits or ()
+        if depth is not None and str(depth) not in map(str, exits):
+            there = f"exits after the stages {exits}" if exits else "no exits"
+            raise ValueError(f"depth: got {depth}, the model has {there}; None is the whole network.")
+
     def check_weights(self, weights: torch.Tensor | None, input_values: torch.Tensor) -> torch.Tensor | None:
         """Weights of frames [B, n] or [B, S, n] for input_values [B, T] -> [B, S, n]; None where all are ones.
 
@@ -337,8 +355,8 @@ class CheckedModel(PreTrainedModel):
         given = [n for n, value in kwargs.items() if not (value is None or value is False or n in ignorable)]
         if given:
             raise TypeError(
-                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim "
-                "belongs to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
+                f"forward() got arguments this model has no use for: {', '.join(given)}. truncate_dim and "
+                "depth belong to MRLReDimNetModel (heads take the whole embedding), adapter_names to a PeftModel."
             )
 
 

@@ -143,8 +143,9 @@ def forward(run: Run, batch: dict, step: int) -> tuple[ModelOutput, torch.Tensor
         labels = part.labels(run, labels, step)
     options = run.task.loss_options(step, run.steps, run.recipe, run.model.config)
     labelled = {"labels": run.on_device(labels), **options} if weight else {}
+    asked = {name: value for part in run.parts for name, value in part.asks(run).items()}
     with recomputing(run.recipe.run.recompute):
-        answer = run.prepared(batch["input_values"], **labelled)
+        answer = run.prepared(batch["input_values"], **labelled, **asked)
     loss = weight * answer.loss if weight else 0.0
     for part in run.parts:
         loss = loss + part.loss(run, batch, answer, options)

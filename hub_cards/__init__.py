@@ -66,6 +66,8 @@ def base_card(
         network=network,
         paper=paper,
         dims=config.matryoshka_dims,
+        exits=config.exits,
+        stages=len(config.stages),
         parameters=f"{model.base_model.num_parameters():,}",
         hop_ms=f"{config.hop_ms:g}",
         provenance=_provenance(training, licence, datasets),

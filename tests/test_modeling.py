@@ -175,7 +175,7 @@ def test_wrong_masks(model, mask, message):
 
 @pytest.mark.parametrize("kind", MODELS[1:])
 def test_heads_take_no_prefix(kind):
-    with pytest.raises(TypeError, match="truncate_dim belongs to MRLReDimNetModel"):
+    with pytest.raises(TypeError, match="truncate_dim and depth belong to MRLReDimNetModel"):
         tiny_model(kind=kind)(torch.randn(1, 8_000), truncate_dim=8)
 
 

@@ -47,6 +47,13 @@ def test_a_run_has_the_parts_that_its_recipe_asks_for(settings, expected):
     assert [type(part).__name__ for part in parts.parts_of(run_of(**settings), None, True)] == expected
 
 
+def test_exits_learn_wherever_a_model_has_some():
+    for settings, expected in (({}, ["TrainedModel", "Exits", "Learning"]), (dict(exits_weight=0), ALWAYS)):
+        run = run_of(**settings)
+        run.model.config.exits = [1]
+        assert [type(part).__name__ for part in parts.parts_of(run, None, True)] == expected
+
+
 def test_an_adapter_is_trained_in_the_place_of_the_model():
     run = run_of(finetune="adapter")
     assert [type(part).__name__ for part in parts.parts_of(run, object(), True)] == ["TrainedAdapter", "Learning"]
@@ -76,6 +83,6 @@ def test_hooks_are_called_at_fixed_points(train, monkeypatch):
     monkeypatch.setattr(setup, "parts_of", lambda *arguments: [*parts_of(*arguments), recorder])
     train(steps=2, evaluate_every=2, gradient_accumulation=2)
     begin = ["start", "begin_phase", "go_on", "phases"]
-    step = ["before_step", *["labels", "loss"] * 2, "after_optimizer", "numbers", "after_step"]
+    step = ["before_step", *["labels", "asks", "loss"] * 2, "after_optimizer", "numbers", "after_step"]
     evaluation = ["evaluating", "may_be_best", "saving", "evaluated"]
     assert recorder.calls == [*begin, *step, *step, *evaluation, "saving"]

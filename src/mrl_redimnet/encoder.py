@@ -149,6 +149,7 @@ class SpeakerEncoder:
         adapter: str | Path | None = None,
         device: torch.device | str | None = None,
         *,
+        depth: int | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> "SpeakerEncoder":
@@ -160,6 +161,8 @@ class SpeakerEncoder:
                 `mrl_redimnet.saving.resolve_model`.
             adapter: path or Hub id. (For several adapters, load the model alone and use `adapters`.)
             device: by default an accelerator where there is one.
+            depth: the stages after which the network ends, one of config.exits; None: the whole. It costs less, and is
+                another model with embeddings and thresholds of its own.
             revision: of a model on the Hub, a branch, tag or commit. token: for the Hub, where not logged in.
 
         Raises:
@@ -167,22 +170,26 @@ class SpeakerEncoder:
             OSError: what cannot be read from the Hub, or fetched.
             WeightsError: weights that are not wholly the model's.
             WrongBaseError: an adapter of another base.
-            ValueError: an adapter that does not fit.
+            ValueError: an adapter that does not fit, a depth that the model does not have.
         """
         name = Path(model).resolve().name if Path(model).is_dir() else str(model)
         source = resolve_model(model)
         loaded, merged, weights = load_model(source, revision, token), None, None
+        ended = loaded
+        if depth is not None:
+            name, ended = f"{name} at depth {depth}", loaded.base_model.at_depth(depth)
         if adapter is not None:
             from mrl_redimnet.adapters.bank import AdapterBank  # PEFT takes a second to import
 
             folder = local_folder(adapter, None, token)
             # Before the two are merged: on another machine merging may round otherwise.
-            weights = f"{fingerprint(loaded)}+{adapter_digest(folder)}"
+            weights = f"{fingerprint(ended)}+{adapter_digest(folder)}"
             facts = AdapterFacts.load(folder)
             merged = facts.domain if facts else Path(adapter).name
-            loaded = AdapterBank.load(loaded, {"adapter": adapter}, token=token).merged("adapter")
-        loaded = loaded.to(PartialState().device if device is None else device)
-        return cls(loaded, name, adapter=merged, fingerprint=weights, source=source, revision=revision, token=token)
+            ended = AdapterBank.load(loaded, {"adapter": adapter}, token=token).merged("adapter")
+            ended = ended if depth is None else ended.at_depth(depth)
+        ended = ended.to(PartialState().device if device is None else device)
+        return cls(ended, name, adapter=merged, fingerprint=weights, source=source, revision=revision, token=token)
 
     # ------------------------------------------------------------ what it is
 

@@ -12,8 +12,9 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of the encoder's own weights and batch-norm statistics and one of its configuration,
     "sha256:...+config:...".
 
-    The same with and without a classification head, with any adapters attached (merged ones excepted), on any device,
-    and in float32 and bfloat16: numbers are hashed as bfloat16. Of the configuration, what changes an embedding counts
+    The same with and without a classification head or exits, with any adapters attached (merged ones excepted), on any
+    device, and in float32 and bfloat16: numbers are hashed as bfloat16. (What embeds at an exit is a model of its own,
+    `MRLReDimNetModel.at_depth`, with its own fingerprint.) Of the configuration, what changes an embedding counts
     (ANSWERING). Compare with `same_weights`: what was saved before the configuration counted has no second hash.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel's
@@ -21,7 +22,7 @@ def fingerprint(model: nn.Module) -> str:
     tensors = {}
     for name, tensor in encoder.state_dict().items():
         parts = name.split(".")
-        if tensor.is_floating_point() and not ADAPTER_PARTS.intersection(parts):
+        if tensor.is_floating_point() and parts[0] != "exits" and not ADAPTER_PARTS.intersection(parts):
             tensors[".".join(part for part in parts if part not in WRAPPER_PARTS)] = tensor
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -11,6 +11,9 @@ from mrl_redimnet_cli.names import CHOICES, VALUES, adapter_names, model_names, 
 MODEL = "a path, Hub id, or name such as b2-vox2-ft_lm"  # what a model may be given as, for help texts
 
 if TYPE_CHECKING:
+    import torch
+
+    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.adapters.hub import Pushed
     from mrl_redimnet.audio.domains import Domain
 
@@ -33,13 +36,23 @@ def add_command(
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `model`, and --adapter."""
+    """Adds `model`, --adapter and --depth, which `load_encoder` loads."""
     parser.add_argument("model", help=f"the model: {MODEL}")
     parser.add_argument(
         "--adapter",
         help="an adapter to put on the model: a path, a Hub id or the name of one in the package",
     )
+    parser.add_argument(
+        "--depth", type=int, help="the number of stages after which the network ends, one of the model's exits [all]"
+    )
     must_be_there(parser, model=model_source, adapter=adapter_source)
+
+
+def load_encoder(arguments: argparse.Namespace, device: "torch.device | str | None" = None) -> "SpeakerEncoder":
+    """What `add_model`'s arguments name. Raises as `SpeakerEncoder.from_pretrained`."""
+    from mrl_redimnet import SpeakerEncoder
+
+    return SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter, device, depth=arguments.depth)
 
 
 def add_named_adapters(parser: argparse.ArgumentParser, what: str) -> None:

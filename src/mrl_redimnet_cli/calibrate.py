@@ -15,6 +15,7 @@ from mrl_redimnet_cli.arguments import (
     check_scoring,
     domain_of,
     folder,
+    load_encoder,
     must_be_there,
 )
 from mrl_redimnet_cli.names import VALUES
@@ -55,7 +56,6 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sets the thresholds, prints them and saves them with those that were there before."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.waveforms import into_domain
     from mrl_redimnet.evaluation.lists import EmbeddedSpeech, by_enrolment_count, fit_thresholds, read_lists
     from mrl_redimnet.evaluation.page import text_of, thresholds_table
@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(arguments.model)
     if not out.is_dir():
         raise FileNotFoundError(f"{out} is not a folder: give --out, a folder for {THRESHOLDS_FILE}.")
+    if arguments.depth is not None and arguments.out is None:
+        raise ValueError(f"--depth: give --out, a folder of its own; {THRESHOLDS_FILE} in the model's is of the whole.")
     if not 0 < arguments.false_accept < 1:
         raise ValueError(f"--false-accept: got {arguments.false_accept}, expected a rate between 0 and 1.")
     check_scoring(arguments)
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts, notes = by_enrolment_count(lists, counts)
     for note in notes:
         print(f"Note: {note}")
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     dims = encoder.dims(arguments.dims)
     prepare = into_domain(arguments.cohort, domain)
     scorer = encoder.scorer(

@@ -5,7 +5,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import Commands, add_command, add_decision, add_model, anything, folder, must_be_there
+from mrl_redimnet_cli.arguments import (
+    Commands,
+    add_command,
+    add_decision,
+    add_model,
+    anything,
+    folder,
+    load_encoder,
+    must_be_there,
+)
 
 
 def add(commands: Commands) -> None:
@@ -43,7 +52,6 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Diarises, writes the files, prints a line for every recording."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.io import AudioError
     from mrl_redimnet.audio.scan import named_files, printable, speakers_files
     from mrl_redimnet.diarization.naming import Roll
@@ -54,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileExistsError(f"--out: {arguments.out} is a file: give a folder.")
     files = named_files(arguments.recordings)
     stems = _stems(files, arguments.out)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     dim = encoder.dim(arguments.dim)
     diarizer = Diarizer(partial(encoder.embed, dim=dim), most_speakers=arguments.most_speakers)
     roll = Roll.of(

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import Commands, add_command, add_model, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, load_encoder, must_be_there
 from mrl_redimnet_cli.names import CHOICES, VALUES
 
 
@@ -98,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Embeds this process's share of the inputs, and lists what could not be embedded."""
     import datasets
 
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.scan import printable
     from mrl_redimnet.encoder import LISTED
     from mrl_redimnet.extraction.bulk import Extraction, Process, embed_corpus, embed_to_file
@@ -120,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(out if single_file else None)
     datasets.disable_progress_bars()  # of reading; the embedding has its own
     inputs = Inputs.find(arguments.inputs, arguments.folder, arguments.split, _columns(arguments.columns))
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter, process.device)
+    encoder = load_encoder(arguments, process.device)
     progress = "embedding" if process.number == 0 else None
     if single_file:
         report = embed_to_file(encoder, inputs, out, how, progress)

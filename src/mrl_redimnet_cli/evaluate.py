@@ -17,6 +17,7 @@ from mrl_redimnet_cli.arguments import (
     check_scoring,
     domain_of,
     file,
+    load_encoder,
     must_be_there,
 )
 
@@ -68,7 +69,6 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables, and writes what is asked for."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.waveforms import into_domain
     from mrl_redimnet.evaluation.groups import read_groups_for
     from mrl_redimnet.evaluation.lists import EmbeddedSpeech, read_lists, report_of, saved_thresholds, score_lists
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     lists = read_lists(arguments.trials, arguments.folder, arguments.format, arguments.enrolments, arguments.suffix)
     domain = domain_of(arguments)
     group_of = arguments.groups and read_groups_for(lists.values(), arguments.groups, arguments.group_column)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     dims = encoder.dims(arguments.dims)
     prepare = into_domain(arguments.cohort, domain)
     scorer = encoder.scorer(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import Commands, add_command, add_model, add_thresholds
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, add_thresholds, load_encoder
 from mrl_redimnet_cli.names import CHOICES
 
 
@@ -152,6 +152,8 @@ def _onnx_adapter(arguments: argparse.Namespace):
         raise ValueError("--no-mask is for models, not for --to onnx-adapter.")
     if arguments.adapter is None:
         raise ValueError("--to onnx-adapter needs --adapter, the path or Hub id of the adapter.")
+    if arguments.depth is not None:
+        raise ValueError("--depth is for models, not for --to onnx-adapter: an adapter is of the whole model.")
     export_onnx_adapter(load_model(arguments.model), arguments.out, adapter=arguments.adapter)
 
 
@@ -162,10 +164,9 @@ def _refuse_onnx_options(arguments: argparse.Namespace):
 
 def _loaded(arguments: argparse.Namespace):
     """The model, its adapter merged; what the file will say of it; and the thresholds."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.export import export_facts
 
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     thresholds = encoder.thresholds(arguments.thresholds)
     facts = export_facts(
         encoder.model,

@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import Commands, add_command, add_decision, add_model, anything, folder, must_be_there
+from mrl_redimnet_cli.arguments import (
+    Commands,
+    add_command,
+    add_decision,
+    add_model,
+    anything,
+    folder,
+    load_encoder,
+    must_be_there,
+)
 
 
 def add(commands: Commands) -> None:
@@ -27,13 +36,12 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints, for every test file, who it is and the nearest speakers with their scores."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.scan import named_files, printable, speakers_files
 
     if arguments.top_k < 1:
         raise ValueError(f"--top-k: got {arguments.top_k}, expected at least 1.")
     speakers, tests = speakers_files(arguments.enrolled), named_files(arguments.test)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     dim = encoder.dim(arguments.dim)
     rule = encoder.decision_rule(
         map(len, speakers.values()),

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mrl_redimnet_cli.arguments import Commands, add_command, add_model, folder, must_be_there
+from mrl_redimnet_cli.arguments import Commands, add_command, add_model, folder, load_encoder, must_be_there
 from mrl_redimnet_cli.names import VALUES
 
 
@@ -38,12 +38,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Estimates it and saves it."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.diarization.plda import plda_of_speech
     from mrl_redimnet.files import refuse_existing
 
     refuse_existing(arguments.out)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     plda, found = plda_of_speech(
         encoder,
         arguments.speech,

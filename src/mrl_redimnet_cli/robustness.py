@@ -12,6 +12,7 @@ from mrl_redimnet_cli.arguments import (
     add_model,
     add_paths_of_lists,
     folder,
+    load_encoder,
     must_be_there,
 )
 from mrl_redimnet_cli.names import CHOICES, VALUES
@@ -74,7 +75,6 @@ def grid_of(arguments: argparse.Namespace) -> "list[Condition]":
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the table of all kinds and the one number of each side, and writes the report and its picture."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.evaluation.robustness import (
         PICTURE,
         REPORT,
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.out.exists() and not arguments.out.is_dir():
             raise NotADirectoryError(f"--out: {arguments.out} is not a folder.")
         arguments.out.mkdir(parents=True, exist_ok=True)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     report = robustness(
         encoder.model,
         trials,

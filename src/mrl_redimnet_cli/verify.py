@@ -11,6 +11,7 @@ from mrl_redimnet_cli.arguments import (
     add_scoring,
     check_scoring,
     file,
+    load_encoder,
     must_be_there,
 )
 
@@ -40,11 +41,10 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a decision on every test file; the exit status says whether all are accepted."""
-    from mrl_redimnet import SpeakerEncoder
     from mrl_redimnet.audio.scan import printable
 
     check_scoring(arguments)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, arguments.adapter)
+    encoder = load_encoder(arguments)
     dim = encoder.dim(arguments.dim)
     scorer = encoder.scorer(arguments.scoring, arguments.cohort, arguments.top, progress="embedding the cohort")
     rule = encoder.decision_rule(

@@ -9,8 +9,9 @@ from mrl_redimnet.training.recipe import Recipe
 # the model around it.
 TRAINED_PARTS = {
     "all": ("",),
-    "head": ("pooling.", "projection.", "classifier."),
+    "head": ("pooling.", "projection.", "exits.", "classifier."),
     "projection": ("projection.", "classifier."),
+    "exits": ("exits.",),
 }
 
 
@@ -23,6 +24,7 @@ def freeze(model: nn.Module, recipe: Recipe, step: int, steps: int) -> None:
     for name, parameter in model.named_parameters():
         name = name.removeprefix(f"{model.base_model_prefix}.")
         trained = name.startswith(TRAINED_PARTS[recipe.model.finetune])
+        trained = trained and (recipe.exits_learn or not name.startswith("exits."))
         parameter.requires_grad_(trained and not (trunk_waits and name.startswith(TRUNK)))
 
 

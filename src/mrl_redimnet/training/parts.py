@@ -43,6 +43,8 @@ def parts_of(run: Run, facts: AdapterFacts | None, fresh_classifier: bool) -> li
     if recipe.loss.teacher is not None:  # first: an adapter may begin with what the loss says
         parts.append(Distillation(recipe.loss.taught))
     parts.append(TrainedModel() if facts is None else TrainedAdapter(facts))
+    if recipe.exits_learn and run.model.config.exits:
+        parts.append(Exits())
     if recipe.loss.classifier_sample:
         parts.append(SampledClassifier(run))
     if recipe.optimizer.ema:
@@ -228,6 +230,31 @@ class Distillation(Part):
     def numbers(self) -> dict[str, torch.Tensor]:
         """The teacher's loss, without its weight."""
         return {"teacher_loss": self.last}
+
+
+class Exits(Part):
+    """Every prefix at an exit learns where the whole network's embedding of the same crop points, from one pass of the
+    trunk. The whole embedding is a target that gets no gradient; the layers that exits share with it do.
+    """
+
+    last: torch.Tensor  # the loss of the last batch
+
+    def asks(self, run: Run) -> dict[str, bool]:
+        """The embeddings of all exits."""
+        return {"output_exits": True}
+
+    def loss(self, run: Run, batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor:
+        """The weighted mean over the exits."""
+        config = run.model.config
+        weights = options.get("prefix_weights") or config.prefix_weights
+        losses = [direction_loss(exit, answer.embeddings, config.matryoshka_dims, weights) for exit in answer.exits]
+        loss = torch.stack(losses).mean()
+        self.last = loss.detach()
+        return run.recipe.loss.exits_weight * loss
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The exits' loss, without its weight."""
+        return {"exits_loss": self.last}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

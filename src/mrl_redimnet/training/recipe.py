@@ -57,7 +57,7 @@ PARTS = ("trunk", "head", "classifier")
 # Fields of the model's configuration that must fit each other.
 _SHAPES = {"network", "front_end", "num_mel_bins", "feature_norm", "base_channels", "stages", "block_1d", "block_2d"}
 _SHAPES |= {"group_divisor", "grouped_strides", "dual_maps", "map_norm_groups", "aggregation_channels"}
-_SHAPES |= {"aggregation_per_bin", "embedding_size", "matryoshka_dims", "prefix_weights", "window_seconds"}
+_SHAPES |= {"aggregation_per_bin", "embedding_size", "matryoshka_dims", "prefix_weights", "window_seconds", "exits"}
 # Fields of LoraConfig that a recipe does not give, and what sets them.
 _PEFT_FIELDS_OF_THE_RUN = {"r": "rank", "target_modules": "placement"} | dict.fromkeys(
     ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "runtime_config"),
@@ -228,10 +228,10 @@ class Model(Group):
     model_options: Options = Field(
         {}, description="fields of MRLReDimNetConfig to replace, such as {matryoshka_dims: [64, 256]}"
     )
-    finetune: choice("all", "head", "projection", "adapter") = Field(
+    finetune: choice("all", "head", "projection", "exits", "adapter") = Field(
         "all",
-        description="what is trained: all, the head (trunk frozen), the projection (its Matryoshka segments alone), or "
-        "an adapter",
+        description="what is trained: all, the head (trunk frozen), the projection (its Matryoshka segments alone), "
+        "the exits (what they have of their own: the whole network answers as before), or an adapter",
     )
     reuse_classifier: bool = Field(
         True, description="start with the classifier rows that the model has for speakers of the same names"
@@ -259,8 +259,8 @@ class Model(Group):
 
 
 class Loss(Group):
-    """The margin loss over every Matryoshka prefix, and a teacher's: loss = margin_weight * margin loss +
-    teacher_weight * teacher's loss.
+    """The margin loss over every Matryoshka prefix, a teacher's, and that of exits: loss = margin_weight * margin loss
+    + teacher_weight * teacher's loss + exits_weight * exits' loss.
 
     null: as in the model to start from; a new model has the values of MRLReDimNetConfig.
     """
@@ -325,14 +325,16 @@ class Loss(Group):
         "of the training speech",
     )
     teacher_weight: NotNegative = Field(10.0, description="weight of the teacher's loss, of either kind")
+    exits_weight: NotNegative = Field(
+        10.0,
+        description="weight of the loss of the exits that the model has (model_options: {exits: [1, 2]}): each prefix "
+        "at an exit learns where the whole network's points; 0: exits stay as they are",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Loss":
-        if not self.margin_weight:
-            if self.teacher is None or not self.teacher_weight:
-                raise ValueError("margin_weight: with 0 there is nothing to learn but from a teacher; name one.")
-            if self.classifier_sample:
-                raise ValueError("classifier_sample: with margin_weight: 0 there is no classifier; leave it out.")
+        if not self.margin_weight and self.classifier_sample:
+            raise ValueError("classifier_sample: with margin_weight: 0 there is no classifier; leave it out.")
         if self.teacher_axes is not None and (self.teacher is None or self.taught != "direction"):
             raise ValueError("teacher_axes: belongs to a teacher with teacher_loss: direction; leave it out.")
         return self
@@ -604,6 +606,11 @@ class Recipe(Group):
         return self.loss.teacher is not None and self.loss.taught == "direction"
 
     @property
+    def exits_learn(self) -> bool:
+        """Whether the exits of a model, where it has some, are trained."""
+        return self.loss.exits_weight > 0 and self.data.label_column is None
+
+    @property
     def config_changes(self) -> dict[str, Any]:
         """The fields of the model's configuration that the recipe sets: `model_options`, and those of the loss."""
         return self.model.model_options | self.loss.of_model
@@ -680,6 +687,14 @@ class Recipe(Group):
             )
 
     def _check_teacher(self):
+        if self.model.finetune == "exits":
+            if self.loss.margin_weight or self.loss.teacher is not None or not self.exits_learn:
+                raise ValueError(
+                    "finetune: exits learn from the whole network alone; give margin_weight: 0 and an exits_weight "
+                    "above 0, no teacher and no label_column."
+                )
+        elif not self.loss.margin_weight and (self.loss.teacher is None or not self.loss.teacher_weight):
+            raise ValueError("margin_weight: with 0 there is nothing to learn but from a teacher; name one.")
         if self.basis_is_taught and self.schedule.rotate_at:
             raise ValueError("rotate_at: with teacher_loss: direction the basis is the teacher's; leave it out.")
         if self.loss.teacher is not None and self.data.streaming and source_of(self.loss.teacher) == "table":

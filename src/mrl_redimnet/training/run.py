@@ -50,6 +50,10 @@ class Part:
         """labels [B] on the CPU -> those that the model is given."""
         return labels
 
+    def asks(self, run: "Run") -> dict[str, bool]:
+        """What the model's forward pass is asked for besides, by the names of its arguments."""
+        return {}
+
     def loss(self, run: "Run", batch: dict, answer: ModelOutput, options: dict) -> torch.Tensor | float:
         """What is added to the model's own loss. batch: with its waveforms on the device; options: those of the forward
         pass.

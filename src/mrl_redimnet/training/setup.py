@@ -212,6 +212,8 @@ def check_fit(recipe: Recipe, config: MRLReDimNetConfig) -> None:
         raise ValueError("rotate_at: a rotation folds embedding_norm in, which training still needs; leave out either.")
     if recipe.model.finetune == "adapter" and recipe.model.start is None:
         raise ValueError("finetune: an adapter needs a trained base; name it by model.start (--model nano).")
+    if recipe.model.finetune == "exits" and not config.exits:
+        raise ValueError("finetune: the model has no exits; name them, as by --model_options '{exits: [1, 2]}'.")
     starts, ranks, dims = recipe.schedule.prefix_starts, recipe.adapter.segment_ranks, config.matryoshka_dims
     if starts and len(starts) != len(dims):
         raise ValueError(f"prefix_starts: {len(starts)} ratios for the prefixes {dims}.")

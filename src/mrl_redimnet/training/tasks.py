@@ -4,7 +4,7 @@ import csv
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -58,13 +58,15 @@ M = TypeVar("M", bound=MRLReDimNetPreTrainedModel)
 class TrialTest:
     """A trial list, the folder of its paths, the domain their audio is brought into (None: as it is).
 
-    group_of: the group of every speaker, where error rates by group are wanted.
+    group_of: the group of every speaker, where error rates by group are wanted. depth: the exit whose embeddings are
+    judged (None: the whole network's).
     """
 
     trials: Trials
     folder: Path
     domain: Domain | None = None
     group_of: dict[str, str] | None = None
+    depth: int | None = None
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -201,6 +203,10 @@ class Verification(Task[TrialTest, VerificationRow]):
             self.development_speakers,
             {n: speakers_in(t.trials) for n, t in self.tests.items()},
         )
+        depths = (start_config(recipe).exits or []) if recipe.exits_learn else []
+        chosen_by = dict([next(iter(self.development.items()))])
+        self.development |= at_depths(chosen_by, depths)
+        self.tests |= at_depths(self.tests, depths)
 
     def build_model(self, recipe: Recipe) -> tuple[MRLReDimNetForXVector | MRLReDimNetModel, bool]:
         """The model to train, and whether its classifier knows none of the classes yet."""
@@ -237,6 +243,7 @@ class Verification(Task[TrialTest, VerificationRow]):
     ) -> list[VerificationRow]:
         """Error rates of one test at each of `dims`."""
         problems: dict[str, str] = {}
+        model = model if test.depth is None else model.base_model.at_depth(test.depth)
         rows = evaluate_trials(model, test.trials, test.folder, dims, resamples, progress, test.domain, problems)
         development = any(test is one for one in self.development.values())
         self.unreadable.check(test, problems, len(test.trials.utterances), development)
@@ -405,6 +412,15 @@ class Unreadable:
                 print(f"{test.folder}: {summary}. Their trials or labels are left out.")
 
 
+def at_depths(tests: dict[str, TrialTest], depths: Sequence[int]) -> dict[str, TrialTest]:
+    """The same tests of the embeddings at each exit, by title."""
+    return {
+        f"{name}, depth {depth}": replace(test, depth=depth, group_of=None)
+        for name, test in tests.items()
+        for depth in depths
+    }
+
+
 def contents_of(corpus: Dataset) -> StreamContents:
     """What there is in a corpus: speakers, utterances, seconds."""
     return StreamContents(SpeakerTable(speakers_of(corpus)), len(corpus), float(seconds_of(corpus).sum()))
@@ -475,7 +491,8 @@ def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
     model, info = kind.from_pretrained(
         saved_start(recipe), ignore_mismatched_sizes=True, output_loading_info=True, **config
     )
-    return model, bool(info["missing_keys"] or info["mismatched_keys"])
+    missing = {name for name in info["missing_keys"] if "exits" not in name.split(".")}  # new ones are no head
+    return model, bool(missing or info["mismatched_keys"])
 
 
 def saved_speakers(model: str | Path) -> SpeakerTable | None:
