@@ -8,8 +8,8 @@ The base is the packaged model in a basis that is drawn at random: at full width
 are those of a model that was never trained for them, as a published checkpoint is. It is trained with speaker labels on
 few speakers: five epochs of the head, then five of everything, at one learning rate, nearly without weight decay.
 `train` goes through `plan` in its order, by `train_hf.py --resume` on one thread, and leaves out what is done. `report`
-reads the record of each run, judges its last model on the development speakers, and opens the test lists, for the base,
-for the base rotated, for the first run and for the cure that the development speakers say is best.
+reads the record of each run and judges its last model on the development speakers; with `--speech` it also opens the
+test lists, for the base rotated, for the first run and for the cure that the development speakers say is best.
 """
 
 import argparse
@@ -244,9 +244,9 @@ def report(arguments: argparse.Namespace):
     cures[STOPPED] = (best_of(runs, firsts), stopped)
     best = min(cures, key=lambda name: sum(drawn.value for drawn in cures[name][1].values()))
     models = {ROTATED: [runs / "rotated"], FIRST: [run.folder(runs) / "last" for run in firsts], best: cures[best][0]}
-    tested = test(models, arguments)
+    tested = test(models, arguments) if arguments.speech else {}
     text = [head(runs, arguments, facts), *beside_table(beside), "", *cure_table(facts, judged, first), ""]
-    text += [*test_table(tested), ""]
+    text += test_table(tested) if tested else []
     record = {
         "machine": machine(),
         "beside": {name: drawn_record(rates) for name, rates in beside.items()},
