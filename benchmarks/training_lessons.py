@@ -347,15 +347,17 @@ def head(runs: Path, arguments: argparse.Namespace, facts: dict[Run, dict]) -> s
     count = {group: len({*(runs / group).iterdir()}) for group in MOST}
     files = {group: len([*(runs / group).rglob("*.*")]) for group in MOST}
     minutes = sum(of["core_seconds"] for of in facts.values()) / 60
+    opened = "--speech SPEECH SPEECH_MORE " if arguments.speech else ""
+    trained = f"{count['train']} speakers ({files['train']} utterances)"
     return f"""# Fine-tuning for prefixes: what helps against overfitting
 
 ```bash
 python benchmarks/training_lessons.py prepare RUNS --speech SPEECH SPEECH_MORE
 python benchmarks/training_lessons.py train RUNS
-python benchmarks/training_lessons.py report RUNS --speech SPEECH SPEECH_MORE --out docs/results/training_lessons
+python benchmarks/training_lessons.py report RUNS {opened}--out docs/results/training_lessons
 ```
 
-{len(facts)} trainings on {count["train"]} speakers ({files["train"]} utterances), {minutes:.0f} minutes of a core.
+{len(facts)} of {len(plan())} trainings, on {trained}, {minutes:.0f} minutes of a core.
 Development: {count["dev"]} speakers ({files["dev"]} utterances) whom neither these runs nor the base were trained on.
 EER %, in brackets 95 % intervals over the development speakers ({arguments.resamples} resamples), paired in
 differences, which are **bold** where they leave out zero. {machine()}.
