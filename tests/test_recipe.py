@@ -506,7 +506,7 @@ def test_a_missing_file(capsys):
         (["--tests", "{vox: {trials: a}}"], "evaluation.tests.vox.folder: is missing"),
         (["--tests", "{vox: trials.txt}"], "tests.vox: got "),
         (["--tests", "{vox: null}"], "tests.vox: got "),
-        (["--finetune", "trunk"], "finetune: got 'trunk', expected one of all, head, projection, adapter"),
+        (["--finetune", "trunk"], "finetune: got 'trunk', expected one of all, head, projection, exits, adapter"),
         (["--strategy", "adalora"], "strategy: got 'adalora', expected one of vanilla, dynamic, warm_up, mixed, matry"),
         (["--model=b2"], "start: b2 is a size, and no model of that name comes with the package"),
         (["--model=b2", "--size=b2"], "size: b2 is a network with random weights, start: b2 has weights"),
