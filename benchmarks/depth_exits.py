@@ -276,7 +276,7 @@ def table(name: str, rates: dict) -> list[str]:
 
 def draw(rates: dict, times: dict[int, dict], names: Sequence[str], file: Path) -> None:
     """Error over time: a line for every dimension of the exits that were trained together; other networks at 256."""
-    figure, panels = new_panels(len(names), 2, 5.2, 3.6, below=0.7)
+    figure, panels = new_panels(len(names), 2, 5.2, 3.6, below=0.9)
     at = {depth: times[depth][f"{SECONDS[-1]:g}"]["median"] for depth in times}
     colours = dict(zip(DIMS, shades(len(DIMS)), strict=True))
     others = {"frozen": "^", "alone": "s", "random": "x"}
@@ -297,7 +297,7 @@ def draw(rates: dict, times: dict[int, dict], names: Sequence[str], file: Path) 
     entries = [legend_line(color=colours[dim], marker="o", label=f"exits, {dim} numbers") for dim in DIMS]
     entries += [legend_line(color="tab:red", marker=marker, linestyle="", label=f"{TITLES[way]}, {DIMS[-1]}")
                 for way, marker in others.items() if way in ways]  # fmt: skip
-    figure.legend(handles=entries, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=entries, loc="outside lower center", ncols=2 if len(names) == 1 else 3, fontsize=8)
     save_figure(figure, file)
 
 
