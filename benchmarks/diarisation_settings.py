@@ -137,7 +137,7 @@ class Shared(pipeline.Diarizer):
     model: MRLReDimNetModel | None = None
     longest: float = 15.0
 
-    def _embedded(self, read, windows, progress):
+    def embedded(self, read, windows, progress):
         samples = np.round(windows * SAMPLING_RATE).astype(int)
         size, found = int((samples[:, 1] - samples[:, 0]).max()), []
         for rows in consecutive(samples[:, 0], size, round(self.longest * SAMPLING_RATE)):

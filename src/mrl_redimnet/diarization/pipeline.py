@@ -119,7 +119,7 @@ class Diarizer:
         few = sum(end - start for start, end in spans) < FEW_SECONDS
         window = self.window or (WINDOW_OF_FEW if few else WINDOW)
         windows = np.concatenate([windows_over(*span, window, self._step(window)) for span in spans])  # [N, 2]
-        units = self._embedded(read, windows, progress)
+        units = self.embedded(read, windows, progress)
         lengths = windows[:, 1] - windows[:, 0]
         labels, means = clustered(units, lengths, speakers, self.most_speakers, self.least_seconds, few)
         turns = [turn for span in spans for turn in self._turns(span, windows, units @ means.T)]
@@ -130,7 +130,7 @@ class Diarizer:
     def _step(self, window: float) -> float:
         return window / 2 if self.step is None else self.step
 
-    def _embedded(self, read: Reader, windows: NDArray, progress: str | None) -> NDArray:
+    def embedded(self, read: Reader, windows: NDArray, progress: str | None) -> NDArray:
         """windows [N, 2] in seconds -> [N, D] of length one. A stretch of the recording is held at a time."""
         missing = np.maximum(_SHORTEST - (windows[:, 1] - windows[:, 0]), 0) / 2
         samples = np.round((windows + np.column_stack([-missing, missing])) * SAMPLING_RATE).astype(np.int64)
