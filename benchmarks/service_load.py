@@ -110,10 +110,13 @@ def main():
     if arguments.seconds is not None:
         effort = replace(effort, seconds=arguments.seconds)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "threads": arguments.threads}
+    record = {"commands": [], "machine": machine(), "threads": arguments.threads}
     record |= {"torch": torch.__version__, "wait_ms": arguments.wait_ms, "models": {}}
     if (before := arguments.out.with_suffix(".json")).exists():
-        record |= {key: value for key, value in json.loads(before.read_text()).items() if key in ("models", *PARTS)}
+        kept = ("commands", "models", *PARTS)
+        record |= {key: value for key, value in json.loads(before.read_text()).items() if key in kept}
+    if (command := shlex.join(["python", *sys.argv])) not in record["commands"]:
+        record["commands"].append(command)
 
     def write():
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -457,7 +460,7 @@ def long_load(folder: Path, seconds: float, arguments: argparse.Namespace) -> li
 
 def report(record: dict) -> str:
     """Markdown."""
-    text = ["# Many callers at once", "", f"```bash\n{record['command']}\n```", ""]
+    text = ["# Many callers at once", "", "```bash", *record["commands"], "```", ""]
     text.append(
         paragraph(
             f"{record['machine']}, threads: {record['threads']}, torch {record['torch']}, float32, an idle network "
