@@ -8,11 +8,14 @@ bins * channels] of a feature map is then the same memory as its 2-D view, a fre
 linear layer, and every norm and 1x1 layer works on the last axis. 3x3 convolutions see it as channels-last images
 with frames as height; convolutions over time alone as channels-last images of height one with frames as width.
 
-An utterance has the same embedding alone and padded in a batch: every layer that looks across frames gets a mask.
+An utterance has the same embedding alone and padded in a batch, because every layer that looks across frames gets a
+mask: [B, frames, 1], true where a frame belongs to the utterance, or None when every frame of the batch does.
 
-This file is the definition of the network. It travels beside the weights to the Hub, with its configuration, the
-speaker losses (`losses_mrl_redimnet.py`) and how weights are loaded and saved (`pretrained_mrl_redimnet.py`): torch and
-transformers are all that they need. Faster forms of the same modules are in the package (`mrl_redimnet.speed`).
+This file is the definition of the network. Beside it are the mel front end (`frontend_mrl_redimnet.py`), masks,
+statistics and batch norms that leave padding out (`masking_mrl_redimnet.py`), the speaker losses
+(`losses_mrl_redimnet.py`), how weights are loaded and saved (`pretrained_mrl_redimnet.py`), and the configuration. All
+travel with the weights to the Hub, where torch and transformers are all that they need. Faster forms of the same
+modules are in the package (`mrl_redimnet.speed`).
 """
 
 import copy
@@ -29,38 +32,26 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
-# As a Hub file this module finds its configuration beside itself; installed, under its own name. The relative import
-# comes first, so that Hub code never mixes with an installed version; the checks keep real import errors visible.
+# The other files are beside this one on the Hub, and modules of their own where the package is installed. The relative
+# import comes first, so that the code of a Hub repository never mixes with an installed version of it. In a Hub
+# repository an ImportError is raised as it is: there the second way would only hide what is wrong.
 try:
     if not __package__:
         raise ImportError("not part of a package")
-    from .configuration_mrl_redimnet import (
-        ATTENTION_HEADS,
-        FFT_SIZE,
-        SAMPLING_RATE,
-        WINDOW_LENGTH,
-        MRLReDimNetConfig,
-        conv_groups,
-    )
+    from .configuration_mrl_redimnet import ATTENTION_HEADS, SAMPLING_RATE, MRLReDimNetConfig, conv_groups
+    from .frontend_mrl_redimnet import MelFrontEnd
     from .losses_mrl_redimnet import LOSSES, NORM_FLOOR, SpeakerLoss, harder_negatives
+    from .masking_mrl_redimnet import BatchNorm, masked_mean, moments, stretched, whole_frames, zero_padding
     from .pretrained_mrl_redimnet import CheckedModel
 except ImportError:
     if __package__:
         raise
-    from configuration_mrl_redimnet import (
-        ATTENTION_HEADS,
-        FFT_SIZE,
-        SAMPLING_RATE,
-        WINDOW_LENGTH,
-        MRLReDimNetConfig,
-        conv_groups,
-    )
+    from configuration_mrl_redimnet import ATTENTION_HEADS, SAMPLING_RATE, MRLReDimNetConfig, conv_groups
+    from frontend_mrl_redimnet import MelFrontEnd
     from losses_mrl_redimnet import LOSSES, NORM_FLOOR, SpeakerLoss, harder_negatives
+    from masking_mrl_redimnet import BatchNorm, masked_mean, moments, stretched, whole_frames, zero_padding
     from pretrained_mrl_redimnet import CheckedModel
 
-MEL_LOW_HZ, MEL_HIGH_HZ = 20.0, 7600.0
-PREEMPHASIS = 0.97
-LOG_FLOOR = 1e-6
 NORM_EPS = 1e-6  # of every layer norm, and of the batch norm after an expanded stage
 
 
@@ -98,305 +89,11 @@ class SpeakerClassifierOutput(ModelOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks: `mask` is [B, frames, 1], true where a frame belongs to the utterance, or None when every frame does.
-
-
-def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeroes the frames after each utterance's end in x [B, frames, ...], as a convolution's own padding is zero."""
-    if mask is None:
-        return x
-    return x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.dim() - 3)), 0.0)  # not a product: padding may be NaN
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over frames of x [B, frames, C] -> [B, 1, C]."""
-    if mask is None:
-        return x.mean(1, keepdim=True)
-    return zero_padding(x, mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-
-
-def masked_variance(x: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Unbiased variance over frames of x [B, frames, C] around mean [B, 1, C] -> [B, 1, C]."""
-    squares = zero_padding((x - mean).square(), mask).sum(1, keepdim=True)
-    frames = x.shape[1] if mask is None else mask.sum(1, keepdim=True)
-    return squares / (frames - 1)
-
-
-def moments(
-    x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over frames of x [B, frames, C] -> twice [B, 1, C].
-
-    weights: of frames, [B, frames, 1], in the place of the mask; only their ratios matter. NaN where all are 0.
-    """
-    if weights is None:
-        mean = masked_mean(x, mask)
-        return mean, masked_variance(x, mean, mask)
-    shares = weights / weights.sum(1, keepdim=True)
-    mean = (shares * x).sum(1, keepdim=True)
-    freedom = (1 - shares.square().sum(1, keepdim=True)).clamp(min=1e-6)  # 1 - 1 / frames where they are equal
-    return mean, (shares * (x - mean).square()).sum(1, keepdim=True) / freedom
-
-
-def stretched(weights: torch.Tensor, frames: int) -> torch.Tensor:
-    """weights [B, S, n] of n equal parts -> those of as many frames, [B, S, frames]: each frame has its part's."""
-    return weights[..., torch.arange(frames, device=weights.device) * weights.shape[-1] // frames]
-
-
-def whole_frames(
-    features: torch.Tensor, mask: torch.Tensor | None, stride: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """features [B, frames, bins] and mask cut to what frames of `stride` features fill: the batch's number of frames,
-    and each utterance's own.
-    """
-    if stride == 1:
-        return features, mask
-    if mask is not None:  # so many frames are whole where the last of them is valid
-        mask = mask[:, stride - 1 :: stride].repeat_interleave(stride, dim=1)
-    # A slice would depend on the number of frames for its layout in memory, which exported graphs could not.
-    kept = torch.arange(features.shape[1] // stride * stride, device=features.device)
-    return features.index_select(1, kept), mask
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Front end
-
-
-def _mel_filters(config: MRLReDimNetConfig) -> torch.Tensor:
-    """Triangular HTK-mel filters without area norm, [FFT_SIZE // 2 + 1, bins] float32."""
-
-    def to_mel(hz: torch.Tensor) -> torch.Tensor:
-        return 2595.0 * torch.log10(1.0 + hz / 700.0)
-
-    edges_mel = torch.linspace(
-        *to_mel(torch.tensor([MEL_LOW_HZ, MEL_HIGH_HZ], dtype=torch.float64)).tolist(),
-        config.num_mel_bins + 2,
-        dtype=torch.float64,
-    )
-    if config.front_end == "tf_mel":
-        # Slopes on the mel axis, 256 bin centres spread over 0 .. 8000 Hz, bin 0 empty, no Nyquist bin.
-        centres = to_mel(torch.linspace(0, SAMPLING_RATE / 2, FFT_SIZE // 2, dtype=torch.float64))
-        edges = edges_mel
-    else:
-        centres = torch.linspace(0, SAMPLING_RATE / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
-        edges = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
-    rising = (centres[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - centres[:, None]) / (edges[2:] - edges[1:-1])
-    filters = torch.minimum(rising, falling).clamp(min=0.0)
-    if config.front_end == "tf_mel":
-        filters[0] = 0.0
-        filters = F.pad(filters, (0, 0, 0, 1))  # the dropped Nyquist bin
-    return filters.float()
-
-
-def _analysis_window(config: MRLReDimNetConfig) -> torch.Tensor:
-    """Hamming window of 400 samples in an FFT frame of 512, [512] float32: periodic and centred for "mel",
-    symmetric and at the frame's start for "tf_mel".
-    """
-    tf_style = config.front_end == "tf_mel"
-    window = torch.hamming_window(WINDOW_LENGTH, periodic=not tf_style, dtype=torch.float64)
-    left = 0 if tf_style else (FFT_SIZE - WINDOW_LENGTH) // 2
-    return F.pad(window, (left, FFT_SIZE - WINDOW_LENGTH - left)).float()
-
-
-class MelFrontEnd(nn.Module):
-    """Waveform [B, T] at 16 kHz to log-mel features [B, frames, bins], in float32 whatever the model's dtype."""
-
-    def __init__(self, config: MRLReDimNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        # Constants. Built on the CPU even where the model is built on the meta device; `_init_weights` refills them
-        # after loading, because from_pretrained leaves buffers that are not in the file uninitialised.
-        for name, value in self.constants().items():
-            self.register_buffer(name, value, persistent=False)
-        self.norm = BatchNorm(config.num_mel_bins) if config.feature_norm == "batch" else None
-
-    def constants(self) -> dict[str, torch.Tensor]:
-        """The window [512] and the mel filters [257, bins], computed anew."""
-        with torch.device("cpu"):
-            return {"window": _analysis_window(self.config), "mel_filters": _mel_filters(self.config)}
-
-    def num_frames(self, num_samples: int | torch.Tensor) -> int | torch.Tensor:
-        """Frames of a waveform of `num_samples` (an int or an integer tensor)."""
-        hop = self.config.hop_length
-        if self.config.front_end == "tf_mel":
-            return (num_samples + 2 * (hop // 2) - WINDOW_LENGTH) // hop + 1
-        return 1 + num_samples // hop
-
-    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """waveform [B, T], lengths [B] in samples or None -> features [B, frames, bins] float32."""
-        with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
-            x = self._pad(self._condition(waveform.float(), lengths), lengths)
-            features = self._log_mel(self.power_spectrum(x))
-            mask = frame_mask(lengths, features.shape[1], self)
-            if self.config.feature_norm in ("mean", "mean_variance"):
-                mean = masked_mean(features, mask)
-                if self.config.feature_norm == "mean_variance":
-                    deviation = masked_variance(features, mean, mask).sqrt() + 1e-8
-                    features = (features - mean) / deviation
-                else:
-                    features = features - mean
-        if self.norm is not None:
-            features = self.norm(features.to(self.norm.weight.dtype), mask).float()
-        if self.training and self.config.spec_augment:
-            for _ in range(self.config.spec_augment_repeats):
-                features = self._spec_augment(features)
-        return features
-
-    def _condition(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Optional signal normalisation and pre-emphasis of x [B, T]."""
-        if self.config.normalize_signal:
-            mask = None if lengths is None else sample_mask(lengths, x.shape[1])[..., None]
-            mean = masked_mean(x[..., None], mask)
-            variance = masked_mean((x[..., None] - mean).square(), mask)
-            eps = self.config.front_end_eps if self.config.front_end == "tf_mel" else 1e-6
-            x = (x - mean[..., 0]) / (variance[..., 0].sqrt() + eps)
-        if self.config.preemphasis:
-            x = x - PREEMPHASIS * torch.cat([x[:, 1:2], x[:, :-1]], dim=1)  # x[-1] reflects to x[1]
-        return x
-
-    def _pad(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Room for the first and last frames: reflection at each utterance's own ends ("mel") or zeros ("tf_mel")."""
-        if self.config.front_end == "tf_mel":
-            half_hop = self.config.hop_length // 2
-            if lengths is not None:
-                x = x.masked_fill(~sample_mask(lengths, x.shape[1]), 0.0)
-            return F.pad(x, (half_hop, half_hop + FFT_SIZE - WINDOW_LENGTH))
-        half = FFT_SIZE // 2
-        if lengths is None:
-            return F.pad(x[:, None], (half, half), mode="reflect")[:, 0]
-        # Position n + k behind an utterance of n samples holds sample n - 2 - k:  a b c d | c b a
-        position = torch.arange(x.shape[1] + half, device=x.device)
-        end = lengths[:, None]
-        source = torch.where(position < end, position, 2 * (end - 1) - position).clamp(min=0)
-        return torch.cat([x[:, 1 : half + 1].flip(1), x.gather(1, source)], dim=1)
-
-    def power_spectrum(self, x: torch.Tensor) -> torch.Tensor:
-        """Conditioned and padded signal [B, T] float32 -> power spectrum [B, frames, 257]."""
-        spectrum = torch.stft(
-            x, FFT_SIZE, self.config.hop_length, window=self.window.float(), center=False, return_complex=True
-        )
-        return torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
-
-    def _log_mel(self, power: torch.Tensor) -> torch.Tensor:
-        """Power spectrum [B, frames, 257] -> log-mel [B, frames, bins]."""
-        filters = self.mel_filters.float()
-        if self.config.front_end == "tf_mel":
-            eps = self.config.front_end_eps
-            return ((power.clamp(eps, 1 / eps) @ filters).clamp(eps, 1 / eps) + eps).log()
-        return (power @ filters + LOG_FLOOR).log()
-
-    def _spec_augment(self, x: torch.Tensor) -> torch.Tensor:
-        """One masked stretch of frames and one of bins per utterance (arXiv 1904.08779), x [B, frames, bins]."""
-        for dim, widths, first in (
-            (1, self.config.time_mask_width, 0),
-            (2, self.config.freq_mask_width, self.config.freq_mask_start),
-        ):
-            size = x.shape[dim]
-            width = torch.randint(widths[0], widths[1], (x.shape[0], 1), device=x.device)
-            start = first + (torch.rand(width.shape, device=x.device) * (size - first - width).clamp(min=1)).long()
-            position = torch.arange(size, device=x.device)
-            hidden = (position >= start) & (position < start + width)  # [B, size]
-            x = x.masked_fill(hidden[:, :, None] if dim == 1 else hidden[:, None, :], 0.0)
-        return x
-
-
-def sample_mask(lengths: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """[B] lengths -> [B, num_samples], true inside each utterance."""
-    return torch.arange(num_samples, device=lengths.device) < lengths[:, None]
-
-
-def frame_mask(lengths: torch.Tensor | None, num_frames: int, front_end: MelFrontEnd) -> torch.Tensor | None:
-    """[B] lengths in samples -> [B, frames, 1], true inside each utterance; None stays None."""
-    if lengths is None:
-        return None
-    return sample_mask(front_end.num_frames(lengths), num_frames)[..., None]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Trunk
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last axis of x [B, C], [B, frames, C] or [B, frames, bins, C]; padded frames do not count.
-
-    It learns only where its weights do: a frozen norm uses its running statistics and leaves them as they are. Freezing
-    weights alone would let the statistics of a frozen network move with the data, and an adapter trained on it would
-    not be the same when loaded again.
-    """
-
-    keeps_statistics = False  # true while gradient checkpointing repeats a forward pass, whose batch has been counted
-
-    @property
-    def learns(self) -> bool:
-        """Whether this forward pass normalises by the batch, and moves the running statistics towards it."""
-        return self.training and self.weight.requires_grad
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., C], normalised; with a mask and x [B, frames, ..., C], padded frames come out as zeros while it
-        learns.
-
-        Raises ValueError for a batch with a single value per channel.
-        """
-        if not self.learns:
-            scale, shift = self.scale_and_shift()
-            return torch.addcmul(shift.to(self.weight.dtype), x, scale.to(self.weight.dtype)).to(x.dtype)
-        self.check_count(x)
-        if mask is None:
-            rows, momentum = x.reshape(-1, self.num_features), self.next_momentum()
-            statistics = self.running_mean, self.running_var
-            return F.batch_norm(rows, *statistics, self.weight, self.bias, True, momentum, self.eps).reshape(x.shape)
-        mean, variance, count = self.batch_statistics(x, mask)
-        self.move_statistics(mean, variance, count)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        y = torch.addcmul(self.bias - mean * scale, zero_padding(x, mask), scale)
-        return zero_padding(y.to(x.dtype), mask)
-
-    def batch_statistics(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Over the valid places of x [B, frames, ..., C]: mean [C], biased variance [C], count [1], in float32 at
-        least.
-        """
-        wide, dims = torch.promote_types(x.dtype, torch.float32), tuple(range(x.dim() - 1))
-        x = zero_padding(x, mask)  # padding may be NaN
-        count = mask.sum(dtype=wide).view(1) * math.prod(x.shape[2:-1])
-        mean = x.sum(dims, dtype=wide) / count.clamp(min=1)
-        squares = zero_padding((x.to(wide) - mean).square(), mask)
-        return mean, squares.sum(dims) / count.clamp(min=1), count
-
-    @torch.no_grad()
-    def move_statistics(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
-        """Moves the running statistics towards a batch's, as torch's own norm: by the unbiased variance."""
-        momentum = self.next_momentum()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(self.running_var.dtype), momentum)
-
-    def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it does while it does not learn: x * scale [C] + shift [C], in float32 at least, because float16 could
-        not hold what lies between.
-        """
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
-        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
-        return scale, self.bias.to(wide) - self.running_mean.to(wide) * scale
-
-    def check_count(self, x: torch.Tensor) -> None:
-        """Raises ValueError where there is a single value per channel, which has no variance."""
-        if x.numel() < 2 * self.num_features:
-            raise ValueError(f"A batch norm learns from at least 2 values per channel, got {tuple(x.shape)}.")
-
-    def next_momentum(self) -> float:
-        """By how much the running statistics move towards the next batch, which is counted here. Without a momentum
-        they are the mean over all batches.
-        """
-        if self.keeps_statistics:
-            return 0.0
-        if self.num_batches_tracked is None:
-            return self.momentum
-        self.num_batches_tracked.add_(1)
-        return 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+# Convolutions of the trunk
 
 
 def conv_image(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """3x3 convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image."""
+    """Convolution of x [B, frames, bins, C] over frames and bins, as a channels-last image."""
     return conv(zero_padding(x, mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -404,25 +101,30 @@ def conv_time(conv: nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None) -> to
     """Depthwise convolution of x [B, frames, C] over frames, as a channels-last image of height one."""
     image = zero_padding(x, mask).transpose(1, 2)[:, :, None]
     if x.shape[-1] < 20 and x.device.type == "cpu":
-        image = image.contiguous()  # channels last, so few of them in bfloat16 never return on some CPUs
+        # Some CPUs' kernel for so few channels, in bfloat16 and channels-last, never returns: change the layout.
+        image = image.contiguous()
     return conv(image)[:, :, 0].transpose(1, 2)
 
 
 def image_conv(
     channels_in: int, channels_out: int, group_divisor: int | None, bias: bool = True, kernel: tuple[int, int] = (3, 3)
 ) -> nn.Conv2d:
-    """A convolution of a kernel over (bins, frames) for `conv_image`, grouped over its output channels."""
+    """The layer that `conv_image` calls. kernel: over (bins, frames); grouped over the output channels."""
     groups = conv_groups(channels_out, group_divisor)
     return nn.Conv2d(channels_in, channels_out, (kernel[1], kernel[0]), padding="same", groups=groups, bias=bias)
 
 
 def depthwise_time_conv(channels: int, kernel: int) -> nn.Conv2d:
-    """A depthwise convolution over frames for `conv_time`."""
+    """The layer that `conv_time` calls. kernel: in frames."""
     return nn.Conv2d(channels, channels, (1, kernel), padding="same", groups=channels)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 2-D blocks, over frames and frequency bins
+
+
 class ConvNeXtBlock2d(nn.Module):
-    """x + pointwise(act(norm(conv3x3(x)))), x [B, frames, bins, C] ("convnext_like", "convnext_like_relu").
+    """x + pointwise(act(norm(conv3x3(x)))) ("convnext_like", "convnext_like_relu").
 
     kernels over (bins, frames): others than 3x3, or convolutions of several of them side by side.
     """
@@ -443,12 +145,13 @@ class ConvNeXtBlock2d(nn.Module):
         self.pointwise = nn.Linear(channels * len(kernels), channels)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, bins, C] -> the same shape."""
         y = torch.cat([conv_image(conv, x, mask) for conv in (self.conv, *self.other_convs)], dim=-1)
         return x + self.pointwise(self.act(self.norm(y, mask)))
 
 
 class BinSqueezeExcitation(nn.Module):
-    """Scales each frequency bin of x [B, frames, bins, C] by a gate computed from the means of all bins ("_fwse")."""
+    """Scales each frequency bin by a gate that is computed from the means of all bins ("_fwse")."""
 
     def __init__(self, bins: int, hidden: int) -> None:
         super().__init__()
@@ -456,13 +159,14 @@ class BinSqueezeExcitation(nn.Module):
         self.excite = nn.Linear(hidden, bins)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, bins, C] -> the same shape."""
         mean = masked_mean(x.mean(-1), mask)  # [B, 1, bins]
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
         return x * gate[..., None]
 
 
 class ResNetBlock2d(nn.Module):
-    """Residual block of two 3x3 convolutions, x [B, frames, bins, C] ("basic_resnet", "basic_resnet_fwse").
+    """Residual block of two 3x3 convolutions ("basic_resnet", "basic_resnet_fwse").
 
     The published networks put ReLU before the first norm. Ungrouped blocks have no pointwise layers.
     """
@@ -479,6 +183,7 @@ class ResNetBlock2d(nn.Module):
         self.bin_gate = BinSqueezeExcitation(bins, min(64, max(channels, 32))) if bin_gate else None
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, bins, C] -> the same shape."""
         y = F.relu(self.pointwise1(conv_image(self.conv1, x, mask)))
         y = self.pointwise2(conv_image(self.conv2, self.norm1(y, mask), mask))
         y = self.norm2(y, mask)
@@ -487,6 +192,7 @@ class ResNetBlock2d(nn.Module):
         return F.relu(x + y)
 
 
+# By config.block_2d; the configuration knows the names.
 BLOCKS_2D: dict[str, Callable[..., nn.Module]] = {
     "convnext_like": ConvNeXtBlock2d,
     "convnext_like_relu": functools.partial(ConvNeXtBlock2d, activation=nn.ReLU),
@@ -496,7 +202,9 @@ BLOCKS_2D: dict[str, Callable[..., nn.Module]] = {
 
 
 class Squeeze2d(nn.Module):
-    """Back from an expanded stage's channels to the width of the 1-D view, x [B, frames, bins, C] ("redimnet")."""
+    """Behind the 2-D blocks of a stage with an `expansion`: from its channels back to as many as the 1-D view has for
+    each bin, by a 3x3 convolution and a 1x1 layer ("redimnet").
+    """
 
     def __init__(self, config: MRLReDimNetConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -505,11 +213,12 @@ class Squeeze2d(nn.Module):
         self.pointwise = nn.Linear(channels_out, channels_out)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, bins, channels_in] -> [B, frames, bins, channels_out]."""
         return self.pointwise(F.gelu(self.norm(conv_image(self.conv, x, mask), mask)))
 
 
 class LinearSqueeze2d(nn.Module):
-    """The same by a 1x1 layer and a norm, without a 3x3 convolution or an activation ("redimnet2")."""
+    """In the place of `Squeeze2d`: a 1x1 layer and a norm alone ("redimnet2")."""
 
     def __init__(self, config: MRLReDimNetConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -517,14 +226,20 @@ class LinearSqueeze2d(nn.Module):
         self.norm = BatchNorm(channels_out, eps=NORM_EPS)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, bins, channels_in] -> [B, frames, bins, channels_out]."""
         return self.norm(self.pointwise(x), mask)
 
 
+# By config.network.
 SQUEEZES: dict[str, Callable[..., nn.Module]] = {"redimnet": Squeeze2d, "redimnet2": LinearSqueeze2d}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 1-D blocks, over frames
+
+
 class ConvNeXtBlock1d(nn.Module):
-    """x + pointwise(gelu(norm(depthwise convolutions of x, side by side))), x [B, frames, C]."""
+    """x + pointwise(gelu(norm(depthwise convolutions of x, side by side)))."""
 
     def __init__(self, channels: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
@@ -533,12 +248,13 @@ class ConvNeXtBlock1d(nn.Module):
         self.pointwise = nn.Linear(channels * len(kernels), channels)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, C] -> the same shape."""
         y = torch.cat([conv_time(conv, x, mask) for conv in self.convs], dim=-1)
         return x + self.pointwise(F.gelu(self.norm(y, mask)))
 
 
 class ConvPosition(nn.Module):
-    """x + norm(depthwise convolution over 59 frames), x [B, frames, C]: what attention has for positions."""
+    """x + norm(depthwise convolution over 59 frames): it tells the attention behind it where a frame stands."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -546,11 +262,12 @@ class ConvPosition(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, C] -> the same shape."""
         return x + self.norm(conv_time(self.conv, x, mask))
 
 
 class TransformerLayer(nn.Module):
-    """Post-norm transformer layer of 4 heads, x [B, frames, C]; padded frames are no keys."""
+    """Post-norm transformer layer of 4 heads; padded frames are no keys."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -564,6 +281,7 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, C] -> the same shape."""
         # [B, frames, C] -> [B, heads, frames, C / heads]
         q, k, v = (
             proj(x).unflatten(-1, (ATTENTION_HEADS, -1)).transpose(1, 2)
@@ -581,7 +299,7 @@ class TransformerLayer(nn.Module):
 
 
 class FeedForward1d(nn.Module):
-    """Frame by frame: linear to twice the width, norm, GELU, linear back, x [B, frames, C] ("fc")."""
+    """Frame by frame: linear to twice the width, norm, GELU, linear back ("fc")."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -590,10 +308,11 @@ class FeedForward1d(nn.Module):
         self.narrow = nn.Linear(2 * channels, channels)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, C] -> the same shape."""
         return self.narrow(F.gelu(self.norm(self.widen(x))))
 
 
-# What a 1-D block does at its reduced width h.
+# By config.block_1d: the layers of a 1-D block, for its reduced width h; the configuration knows the names.
 BLOCKS_1D = {
     "fc": lambda h: [FeedForward1d(h)],
     "conv": lambda h: [ConvNeXtBlock1d(h, (7, 15, 31)) for _ in range(4)],
@@ -603,7 +322,7 @@ BLOCKS_1D = {
 
 
 class TimeContext(nn.Module):
-    """The 1-D block: reduce the width, look along time, expand, add; x [B, frames, width]."""
+    """The 1-D block: reduce the width, look along time, expand, add."""
 
     def __init__(self, config: MRLReDimNetConfig, reduction: int) -> None:
         super().__init__()
@@ -614,48 +333,57 @@ class TimeContext(nn.Module):
         self.expand = nn.Linear(hidden, config.trunk_width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, width] -> the same shape."""
         y = self.norm(self.reduce(x))
         for layer in self.layers:
             y = layer(y, mask)
         return x + self.expand(y)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Trunk: its feature maps are [B, frames, width]
+
+
 class MapNorm(nn.GroupNorm):
-    """Group norm of a feature map x [B, frames, width] over valid frames and within groups of neighbouring channels."""
+    """Group norm of a feature map over valid frames and within groups of neighbouring channels."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, width] -> the same shape."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = masked_mean(values, mask)
         variance = masked_mean((values - mean).square(), mask)
-        # Of each group: the mean over its channels, and the variance within and between them.
+        # Both [B, 1, width] -> [B, 1, groups, width / groups]; a group's variance is that within its channels and that
+        # between their means.
         mean, variance = (part.unflatten(-1, (self.num_groups, -1)) for part in (mean, variance))
-        middle = mean.mean(-1, keepdim=True)
-        slope = ((variance + (mean - middle).square()).mean(-1, keepdim=True) + self.eps).rsqrt()
-        scale = self.weight * slope.expand_as(mean).flatten(2)
-        return torch.addcmul(self.bias - middle.expand_as(mean).flatten(2) * scale, values, scale).to(x.dtype)
+        group_mean = mean.mean(-1, keepdim=True)
+        group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)
+        scale = self.weight * (group_variance + self.eps).rsqrt().expand_as(mean).flatten(2)
+        shift = self.bias - group_mean.expand_as(mean).flatten(2) * scale
+        return torch.addcmul(shift, values, scale).to(x.dtype)
 
 
 class NoMapNorm(nn.Module):
     """Takes the place of `MapNorm` in networks whose maps have no norm."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, frames, width], as it is."""
         return x
 
 
 def map_norm(config: MRLReDimNetConfig) -> nn.Module:
-    """The norm of a feature map, if the network's maps have one."""
+    """The norm of a feature map: `MapNorm`, or `NoMapNorm` where the network's maps have none."""
     groups = config.map_norm_groups
     return NoMapNorm() if groups is None else MapNorm(groups, config.trunk_width)
 
 
 def aggregate_norm(config: MRLReDimNetConfig) -> BatchNorm | None:
-    """The norm behind the aggregation, if the network has one."""
+    """The norm behind the 1x1 layer after the last mixing, if the network has one."""
     wide = config.aggregation_channels
     return None if wide is None or config.network == "redimnet2" else BatchNorm(wide)
 
 
 class MapMix(nn.Module):
-    """Softmax-weighted sum of earlier feature maps, a weight per map and channel: [B, frames, width].
+    """Softmax-weighted sum of earlier feature maps, a weight per map and channel.
 
     strides: how many of the sum's frames a frame of each map stands for; such a frame is repeated.
     """
@@ -666,6 +394,7 @@ class MapMix(nn.Module):
         self.strides = strides
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """As many maps [B, frames / stride, width] as strides -> [B, frames, width]."""
         weights, mixed = self.logits.softmax(0), 0.0
         for x, weight, stride in zip(maps, weights, self.strides, strict=True):
             weighted = x * weight.to(x.dtype)
@@ -674,7 +403,7 @@ class MapMix(nn.Module):
 
 
 class Stage(GradientCheckpointingLayer):
-    """Mixes all earlier maps, strides over frequency and time, 2-D blocks, then the 1-D block: the next map, or two.
+    """Mixes all earlier maps, strides over frequency and time, 2-D blocks, then the 1-D block.
 
     There is no residual connection here: later stages mix the maps of all earlier ones.
     """
@@ -684,7 +413,7 @@ class Stage(GradientCheckpointingLayer):
         stage = config.stages[index]
         self.channels_in, _, channels, self.bins = config.stage_shapes()[index]
         width = int(channels * stage["expansion"])
-        self.time_stride = config.time_strides()[index]
+        self.time_stride = config.time_strides()[index]  # from the stem on: what was mixed has the stem's frames
         strides = config.map_strides(index)
         self.mix = MapMix(strides, config.trunk_width) if index > 0 else None  # one map needs no weights
         kernel = (self.time_stride, stage["frequency_stride"])
@@ -706,14 +435,17 @@ class Stage(GradientCheckpointingLayer):
         self.norms = nn.ModuleList(map_norm(config) for _ in range(1 + self.keeps_both))
 
     def forward(self, maps: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
-        """mask: of the stem's map, cut as by `whole_frames`."""
+        """maps: of the stem and all earlier stages, [B, frames / their stride, width]; mask [B, frames, 1]: of the
+        stem's map, cut as by `whole_frames` -> the stage's map [B, frames / time stride, width], or two where maps are
+        dual: from before and from after the 1-D block.
+        """
         mask = None if mask is None else mask[:, :: self.time_stride]
         x = self._strided(maps[0] if self.mix is None else self.mix(maps))
         for block in self.blocks:
             x = block(x, mask)
         if self.squeeze is not None:
             x = self.squeeze(x, mask)
-        x = x.flatten(2)
+        x = x.flatten(2)  # [B, frames, bins, C] -> [B, frames, width]
         made = [x] if self.context is None or self.keeps_both else []
         if self.context is not None:
             made.append(self.context(x, mask))
@@ -730,7 +462,7 @@ class Stage(GradientCheckpointingLayer):
 
 
 class Stem(nn.Module):
-    """Features [B, frames, bins] to map 0 [B, frames, width]."""
+    """Features to the first map."""
 
     def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
@@ -739,6 +471,7 @@ class Stem(nn.Module):
         self.map_norm = map_norm(config)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """features [B, frames, bins] -> [B, frames, width]."""
         x = features.to(self.conv.weight.dtype)[..., None]
         return self.map_norm(self.norm(conv_image(self.conv, x, mask)).flatten(2), mask)
 
@@ -757,7 +490,7 @@ class Exit(nn.Module):
 
 
 class ReDimNetTrunk(nn.Module):
-    """Features [B, frames, bins] to frame-level speaker features [B, frames, channels].
+    """Features to frame-level speaker features: the stem, the stages, and a last mixing of all their maps.
 
     Takes as many frames as `whole_frames` leaves for config.time_strides().
     """
@@ -776,19 +509,22 @@ class ReDimNetTrunk(nn.Module):
     def forward(
         self, features: torch.Tensor, mask: torch.Tensor | None = None, end: Exit | None = None
     ) -> torch.Tensor:
-        """end: the exit behind which no stage is computed; None: the whole."""
+        """features [B, frames, bins] -> [B, frames, config.pooling_input].
+
+        end: the exit behind which no stage is computed; None: the whole.
+        """
         return self.mixed(self.maps(features, mask, None if end is None else end.depth), mask, end)
 
     def maps(self, features: torch.Tensor, mask: torch.Tensor | None, depth: int | None = None) -> list[torch.Tensor]:
-        """The maps of the stem and of the first `depth` stages, or of all."""
+        """features [B, frames, bins] -> the maps of the stem and of the first `depth` stages, or of all."""
         maps = [self.stem(features, mask)]
         for stage in self.stages[:depth]:
             maps = [*maps, *stage(maps, mask)]  # not longer in place: checkpointing may call the stage again
         return maps
 
     def mixed(self, maps: list[torch.Tensor], mask: torch.Tensor | None, end: Exit | None = None) -> torch.Tensor:
-        """What is pooled, of the maps that there are up to an exit, or of all."""
-        own = self if end is None else end
+        """The maps up to an exit, or all -> what is pooled, [B, frames, config.pooling_input]."""
+        own = self if end is None else end  # whose mixing and norm
         x = own.mix(maps[: len(own.mix.strides)])
         if self.aggregate is not None:
             x = self.aggregate(x.unflatten(-1, (self.bins, -1))).flatten(2)
@@ -802,35 +538,45 @@ class ReDimNetTrunk(nn.Module):
 
 
 class StatisticsPooling(nn.Module):
-    """Mean ("TAP"), deviation ("TSDP") or both ("TSTP") over time: [B, frames, C] -> [B, P] float32."""
+    """Mean ("TAP"), deviation ("TSDP") or both ("TSTP") over time."""
 
     def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         self.kind = config.pooling
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """weights: of frames, [B, frames, 1], in the place of the mask."""
+        """x [B, frames, C] -> [B, config.pooled_size] float32.
+
+        weights: of frames, [B, frames, 1], in the place of the mask.
+        """
         x = x.float()  # sums over thousands of frames
         mean, variance = moments(x, mask, weights)
         deviation = (variance + 1e-7).sqrt()
-        return {"TAP": mean, "TSDP": deviation}.get(self.kind, torch.cat([mean, deviation], dim=-1))[:, 0]
+        if self.kind == "TAP":
+            return mean[:, 0]
+        if self.kind == "TSDP":
+            return deviation[:, 0]
+        return torch.cat([mean, deviation], dim=-1)[:, 0]
 
 
 class AttentiveStatisticsPooling(nn.Module):
-    """Attention-weighted mean and deviation per channel (arXiv 1803.10963): [B, frames, C] -> [B, 2 C] float32."""
+    """Attention-weighted mean and deviation per channel (arXiv 1803.10963)."""
 
     def __init__(self, config: MRLReDimNetConfig) -> None:
         super().__init__()
         channels = config.pooling_input
         self.attention_in = nn.Linear(channels, config.pooling_bottleneck)
-        # The utterance's mean and deviation are the same for all frames: their share is computed once, not per frame.
+        # The utterance's mean and deviation are the same for all frames: what they add is computed once, not per frame.
         self.context_in = (
             nn.Linear(2 * channels, config.pooling_bottleneck, bias=False) if config.pooling_context else None
         )
         self.attention_out = nn.Linear(config.pooling_bottleneck, channels)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """weights: of frames, [B, frames, 1], in the place of the mask: they multiply the attention."""
+        """x [B, frames, C] -> [B, 2 C] float32.
+
+        weights: of frames, [B, frames, 1], in the place of the mask: they multiply the attention.
+        """
         hidden = self.attention_in(x)
         stats_x = x.float()  # sums over thousands of frames, differences of squares
         if self.context_in is not None:
@@ -849,7 +595,7 @@ class AttentiveStatisticsPooling(nn.Module):
 
 
 class MatryoshkaProjection(nn.Module):
-    """Pooled vector [B, P] -> embedding [B, D], one linear layer per Matryoshka segment.
+    """Pooled vector to embedding, one linear layer per Matryoshka segment.
 
     dims (2, 4): segments give [a b] and [c d]; the prefixes are [a b] and [a b c d]. A short prefix computes only its
     own segments, and an adapter can give each segment its own rank.
@@ -867,6 +613,7 @@ class MatryoshkaProjection(nn.Module):
         self.embedding_norm = BatchNorm(config.embedding_size) if config.embedding_norm else None
 
     def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None, end: Exit | None = None) -> torch.Tensor:
+        """pooled [B, P] -> embeddings [B, D], or their prefix [B, truncate_dim]. end: the exit that `pooled` is of."""
         norm = self.norm if end is None else end.norm
         pooled = self.dropout(norm(pooled.to(norm.weight.dtype)))
         # A batch norm behind the projection knows only the whole embedding; then the prefix is cut at the end.
@@ -961,7 +708,7 @@ class MatryoshkaMarginClassifier(nn.Module):
         return self.scale * (cosines if centers == 1 else cosines.unflatten(1, (-1, centers)).max(2).values)
 
     def gain(self, margin: float) -> float:
-        """The margin of hard negatives at a step's margin."""
+        """The margin of hard negatives at a step whose own margin is `margin`: both rise in proportion."""
         return self.config.hard_negative_margin * (margin / self.margin if self.margin else 1.0)
 
     def shares(self, weights: list[float] | None = None) -> list[float]:
@@ -1078,7 +825,8 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         lengths = self.lengths_of(input_values, attention_mask)
         window = int(self.config.window_seconds * SAMPLING_RATE)
         weights = self.check_weights(frame_weights, input_values)
-        end, exits = None if depth is None else self.exits[str(depth)], None
+        end = None if depth is None else self.exits[str(depth)]
+        exits: list[torch.Tensor] = []
         if output_exits:
             if input_values.shape[1] > window or any(x is not None for x in (truncate_dim, depth, frame_weights)):
                 raise ValueError("output_exits: is for whole embeddings of utterances that fit into a window.")
@@ -1087,9 +835,9 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
             embeddings = self._embed_windows(input_values, lengths, window, truncate_dim, weights, end)
         else:
             embeddings = self.projection(self.pooled(input_values, lengths, weights, end), truncate_dim, end)
-        if frame_weights is not None and frame_weights.dim() == 3:
+        if frame_weights is not None and frame_weights.dim() == 3:  # [B * S, D] -> [B, S, D]
             several = frame_weights.shape[:2]
-            if weights is None:  # all of them are ones
+            if weights is None:  # all of them are ones: a row has one embedding, S times
                 embeddings = embeddings.repeat_interleave(several[1], 0)
             embeddings = embeddings.unflatten(0, several)
         return SpeakerEmbeddingOutput(embeddings=embeddings, exits=torch.stack(exits) if exits else None)
@@ -1147,9 +895,11 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
     def features(
         self, input_values: torch.Tensor, lengths: torch.Tensor | None, end: Exit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the trunk sees, [B, frames, bins], and its mask, both cut to what the time strides up to `end` fill."""
+        """input_values [B, T], lengths [B] in samples or None -> what the trunk sees, [B, frames, bins], and its mask,
+        both cut to what the time strides up to `end` fill.
+        """
         features = self.front_end(input_values, lengths)
-        mask = frame_mask(lengths, features.shape[1], self.front_end)
+        mask = self.front_end.frame_mask(lengths, features.shape[1])
         return whole_frames(features, mask, self.config.time_strides()[-1 if end is None else end.depth - 1])
 
     def _embed_windows(
@@ -1161,28 +911,33 @@ class MRLReDimNetModel(MRLReDimNetPreTrainedModel):
         weights: torch.Tensor | None,
         end: Exit | None,
     ) -> torch.Tensor:
-        """One window at a time, so that memory is bounded by a window whatever the utterance's length. With weights,
-        windows count by the sum of theirs.
+        """input_values [B, T] -> embeddings [B, D]: of each utterance the mean over equal windows of at most `window`
+        samples. With weights [B, S, n]: [B * S, D], and each window counts by the sum of its weights.
+
+        One window at a time, so that memory is bounded by a window whatever the utterance's length.
         """
+        hop, found = self.config.hop_length, []
         ends = [input_values.shape[1]] * len(input_values) if lengths is None else lengths.tolist()
-        hop, embeddings = self.config.hop_length, []
-        fine = None if weights is None else stretched(weights.float(), math.ceil(input_values.shape[1] / hop))
-        for number, (row, samples) in enumerate(zip(input_values, ends, strict=True)):
+        if weights is not None:  # -> one for every frame of the front end
+            weights = stretched(weights.float(), math.ceil(input_values.shape[1] / hop))
+        for row, (wave, samples) in enumerate(zip(input_values, ends, strict=True)):
             count = math.ceil(samples / window)
-            starts = [i * samples // count for i in range(count + 1)]
-            parts, sums = [], []
-            for start, stop in zip(starts[:-1], starts[1:], strict=True):
-                own = None if fine is None else fine[number, None, :, start // hop : math.ceil(stop / hop)]
-                pooled = self.pooled(row[None, start:stop], None, own, end)
-                parts.append(self.projection(pooled, truncate_dim, end))
-                sums.append(None if own is None else own[0].sum(-1, keepdim=True))
-            embedding = torch.stack(parts)  # [windows, S or 1, D]
-            if fine is None:
-                embeddings.append(embedding.mean(0))
-            else:
-                total = torch.stack(sums)  # [windows, S, 1]
-                embeddings.append((zero_padding(embedding, total > 0) * total).sum(0) / total.sum(0))
-        return torch.cat(embeddings)
+            bounds = [i * samples // count for i in range(count + 1)]
+            embeddings, sums = [], []
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                inside = None
+                if weights is not None:
+                    inside = weights[row, None, :, start // hop : math.ceil(stop / hop)]  # [1, S, frames]
+                    sums.append(inside[0].sum(-1, keepdim=True))
+                pooled = self.pooled(wave[None, start:stop], None, inside, end)
+                embeddings.append(self.projection(pooled, truncate_dim, end))
+            of_windows = torch.stack(embeddings)  # [windows, S or 1, D]
+            if weights is None:
+                found.append(of_windows.mean(0))
+            else:  # a window whose weights are all 0 has no embedding, but NaN
+                shares = torch.stack(sums)  # [windows, S, 1]
+                found.append((of_windows.masked_fill(shares <= 0, 0.0) * shares).sum(0) / shares.sum(0))
+        return torch.cat(found)
 
 
 class MRLReDimNetForXVector(MRLReDimNetPreTrainedModel):

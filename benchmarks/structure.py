@@ -9,6 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 HUB_FILE = "modeling_mrl_redimnet.py"
+TRICKS = ("saved_tensors_hooks", "ContextVar(", "ops.aten")
 
 
 def main():
@@ -33,7 +34,7 @@ def counted(root: Path) -> dict[str, str]:
     library = [*package, *root.glob("*_mrl_redimnet.py"), root / "train_hf.py",
                *(file for room in ("adapters", "hub_cards") for file in (root / room).glob("*.py"))]  # fmt: skip
     trees = {file: ast.parse(file.read_text()) for file in library}
-    hub = trees[root / HUB_FILE]
+    hub = sorted(root.glob("*_mrl_redimnet.py"))
     loop = next(n for n in trees[root / "train_hf.py"].body if isinstance(n, ast.FunctionDef) and n.name == "train")
     folders: dict[str, int] = {}
     for file in package:
@@ -44,11 +45,12 @@ def counted(root: Path) -> dict[str, str]:
     public = [node for tree in trees.values() for node in public_names(tree)]
     return {
         f"lines of {HUB_FILE}": f"{lines(root / HUB_FILE):,}",
-        "custom autograd functions in it": str(sum("autograd.Function" in bases(n) for n in ast.walk(hub))),
-        "saved-tensor hooks, context variables, private aten calls in it": str(
-            sum(
-                (root / HUB_FILE).read_text().count(word) for word in ("saved_tensors_hooks", "ContextVar(", "ops.aten")
-            )
+        "files that travel to the Hub, their lines": f"{len(hub)}, {sum(map(lines, hub)):,}",
+        "custom autograd functions in them": str(
+            sum("autograd.Function" in bases(node) for file in hub for node in ast.walk(trees[file]))
+        ),
+        "saved-tensor hooks, context variables, private aten calls in them": str(
+            sum(file.read_text().count(word) for file in hub for word in TRICKS)
         ),
         "modules per folder of src": ", ".join(f"{name} {count}" for name, count in sorted(folders.items())),
         "longest function, in lines without its docstring": f"{longest[0]} (`{longest[1]}`, {longest[2]})",

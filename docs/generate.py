@@ -68,6 +68,8 @@ BOX_HEIGHT, GAP, FLOOR_HEIGHT, MARGIN, LETTER = 34, 18, 92, 16, 7.6
 PURPOSES = {
     "configuration_mrl_redimnet": "fields, checks, sizes",
     "modeling_mrl_redimnet": "network, models",
+    "frontend_mrl_redimnet": "log-mel features",
+    "masking_mrl_redimnet": "padding, batch norm",
     "losses_mrl_redimnet": "AAM, SphereFace2",
     "pretrained_mrl_redimnet": "loading, saving",
     "pipeline_mrl_redimnet": "for transformers' pipeline",

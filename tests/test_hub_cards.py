@@ -444,8 +444,8 @@ import sys
 
 class Hiding:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"configuration_mrl_redimnet", "modeling_mrl_redimnet",
-                                  "feature_extraction_mrl_redimnet", "mrl_redimnet", "train_hf"}:
+        first = name.split(".")[0]
+        if first in {"mrl_redimnet", "train_hf"} or first.endswith("_mrl_redimnet"):
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Hiding())

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from masking_mrl_redimnet import BatchNorm, whole_frames
 from modeling_mrl_redimnet import (
-    BatchNorm,
     MapMix,
     MapNorm,
     MRLReDimNetForSequenceClassification,
     MRLReDimNetForXVector,
     MRLReDimNetModel,
-    whole_frames,
 )
 from mrl_redimnet.adapters.placement import PLACEMENTS, lora_config
 from mrl_redimnet.speed import speed_up

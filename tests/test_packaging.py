@@ -16,14 +16,12 @@ import soundfile
 from conftest import tiny_model, waves
 
 import mrl_redimnet_cli
-from mrl_redimnet.saving import save_model
+from mrl_redimnet.saving import code_files, save_model
 from mrl_redimnet_cli import names
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = {"configuration_mrl_redimnet", "feature_extraction_mrl_redimnet", "modeling_mrl_redimnet", "mrl_redimnet",
-        "mrl_redimnet_cli", "train_hf", "losses_mrl_redimnet", "pipeline_mrl_redimnet",
-        "pretrained_mrl_redimnet"}  # fmt: skip
+OURS = {"mrl_redimnet", "mrl_redimnet_cli", *(file.stem for file in ROOT.glob("*.py"))}
 SOURCES = [
     *ROOT.glob("*.py"),
     *(file for folder in ("src", "adapters", "hub_cards") for file in (ROOT / folder).rglob("*.py")),
@@ -98,6 +96,12 @@ def test_lock_meets_the_declared_ranges():
                 for requirement in group:
                     if distribution(requirement) == name:
                         assert packaging.Requirement(requirement).specifier.contains(version), requirement
+
+
+def test_every_file_at_the_top_is_installed_and_each_of_a_model_travels_with_it():
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert modules == sorted(file.stem for file in ROOT.glob("*.py"))
+    assert [file.name for file in code_files()] == sorted(file.name for file in ROOT.glob("*_mrl_redimnet.py"))
 
 
 def test_files_that_are_no_code_are_packaged():

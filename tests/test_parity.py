@@ -16,7 +16,7 @@ import torch
 from conftest import padded, reference_order, relative_error
 from safetensors.torch import load_file
 
-from modeling_mrl_redimnet import whole_frames
+from masking_mrl_redimnet import whole_frames
 from mrl_redimnet.convert import convert_checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -11,7 +11,8 @@ from conftest import VARIANTS, enable_checkpointing, padded, relative_error, tin
 from peft import LoHaConfig, get_peft_model
 from torch import nn
 
-from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
+from masking_mrl_redimnet import BatchNorm
+from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.speed import FAST, as_defined, blocks, linear, loss, norms, speed_up
 from mrl_redimnet.speed.blocks import attention, residual
 from mrl_redimnet.speed.linear import ONEDNN_FLOOR, FastLinear

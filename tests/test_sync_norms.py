@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
+from masking_mrl_redimnet import BatchNorm
+from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.speed import speed_up
 from mrl_redimnet.speed.norms import FastBatchNorm, synchronise_batch_norms
 

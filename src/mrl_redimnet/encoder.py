@@ -23,12 +23,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
-from modeling_mrl_redimnet import (
-    MRLReDimNetForSequenceClassification,
-    MRLReDimNetModel,
-    MRLReDimNetPreTrainedModel,
-    sample_mask,
-)
+from masking_mrl_redimnet import sample_mask
+from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapters.facts import AdapterFacts, adapter_digest, labelled
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.audio.io import SAMPLING_RATE, AudioError, AudioWarning

@@ -26,7 +26,8 @@ from torch import nn
 from torch.func import functional_call
 
 from configuration_mrl_redimnet import FFT_SIZE, SAMPLING_RATE
-from modeling_mrl_redimnet import MelFrontEnd, MRLReDimNetModel, MRLReDimNetPreTrainedModel
+from frontend_mrl_redimnet import MelFrontEnd
+from modeling_mrl_redimnet import MRLReDimNetModel, MRLReDimNetPreTrainedModel
 from mrl_redimnet.adapters.hub import local_folder
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.adapters.stored import read_adapter, scaling

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # training alone has what these take a second to import for
 # The models that come with the package: a folder for each, named as the model is.
 MODELS = Path(__file__).with_name("models")
 # The Python files that travel with a model, NAME_mrl_redimnet.py.
-CODE = ("configuration", "feature_extraction", "losses", "modeling", "pipeline", "pretrained")
+CODE = ("configuration", "feature_extraction", "frontend", "losses", "masking", "modeling", "pipeline", "pretrained")
 
 # The files of sentence-transformers, from 6 on, beside the weights.
 SENTENCE_TRANSFORMERS = {

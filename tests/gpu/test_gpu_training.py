@@ -28,7 +28,8 @@ from torch import nn
 
 import train_hf
 from configuration_mrl_redimnet import MRLReDimNetConfig
-from modeling_mrl_redimnet import BatchNorm, MRLReDimNetForXVector
+from masking_mrl_redimnet import BatchNorm
+from modeling_mrl_redimnet import MRLReDimNetForXVector
 from mrl_redimnet.adapters import lora_config
 from mrl_redimnet.data.synthetic import make_corpus
 from mrl_redimnet.speed import speed_up

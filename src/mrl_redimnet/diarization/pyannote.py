@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from configuration_mrl_redimnet import SAMPLING_RATE, WINDOW_LENGTH
-from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel, stretched
+from masking_mrl_redimnet import stretched
+from modeling_mrl_redimnet import MRLReDimNetPreTrainedModel
 from mrl_redimnet.diarization.plda import PLDA
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.extras import extra

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from masking_mrl_redimnet import BatchNorm
 from modeling_mrl_redimnet import MatryoshkaMarginClassifier
 from mrl_redimnet.speed import blocks, linear, loss, maps, norms
 
@@ -31,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Of each class of the definition, the faster one.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: linear.FastLinear,
-    norms.BatchNorm: norms.FastBatchNorm,
+    BatchNorm: norms.FastBatchNorm,
     MatryoshkaMarginClassifier: loss.FusedClassifier,
     **blocks.FAST,
     **maps.FAST,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from masking_mrl_redimnet import BatchNorm
 from modeling_mrl_redimnet import (
-    BatchNorm,
     ConvNeXtBlock1d,
     ConvNeXtBlock2d,
     ConvPosition,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_mrl_redimnet import BatchNorm, zero_padding
+from masking_mrl_redimnet import BatchNorm, zero_padding
 from mrl_redimnet.speed.linear import runs_on_cpu
 from mrl_redimnet.speed.recompute import recomputed
 
