@@ -216,16 +216,6 @@ def test_sentence_transformers_quantises(sentences):
     assert sentences["int8"].shape == (3, 256) and np.ptp(sentences["int8"]) == 255
 
 
-def test_their_evaluators_run(folder):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-    pairs = ([RECORDINGS[0]] * 2 + RECORDINGS[1:2], [RECORDINGS[0], RECORDINGS[1], RECORDINGS[2]])
-    found = EmbeddingSimilarityEvaluator(*pairs, scores=[1.0, 0.9, 0.1])(model)
-    assert found["spearman_cosine"] == pytest.approx(1.0)
-
-
 # ---------------------------------------------------------------- data sets, files, bytes, URLs
 
 
