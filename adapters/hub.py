@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -39,10 +39,10 @@ from configuration_mrl_redimnet import MRLReDimNetError
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
 from mrl_redimnet.adapters.placement import PLACEMENTS
 from mrl_redimnet.files import refuse_missing
-from mrl_redimnet.hub_cards import PLACEHOLDER
+from mrl_redimnet.hub_cards import HUB_RESULTS, PLACEHOLDER
 from mrl_redimnet.saving import code_files, load_model, packaged_adapters, packaged_models
 
-ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg")
+ALLOWED = ("*.safetensors", "*.json", "*.md", "*.png", "*.jpg", "*.svg", f"{HUB_RESULTS}/*.yaml")
 ALLOWED_IN_BASE = (*ALLOWED, "*.py")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # reading one runs whatever code is in it
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -58,6 +58,7 @@ class Pushed:
     """What a push did. changed: False where the Hub had it all already, so that no commit was made.
 
     commit: the state of the repository that holds the folder. left_out: files of the folder that are not for the Hub.
+    collection: the address of the collection that it was put into.
     """
 
     repository: str
@@ -65,6 +66,7 @@ class Pushed:
     url: str
     changed: bool
     left_out: tuple[str, ...]
+    collection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,16 @@ def push_adapter(
     tag: str | None = None,
     token: str | None = None,
     message: str | None = None,
+    collection: bool = False,
 ) -> Pushed:
     """Puts the adapter in `folder` into `repository`, in one commit; it is made if need be, `private` or not.
 
     base: the repository of the base, where the folder names one that was on this machine only. revision: a branch, made
     if need be. tag: for the commit. The folder stays as it is; in what is sent, PEFT's configuration and the card's
     metadata name the base's repository, and no path on this machine. What the repository has beyond the folder stays.
+    collection: also puts base and adapter into the collection "Adapters of BASE" of the repository's owner; it is made
+    if need be, private like the repository.
+
     Raises HubError; a push that broke off happened whole or not at all, and can be repeated.
     """
     folder = Path(folder)
@@ -128,11 +134,17 @@ def push_adapter(
             raise HubError(
                 f"{folder} is no adapter: it has no {name}. Give a folder that save_pretrained of PEFT wrote."
             )
-    sent |= _naming_the_base(folder, repository, base)
+    naming = _naming_the_base(folder, repository, base)
+    sent |= naming
     _check_paths(folder, sent)
     facts = _facts(folder)
     domain = "adapter" if facts is None else facts.domain
-    return _push(sent, left_out, repository, private, revision, tag, token, message or f"Adapter: {domain}")
+    base = json.loads(naming[CONFIG_FILE])["base_model_name_or_path"]
+    if collection:
+        with _explained(f"Cannot collect the adapters of {base}", base, None, token):
+            HfApi(token=token).model_info(base)
+    pushed = _push(sent, left_out, repository, private, revision, tag, token, message or f"Adapter: {domain}")
+    return replace(pushed, collection=_collect(repository, base, token)) if collection else pushed
 
 
 def push_base(
@@ -287,14 +299,16 @@ def _parameters(weights: Path) -> int:
 
 
 def _files(folder: Path, allowed: Iterable[str]) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
-    """What of `folder` goes to the Hub, by its name there, and the names of the rest. Hidden files are passed over.
+    """What of `folder` goes to the Hub, by its name there, and the names of the rest. Hidden files are passed
+    over, but for results in the Hub's form.
 
     Raises HubError where there is no folder, and for pickled or broken weights.
     """
     if not folder.is_dir():
         raise HubError(f"{folder} is not a folder.")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.split("/"))}
+    seen = {name: name.removeprefix(f"{HUB_RESULTS}/").split("/") for name in paths}
+    paths = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in seen[name])}
     if pickled := [*filter_repo_objects(paths, allow_patterns=list(PICKLED))]:
         raise HubError(
             f"{folder} holds pickled data, which runs code when it is read: {', '.join(pickled)}. Only safetensors go "
@@ -333,7 +347,7 @@ def _check_paths(folder: Path, sent: dict[str, Path | bytes]) -> None:
     base = _json(config).get("base_model_name_or_path") if config.is_file() else None
     private = {str(folder.resolve())} | ({base} if base and os.path.isabs(base) else set())
     for name, content in sent.items():
-        if name.endswith((".json", ".md", ".py")):
+        if name.endswith((".json", ".md", ".py", ".yaml")):
             content = content if isinstance(content, bytes) else content.read_bytes()
             for path in private:
                 if path.encode() in content:
@@ -427,6 +441,18 @@ def _make_repository(api: HfApi, repository: str, private: bool) -> bool:
             f"{repository} exists and is public: make it private in its settings, or push without asking for private."
         )
     return False
+
+
+def _collect(repository: str, base: str, token: str | None) -> str:
+    """Puts a base and an adapter into the collection of its adapters; the address of that. One call for each."""
+    api, owner = HfApi(token=token), repository.split("/")[0]
+    what = f"Cannot put {repository} into the collection of {base}'s adapters"
+    with _explained(what, repository, None, token, " The files are there; push again to complete the collection."):
+        private = bool(api.model_info(repository).private)
+        collection = api.create_collection(f"Adapters of {base}", namespace=owner, private=private, exists_ok=True)
+        for item in (base, repository):
+            api.add_collection_item(collection.slug, item, "model", exists_ok=True)
+    return collection.url
 
 
 def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:

@@ -117,6 +117,7 @@ class LocalHub:
     def __init__(self, users: dict[str, str], readers: tuple[str, ...] = (), lfs: bool = False, port: int = 0):
         self.users, self.readers, self.lfs = users, readers, lfs
         self.repositories: dict[str, Repository] = {}
+        self.collections: dict[str, dict] = {}  # by the last part of their address
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []
         self._broken: set[str] = set()
@@ -125,7 +126,8 @@ class LocalHub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def break_off_at(self, *stages: str):
-        """Until called again, connections close at these: "lfs", "commit", "answer" (the commit made, not told)."""
+        """Until called again, connections close at these: "lfs", "commit", "answer" (the commit made, not told),
+        "collection"."""
         self._broken = set(stages)
 
     def reach(self, stage: str):
@@ -265,6 +267,38 @@ class Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             return 400, {}, {"errors": [{"message": str(error)}], "warnings": []}
         return {"errors": [], "warnings": []}
+
+    @route("POST", "/api/collections")
+    def _create_collection(self):
+        asked = self._json()
+        title, owner = asked["title"], asked["namespace"]
+        self._check_right(self._user(), owner)
+        slug = f"{owner}/{re.sub(r'[^a-z0-9]+', '-', title.lower())}-{hashlib.sha1(title.encode()).hexdigest()[:24]}"
+        if slug in self.hub.collections:
+            return 409, {}, {"error": "You already have a collection of this title", "slug": slug}
+        self.hub.collections[slug] = {
+            "slug": slug, "title": title, "owner": owner, "private": asked["private"], "items": [], "position": 0,
+            "theme": "green", "upvotes": 0, "lastUpdated": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        }  # fmt: skip
+        return self.hub.collections[slug]
+
+    @route("GET", rf"/api/collections/{ID}")
+    def _collection(self, id):
+        found, user = self.hub.collections.get(id), self._user()
+        if found is None or (found["private"] and user != found["owner"]):
+            raise Refusal(404, "Collection not found")
+        return found
+
+    @route("POST", rf"/api/collections/{ID}/items")
+    def _add_item(self, id):
+        self.hub.reach("collection")
+        found, item = self._collection(id), self._json()["item"]
+        self._check_right(self._user(), found["owner"])
+        self._repository(item["id"])
+        if item["id"] in [each["id"] for each in found["items"]]:
+            raise Refusal(409, "The item is in the collection already")
+        found["items"].append({**item, "_id": item["id"], "position": len(found["items"])})
+        return found
 
     @route("POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)")
     def _preupload(self, id, revision):

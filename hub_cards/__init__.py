@@ -1,16 +1,26 @@
 """Model cards. Import as `mrl_redimnet.hub_cards`. A card states only numbers it is given."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mrl_redimnet.hub_cards.report import NO_RESULTS, PICTURE, eer_plot, eval_results, results_section
+from mrl_redimnet.hub_cards.report import (
+    HUB_RESULTS,
+    NO_RESULTS,
+    PICTURE,
+    eer_plot,
+    eval_results,
+    hub_results,
+    results_section,
+)
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation
 
 if TYPE_CHECKING:  # a base's card does without PEFT, and no card needs the network
@@ -131,7 +141,8 @@ def adapter_card(
 
 
 def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None = None) -> None:
-    """Writes README.md, and of an evaluation evaluation.json and, where there are EERs, eer.png.
+    """Writes README.md, and of an evaluation evaluation.json, where there are EERs eer.png, and of lists that are
+    benchmarks of the Hub .eval_results/*.yaml.
 
     Raises ValueError when the card states other results than `evaluation`. Files of an earlier evaluation are removed.
     """
@@ -140,9 +151,14 @@ def save_card(card: ModelCard, folder: str | Path, evaluation: Evaluation | None
     folder = Path(folder)
     for name in (EVALUATION_FILE, PICTURE):
         (folder / name).unlink(missing_ok=True)
+    if (folder / HUB_RESULTS).is_dir():
+        shutil.rmtree(folder / HUB_RESULTS)
     if evaluation is not None:
         evaluation.save(folder)
         eer_plot(evaluation, folder / PICTURE)
+        for name, content in hub_results(evaluation).items():
+            (folder / HUB_RESULTS).mkdir(exist_ok=True)
+            (folder / HUB_RESULTS / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     card.save(folder / "README.md")
 
 

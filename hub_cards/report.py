@@ -4,9 +4,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from mrl_redimnet.hub_cards.results import EVALUATION_FILE, AttributeRow, Evaluation, Row, column, interval
 from mrl_redimnet.plotting import legend_line, legend_patch, new_panels, plain, save_figure
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NO_RESULTS = "No results are recorded for these weights."
 PICTURE = "eer.png"
+HUB_RESULTS = ".eval_results"  # the folder whose YAML files the Hub shows on the page of a benchmark
 
 _METRIC_IDS = {"accuracy": "accuracy", "balanced accuracy": "balanced_accuracy", "mean absolute error": "mae"}
 _LINE_STYLES = ("-", "--", ":", "-.")
@@ -149,6 +150,24 @@ def eval_results(evaluation: Evaluation) -> list[EvalResult]:
                 )
             )
     return entries
+
+
+def hub_results(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
+    """The same results on lists that are benchmarks of the Hub, as its pages of benchmarks read them: {name of a file:
+    its content}, a file for each number. The form is that of https://huggingface.co/docs/hub/eval-results.
+    """
+    found = {}
+    names = [*evaluation.benchmarks]
+    for name, stem in zip(names, _dataset_ids(names), strict=True):
+        dataset, _, task = evaluation.benchmarks[name].partition(":")
+        for row in evaluation.results[name][evaluation.saved]:
+            value, unit = _value(row)
+            verification = isinstance(row, VerificationRow)
+            notes = f"EER % by cosine, {row.dim} dimensions" if verification else _heading(row.metric)
+            entry = EvalResultEntry(dataset, task, round(unit * value, 2), notes=notes)
+            file = f"{stem}-{column(row)}.yaml".replace(" ", "-")
+            found[file] = eval_result_entries_to_yaml([entry])
+    return found
 
 
 def _dataset_ids(names: Iterable[str]) -> list[str]:

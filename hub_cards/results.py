@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -10,6 +11,7 @@ from mrl_redimnet.files import replace_text
 from mrl_redimnet.rows import SIDES, AttributeRow, GroupRow, NumberRow, VerificationRow, row_from
 
 EVALUATION_FILE = "evaluation.json"
+BENCHMARK = re.compile(r"[\w.-]+/[\w.-]+:\S+")  # a data set of the Hub, and the task of its eval.yaml
 
 Row = VerificationRow | AttributeRow
 
@@ -22,10 +24,11 @@ class Evaluation:
     systems beside the saved one (such as "base", the adapter switched off) are there for comparison. conditions: a
     sentence on machine, command and data. groups: of the saved system, per trial list, the rows of
     `groups.error_rates`, one dimension after the other. robustness: of the saved system, per trial list, the numbers of
-    a `RobustnessReport`.
+    a `RobustnessReport`. benchmarks: trial lists that are a benchmark of the Hub, each as OWNER/DATASET:TASK.
 
     Raises ValueError, saying where, for a list without the saved system, rows of two kinds in a list, two rows of one
-    dimension or metric (or group, or kind and side), and values that are no such rates or errors.
+    dimension or metric (or group, or kind and side), values that are no such rates or errors, and a benchmark of no
+    list or form.
     """
 
     saved: str
@@ -33,6 +36,7 @@ class Evaluation:
     conditions: str = ""
     groups: dict[str, list[GroupRow]] = field(default_factory=dict)
     robustness: dict[str, list[NumberRow]] = field(default_factory=dict)
+    benchmarks: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.results or not isinstance(self.conditions, str):
@@ -48,6 +52,9 @@ class Evaluation:
             _check_distinct(f"{name}, robustness", numbers, keys)
             for number in numbers:
                 _check_number(number, f"{name}, robustness, {number.kind}")
+        for name, benchmark in self.benchmarks.items():
+            if name not in self.results or not BENCHMARK.fullmatch(benchmark):
+                raise ValueError(f"{name}: {benchmark!r} is no benchmark of these lists, expected OWNER/DATASET:TASK.")
 
     @property
     def systems(self) -> list[str]:
@@ -83,7 +90,8 @@ class Evaluation:
                 name: [_known(NumberRow, record) for record in rows]
                 for name, rows in content.get("robustness", {}).items()
             }
-            return cls(content["saved"], results, content.get("conditions", ""), groups, robustness)
+            benchmarks = content.get("benchmarks", {})
+            return cls(content["saved"], results, content.get("conditions", ""), groups, robustness, benchmarks)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is not an evaluation: {error!r}") from error
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before the libraries that read these: no network but the tests' own Hub, no file of the user's home, one thread.
@@ -88,10 +89,15 @@ def pytest_unconfigure(config: pytest.Config):
 # ---------------------------------------------------------------- processes
 
 
-def run_alone(code: str, *arguments: object, folder: Path) -> str:
-    """What Python code prints in a process of its own, in `folder`, without this one's paths and caches, offline."""
+def run_alone(code: str, *arguments: object, folder: Path, libraries: Sequence[Path] = ()) -> str:
+    """What Python code prints in a process of its own, in `folder`, without this one's paths and caches, offline.
+
+    libraries: folders of shared libraries that it finds before those of the machine.
+    """
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
     environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if libraries:
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, libraries))
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

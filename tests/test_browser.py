@@ -98,7 +98,7 @@ def test_what_was_there_is_replaced_whole_or_stays(model, saved, exported, tmp_p
         (["--out", "nowhere/model"], "there is no folder nowhere"),
         (["--out", "mine", "--overwrite"], "holds something else than an export for the browser"),
         (["--out", "model", "--precision", "int8"], "are for --to onnx, not for --to browser"),
-        (["--out", "model", "--seconds", "3"], "--seconds is for --to onnx, not for --to browser"),
+        (["--out", "model", "--seconds", "3"], "--seconds is for --to onnx and --to torch, not for --to browser"),
     ],
 )
 def test_the_command_refuses(saved, tmp_path, monkeypatch, capsys, options, message):

@@ -20,6 +20,7 @@ from conftest import TINY, VARIANTS, at_most, padded, relative_error, stages, ti
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from transformers import AutoModel
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import MRLReDimNetForXVector
@@ -225,6 +226,21 @@ def test_files_of_fixed_lengths_have_every_shape_and_answer_as_the_model(tmp_pat
         assert relative_error(answers(tmp_path / name, batch), expected(model, batch)) < 1e-4
 
 
+def test_programs_of_fixed_lengths_have_no_transform_and_answer_as_the_model(tmp_path):
+    model = tiny_model(MRLReDimNetConfig(**SMALLEST))
+    save_model(model, tmp_path / "small")
+    options = ("--to", "torch", "--seconds", "0.5", "1", "--out", tmp_path / "small.pt2")
+    assert run("export", tmp_path / "small", *options) == 0
+    for name, samples in (("small_0.5s.pt2", 8_000), ("small_1s.pt2", 16_000)):
+        extra = {"mrl_redimnet.json": ""}
+        program = torch.export.load(tmp_path / name, extra_files=extra)
+        assert json.loads(extra["mrl_redimnet.json"])["samples"] == str(samples)
+        assert "stft" not in str(program.graph) and "fft" not in str(program.graph)
+        assert not program.range_constraints and program.graph_signature.user_inputs == ("input_values",)
+        batch = {"input_values": waves(samples)[0][None]}
+        assert relative_error(program.module()(**batch), expected(model, batch)) < 1e-4
+
+
 # ---------------------------------------------------------------- precisions
 
 
@@ -259,6 +275,22 @@ def test_numbers_too_large_for_a_precision_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match="precision float16: .* is not written"):
         export_onnx(model, tmp_path / "model.onnx", precision="float16")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- transformers' exporter
+
+
+@pytest.mark.slow
+def test_transformers_exporter_writes_a_file_that_answers_as_the_model(model, folder, tmp_path):
+    """By the lines of the page."""
+    pytest.importorskip("transformers.exporters", reason="this transformers has no exporters yet")
+    page = (EXAMPLE.parents[1] / "docs" / "export.md").read_text().split("## transformers' exporter\n")[1]
+    (code,) = re.findall(r"^```py\n(.*?)^```", page.split("\n## ")[0], flags=re.DOTALL | re.MULTILINE)
+    exec(code, {"AutoModel": AutoModel, "torch": torch, "REPO": str(folder), "OUT": str(tmp_path / "out")})
+    for lengths in ((9_000, 5_000, 257), (16_000,)):
+        batch = padded(waves(*lengths), garbage=1.0)
+        assert relative_error(answers(tmp_path / "out" / "model.onnx", batch), expected(model, batch)) < 1e-4
+    assert "STFT" in {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
 
 
 # ---------------------------------------------------------------- ReDimNet2
@@ -482,7 +514,8 @@ def test_a_torch_program_needs_nothing_of_this_package(model, program, tmp_path)
         (["--out", "a.onnx", "--adapter-inputs", "linear", "--precision", "int8"], "only with precision float32"),
         (["--out", "a.onnx", "--seconds", "1", "3"], "seconds: got 3, the model takes 0.0161 to 1"),
         (["--out", "a.onnx", "--seconds", "1", "--adapter-inputs", "linear"], "takes no adapters"),
-        (["--out", "a.pt2", "--to", "torch", "--seconds", "1"], "--seconds is for --to onnx"),
+        (["--out", "a.pt2", "--to", "torch", "--seconds", "1", "3"], "seconds: got 3, the model takes 0.0161 to 1"),
+        (["--out", "a.onnx", "--to", "onnx-weights", "--seconds", "1"], "--seconds is for --to onnx and --to torch"),
     ],
 )
 def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, options, message):

@@ -2,9 +2,12 @@
 the numbers of `SpeakerEncoder`.
 """
 
+import importlib.util
 import io
 import json
+import re
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -153,6 +156,10 @@ class Hiding:
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 folder, *recordings = sys.argv[1:]
 """
+IMPORTS = """
+from sentence_transformers import SentenceTransformer
+from transformers import pipeline
+"""
 PIPELINE_ALONE = """
 from transformers import pipeline
 
@@ -207,16 +214,6 @@ def test_sentence_transformers_quantises(sentences):
     bits = np.packbits(sentences["embeddings"] > 0, axis=-1).astype(np.int16) - 128  # their convention
     np.testing.assert_array_equal(sentences["binary"], bits)
     assert sentences["int8"].shape == (3, 256) and np.ptp(sentences["int8"]) == 255
-
-
-def test_their_evaluators_run(folder):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-    pairs = ([RECORDINGS[0]] * 2 + RECORDINGS[1:2], [RECORDINGS[0], RECORDINGS[1], RECORDINGS[2]])
-    found = EmbeddingSimilarityEvaluator(*pairs, scores=[1.0, 0.9, 0.1])(model)
-    assert found["spearman_cosine"] == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------- data sets, files, bytes, URLs
@@ -275,6 +272,58 @@ def test_every_form_of_a_recording_is_the_same_speech(form, rate, tmp_path, enco
     found = batch["input_values"][0, : batch["attention_mask"][0].sum()]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(encoder.embed([FORMS[form](file)]), encoder.embed([file]), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- a column that torchcodec decodes
+
+DECODED = """
+import datasets
+
+rows = datasets.load_dataset("audiofolder", data_dir=recordings[0], split="train")
+audio = [row["audio"] for row in rows]
+model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+answers = {
+    "kinds": [type(each).__mro__[1].__module__.split(".")[0] for each in audio],
+    "encoded": model.encode(audio).tolist(),
+    "pipeline": [pipeline(model=folder, trust_remote_code=True, device="cpu")(each).tolist() for each in audio],
+}
+sys.meta_path[:] = [finder.finder if type(finder) is Hiding else finder for finder in sys.meta_path]  # now with ours
+
+from mrl_redimnet import SpeakerEncoder
+
+encoder = SpeakerEncoder.from_pretrained("nano", device="cpu")
+answers |= {
+    "mapped": rows.map(encoder.embed_batch, batched=True, batch_size=2)["embedding"][:],
+    "column": encoder.embed(rows).tolist(),
+    "list": encoder.embed(audio).tolist(),
+}
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def ffmpeg(tmp_path_factory) -> list[Path]:
+    """FFmpeg's libraries in PyAV's wheel, under the names by which torchcodec looks for them, and where they are."""
+    av = Path(importlib.util.find_spec("av").origin).parent
+    libraries, folder = av.with_name("av.libs"), tmp_path_factory.mktemp("ffmpeg")
+    if not libraries.is_dir() or importlib.util.find_spec("torchcodec") is None:
+        pytest.skip("PyAV is not from its wheel, whose FFmpeg torchcodec borrows here, or torchcodec is not installed")
+    for file in libraries.glob("lib*.so.*"):
+        name, version = re.fullmatch(r"(.+)-[0-9a-f]{8}\.so\.(\d+).*", file.name).groups()
+        (folder / f"{name}.so.{version}").symlink_to(file)
+    return [folder, libraries]
+
+
+def test_a_column_that_torchcodec_decodes(ffmpeg, folder, encoder, tmp_path):
+    """A folder of files as datasets loads it, with real decoders as rows: for the Hub's code and for the package."""
+    (tmp_path / "files").mkdir()
+    for number, file in enumerate(RECORDINGS):
+        shutil.copy(file, tmp_path / "files" / f"{number}.flac")
+    printed = run_alone(ALONE + IMPORTS + DECODED, folder, tmp_path / "files", folder=tmp_path, libraries=ffmpeg)
+    answers = json.loads(printed.splitlines()[-1])
+    assert set(answers.pop("kinds")) == {"torchcodec"} and len(answers) == 5
+    for way, found in answers.items():
+        np.testing.assert_allclose(np.array(found), encoder.embed(RECORDINGS), **CLOSE, err_msg=way)
 
 
 @pytest.mark.parametrize(

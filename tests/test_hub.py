@@ -32,6 +32,7 @@ from mrl_redimnet.adapters.hub import (
     push_base,
 )
 from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet_cli import main as command
 
 BASE = "anna/nano"
 REPOSITORY = "anna/nano-telephony"
@@ -291,6 +292,51 @@ def test_list_has_the_adapters_of_one_base(hub, folders, adapter):
     assert (row.revision, row.downloads, row.private) == (pushed.commit, 0, False)
     assert abs(row.modified.timestamp() - time.time()) < 600
     assert list_adapters("anna/none") == []
+
+
+def test_a_base_and_its_adapters_are_collected(hub, folders, adapter, capsys):
+    push_base(folders / "base", BASE)
+    first = push_adapter(adapter, REPOSITORY, collection=True)
+    assert command(["adapters", "push", str(adapter), "anna/nano-far", "--collection"]) == 0
+    assert capsys.readouterr().out.endswith(f"In the collection {first.collection}.\n")
+    of_bert = push_adapter(adapter, "bert/whisper", private=True, collection=True, token=BERT)
+    for pushed, owner, private, items in (
+        (first, "anna", False, [BASE, REPOSITORY, "anna/nano-far"]),
+        (of_bert, "bert", True, [BASE, "bert/whisper"]),
+    ):
+        slug = pushed.collection.removeprefix(f"{hub.url}/collections/")
+        found = HfApi(token=BERT).get_collection(slug)
+        assert (found.title, found.owner, found.private) == (f"Adapters of {BASE}", owner, private)
+        assert [item.item_id for item in found.items] == items
+    assert push_adapter(adapter, REPOSITORY).collection is None
+
+
+def test_what_cannot_be_collected(hub, folders, adapter):
+    with pytest.raises(HubError) as error:
+        push_adapter(adapter, REPOSITORY, collection=True)
+    says(error, f"Cannot collect the adapters of {BASE}", "no such repository")
+    assert REPOSITORY not in hub.repositories
+    push_base(folders / "base", BASE)
+    hub.break_off_at("collection")
+    with pytest.raises(HubError) as error:
+        push_adapter(adapter, REPOSITORY, collection=True)
+    says(error, f"{REPOSITORY} into the collection of {BASE}'s adapters", "broke off", "The files are there")
+    hub.break_off_at()
+    assert not push_adapter(adapter, REPOSITORY, collection=True).changed
+    (found,) = hub.collections.values()
+    assert [item["id"] for item in found["items"]] == [BASE, REPOSITORY]
+
+
+def test_results_in_the_form_of_the_hub_are_pushed(hub, adapter):
+    """Of hidden files these alone; and they come back."""
+    (adapter / ".eval_results").mkdir()
+    entry = "- dataset: {id: anna/calls, task_id: short}\n  value: 1.5\n"
+    for name in (".eval_results/short-64.yaml", ".eval_results/.draft.yaml", ".eval_results/notes.txt", "x.yaml"):
+        (adapter / name).write_text(entry)
+    pushed = push_adapter(adapter, REPOSITORY)
+    assert pushed.left_out == (".eval_results/notes.txt", "x.yaml")
+    assert (pull(REPOSITORY) / ".eval_results" / "short-64.yaml").read_text() == entry
+    assert {name for name in files_of(hub, REPOSITORY) if "eval" in name} == {".eval_results/short-64.yaml"}
 
 
 def test_info_reads_headers_only(any_hub, folders):

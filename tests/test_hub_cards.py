@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from conftest import run_alone, tiny_config, tiny_model, waves
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -227,6 +228,33 @@ def test_metadata_survives_the_file(tmp_path, evaluation):
         assert loaded.data.to_dict() == card.data.to_dict()
         assert loaded.text == card.text
         assert all(value is not None for value in loaded.data.to_dict().values())
+
+
+def test_a_benchmark_of_the_hub_has_its_results_in_the_form_of_the_hub(tmp_path):
+    """As huggingface_hub reads them, a file for each number, beside those of the card's metadata."""
+    benchmarks = {"phone": "some-org/calls:short"}
+    evaluation = replace(VERIFICATION, benchmarks=benchmarks)
+    save_card(verification_card(evaluation=evaluation), tmp_path, evaluation)
+    assert Evaluation.load(tmp_path) == evaluation
+    found = {}
+    for file in sorted((tmp_path / ".eval_results").iterdir()):
+        (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+        assert (entry.dataset_id, entry.task_id) == ("some-org/calls", "short")
+        found[file.name] = (entry.value, entry.notes)
+    assert found == {
+        "phone-8.yaml": (12.34, "EER % by cosine, 8 dimensions"),
+        "phone-32.yaml": (5.0, "EER % by cosine, 32 dimensions"),
+    }
+    in_metadata = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert [e.metric_value for e in in_metadata if e.dataset_name == "phone"] == [12.34, 5.0]
+    save_card(verification_card(evaluation=VERIFICATION), tmp_path, VERIFICATION)
+    assert not (tmp_path / ".eval_results").exists()
+
+
+@pytest.mark.parametrize("benchmarks", [{"vox": "a/b:c"}, {"phone": "a/b"}, {"phone": "b:c"}, {"phone": "a/b:"}])
+def test_what_is_no_benchmark(benchmarks):
+    with pytest.raises(ValueError, match="is no benchmark of these lists, expected OWNER/DATASET:TASK"):
+        replace(VERIFICATION, benchmarks=benchmarks)
 
 
 def test_lists_of_like_names_stay_apart():

@@ -835,6 +835,11 @@ def test_domains_are_checked_when_they_are_read(capsys, argv, message):
         ("{trials: a, folder: b, enrolments: 5}", "tests.vox.enrolments: got 5, expected non-empty text"),
         ("{trials: a, folder: b, enrollments: c}", "Did you mean enrolments?"),
         ("{trials: a, folder: b, group_column: age}", "tests.vox.group_column: needs groups"),
+        ("{trials: a, folder: b, benchmark: me/x}", "tests.vox.benchmark: got 'me/x', expected OWNER/DATASET:TASK"),
+        (
+            "{trials: a, folder: b, benchmark: 'me/x:y', domain: telephony}",
+            "tests.vox.benchmark: belongs to audio as it is; with domain leave it out",
+        ),
         ("{trials: 5, folder: b}", "tests.vox.trials: got 5, expected non-empty text"),
     ],
 )
@@ -844,6 +849,7 @@ def test_entries_of_tests_are_checked_when_they_are_read(capsys, test, message):
 
 def test_a_test_takes_what_evaluate_takes():
     test = {"trials": "a", "folder": "b", "enrolments": "c", "suffix": ".flac", "format": "cnceleb"}
+    test["benchmark"] = "me/x:y"
     assert parse(f"--tests={{cnc-e: {test}}}").evaluation.tests == {"cnc-e": EvaluationSet(**test)}
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import yaml
 from conftest import tiny_config, tiny_model, waves
 from no_gpu import pretended_gpu
 from safetensors import SafetensorError
@@ -84,10 +85,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(corpus) -> Path:
-    output, tests = corpus.parent / "whole", json.dumps(as_tests(corpus, groups="groups.csv"))
+    output, tests = corpus.parent / "whole", as_tests(corpus, groups="groups.csv")
+    tests["synthetic"]["benchmark"] = "me/synthetic:all"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")  # as `start` has it: there the same steps give the same bits
-        train_here(command_line(corpus, output, augmentations=NOISE, tests=tests, **EVERYTHING))
+        train_here(command_line(corpus, output, augmentations=NOISE, tests=json.dumps(tests), **EVERYTHING))
     return output
 
 
@@ -144,6 +146,17 @@ def test_models_load_by_themselves(whole, folder):
     speakers = SpeakerTable.load(whole / folder / "speakers.json")
     assert len(speakers) == 8 and head.weight.shape == (8, 32)  # six, less two held out; at two speeds
     assert speakers.names[4:] == tuple(f"{name} at speed 0.9" for name in speakers.names[:4])
+
+
+def test_results_on_a_benchmark_are_also_in_the_form_of_the_hub(whole):
+    record = results_of(whole)
+    expected = {
+        f"synthetic-{row['dim']}.yaml": round(100 * row["eer"], 2)
+        for row in record["results"]["synthetic"][record["saved"]]
+    }
+    found = {file.name: yaml.safe_load(file.read_text())[0] for file in (whole / "best" / ".eval_results").iterdir()}
+    assert {name: entry["value"] for name, entry in found.items()} == expected and len(expected) >= 4
+    assert all(entry["dataset"] == {"id": "me/synthetic", "task_id": "all"} for entry in found.values())
 
 
 def test_results_have_every_dimension_as_trained_and_rotated(whole):

@@ -1,5 +1,6 @@
 """transformers' own Trainer on both heads: trains, evaluates, saves and resumes, with and without PEFT."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector
+from mrl_redimnet.recordings import FIRST, OTHER_SPEAKER, SAME_SPEAKER
+from mrl_redimnet.saving import load_model, save_model
 
 HEADS = (MRLReDimNetForXVector, MRLReDimNetForSequenceClassification)
 DATA = [{"input_values": wave, "labels": label % 5} for label, wave in enumerate(waves(*[4_800] * 8))]
@@ -98,7 +101,12 @@ def test_flags_that_are_off_ask_for_nothing():
 
 
 def test_the_example_trains(tmp_path):
-    """transformers' Trainer on a data set of arrays, as a user runs it."""
+    """transformers' Trainer on a data set of arrays and a model as the Hub has it, as a user runs it."""
+    save_model(load_model("nano"), tmp_path / "nano")
+    for speaker, file in (("anna", FIRST), ("anna", SAME_SPEAKER), ("bert", OTHER_SPEAKER)):
+        (tmp_path / "speakers" / speaker).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "speakers" / speaker)
     code = Path(__file__).resolve().parents[1] / "examples" / "train_with_trainer.py"
-    assert "train_loss" in run_alone(code.read_text(), folder=tmp_path)
-    assert (tmp_path / "runs/trainer/last/model.safetensors").exists()
+    assert "train_loss" in run_alone(code.read_text(), tmp_path / "nano", tmp_path / "speakers", folder=tmp_path)
+    head = MRLReDimNetForXVector.from_pretrained(tmp_path / "runs/trainer/last").classifier
+    assert head.weight.shape == (2, 256)

@@ -23,8 +23,9 @@ def lines(heading: str, block: int) -> list[str]:
 
 
 def embedding(model) -> torch.Tensor:
+    device = "cpu" if model.device.type == "meta" else model.device  # some of its weights are on the disk
     with torch.inference_mode():
-        return model(**{name: value.to(model.device) for name, value in BATCH.items()}).embeddings.float().cpu()
+        return model(**{name: value.to(device) for name, value in BATCH.items()}).embeddings.float().cpu()
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def test_models(saved, hub):
         REPO="anna/base",
         FOLDER=str(folder),
         OUT=str(folder / "out"),
+        DISK=str(folder / "disk"),
         ADAPTER_REPO=str(folder / "adapter"),
     )
     seen = set()
@@ -58,8 +60,17 @@ def test_models(saved, hub):
         assert not names["model"].training
         close = dict(rtol=0, atol=0.1 * of_base.abs().max().item()) if "bfloat16" in line else dict(rtol=0, atol=1e-5)
         torch.testing.assert_close(embedding(names["model"]), expected, **close, msg=line)
+        assert "**disk" not in line or "disk" in names["model"].hf_device_map.values()
         seen |= set(re.findall(r"(\w+)=", line))
-    assert {"revision", "subfolder", "dtype", "device_map", "low_cpu_mem_usage", "max_shard_size"} <= seen
+    assert {
+        "revision",
+        "subfolder",
+        "dtype",
+        "device_map",
+        "low_cpu_mem_usage",
+        "max_shard_size",
+        "offload_folder",
+    } <= seen
     assert len([*(folder / "out").glob("*.safetensors")]) > 1
     assert not torch.allclose(of_base, of_adapter)
 

@@ -627,19 +627,29 @@ def _quiet() -> Iterator[None]:
 
 
 def export_torch(
-    model: MRLReDimNetPreTrainedModel, path: str | Path, *, mask: bool = True, facts: dict[str, str] | None = None
+    model: MRLReDimNetPreTrainedModel,
+    path: str | Path,
+    *,
+    mask: bool = True,
+    seconds: float | None = None,
+    facts: dict[str, str] | None = None,
 ) -> Path:
     """Writes `model`'s encoder as a torch.export program (.pt2), which torch.export.load reads without this package.
 
-    Called as program.module()(input_values=..., attention_mask=...), shapes, `mask` and `facts` as of `export_onnx`;
-    the facts are JSON in the extra file mrl_redimnet.json. A program takes two frames of a network's last stage at
-    least, of a ReDimNet2 a few hundredths of a second more than the model: a shape of one is another graph to torch.
+    Called as program.module()(input_values=..., attention_mask=...), shapes, `mask`, `seconds` and `facts` as of
+    `export_onnx`; the facts are JSON in the extra file mrl_redimnet.json. A program takes two frames of a network's
+    last stage at least, of a ReDimNet2 a few hundredths of a second more than the model: a shape of one is another
+    graph to torch. One of a fixed length has its front end as a convolution, for converters that know no STFT.
+
+    Raises ValueError for a length that the model does not take.
     """
-    encoder = _encoder(model)
+    samples = None if seconds is None else fixed_samples(model, seconds)
+    encoder = _encoder(model) if samples is None else graph_form(model)
     stride, config = encoder.config.time_strides()[-1], encoder.config
     least = config.min_samples + (stride * config.hop_length if stride > 1 else 0)
-    facts = {**(facts or {}), "min_samples": str(least)}
-    arguments, shapes = _example(encoder, mask, {})
+    fixed = {} if samples is None else {"samples": str(samples)}
+    facts = {**(facts or {}), "min_samples": str(least), **fixed}
+    arguments, shapes = _example(encoder, mask, {}, samples)
     with _quiet():
         program = torch.export.export(_Exported(encoder, least), (), arguments, dynamic_shapes=shapes)
         for graph in program.graph_module.modules():  # one in another, where gradients are switched off

@@ -40,6 +40,9 @@ def _add_those_of_the_hub(actions: Commands) -> None:
     push = add_command(actions, "push", push_folder, help="push a saved adapter to a Hub repository")
     add_push_options(push, "a saved adapter")
     push.add_argument("--base", help="Hub id of the adapter's base [what the folder says]")
+    push.add_argument(
+        "--collection", action="store_true", help="also put base and adapter into your collection 'Adapters of BASE'"
+    )
 
     pull = add_command(
         actions, "pull", pull_folder, help="download an adapter from the Hub into the cache, and print the folder"
@@ -105,7 +108,8 @@ def push_folder(arguments: argparse.Namespace) -> None:
     """`mrl-redimnet adapters push`."""
     from mrl_redimnet.adapters.hub import push_adapter
 
-    print_pushed(push_adapter(arguments.folder, arguments.repository, base=arguments.base, **push_options(arguments)))
+    options = {"base": arguments.base, "collection": arguments.collection, **push_options(arguments)}
+    print_pushed(push_adapter(arguments.folder, arguments.repository, **options))
 
 
 def pull_folder(arguments: argparse.Namespace) -> None:

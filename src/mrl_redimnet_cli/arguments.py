@@ -198,6 +198,8 @@ def print_pushed(pushed: "Pushed") -> None:
     print(f"{pushed.url}: {state}, at {pushed.commit[:12]}.")
     if pushed.left_out:
         print(f"Not for the Hub, left out: {', '.join(pushed.left_out)}.")
+    if pushed.collection:
+        print(f"In the collection {pushed.collection}.")
 
 
 # ---------------------------------------------------------------- paths

@@ -48,7 +48,8 @@ def add(commands: Commands) -> None:
         "--seconds",
         type=float,
         nargs="+",
-        help="ONNX files of fixed lengths, batch 1 and without mask, one for each: FILE gets the length in its name",
+        help="ONNX or torch files of fixed lengths, batch 1 and without mask, one for each: FILE gets the length in "
+        "its name",
     )
     add_thresholds(parser)
 
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     from mrl_redimnet.export import TARGETS
     from mrl_redimnet.files import check_output
 
-    if arguments.seconds is not None and arguments.to != "onnx":
-        raise ValueError(f"--seconds is for --to onnx, not for --to {arguments.to}.")
+    if arguments.seconds is not None and arguments.to not in ("onnx", "torch"):
+        raise ValueError(f"--seconds is for --to onnx and --to torch, not for --to {arguments.to}.")
     if arguments.to == "browser":
         _browser(arguments)
         return
@@ -68,10 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
         check_output(out, (TARGETS[arguments.to],))
         if out.exists() and not arguments.overwrite:
             raise FileExistsError(f"{out} exists already: give a new file, or --overwrite.")
-    if arguments.to == "onnx":
-        _onnx(arguments, outputs)
+    if arguments.to in ("onnx", "torch"):
+        {"onnx": _onnx, "torch": _torch}[arguments.to](arguments, outputs)
     else:
-        {"torch": _torch, "onnx-weights": _onnx_weights, "onnx-adapter": _onnx_adapter}[arguments.to](arguments)
+        {"onnx-weights": _onnx_weights, "onnx-adapter": _onnx_adapter}[arguments.to](arguments)
     for out in outputs.values():
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB.")
 
@@ -125,12 +126,15 @@ def _agreement(what: str, differ: float) -> str:
     return f"{what} of noise are within {differ:.1e} of their length of PyTorch's."
 
 
-def _torch(arguments: argparse.Namespace):
-    from mrl_redimnet.export import export_torch
+def _torch(arguments: argparse.Namespace, outputs: dict[float | None, Path]):
+    from mrl_redimnet.export import export_torch, fixed_samples
 
     _refuse_onnx_options(arguments)
     model, facts, _ = _loaded(arguments)
-    export_torch(model, arguments.out, mask=arguments.mask, facts=facts)
+    for seconds in arguments.seconds or ():
+        fixed_samples(model, seconds)  # a wrong one is refused before any file is written
+    for seconds, out in outputs.items():
+        export_torch(model, out, mask=arguments.mask, seconds=seconds, facts=facts)
 
 
 def _onnx_weights(arguments: argparse.Namespace):

@@ -21,6 +21,7 @@ from mrl_redimnet.audio.augmentation import check_augmentations
 from mrl_redimnet.audio.domains import DOMAINS, check_domain
 from mrl_redimnet.data.corpus import COLUMN_ROLES, UNLABELLED, layout_of
 from mrl_redimnet.extras import extra
+from mrl_redimnet.hub_cards.results import BENCHMARK
 from mrl_redimnet.saving import packaged_models
 from mrl_redimnet.scoring.trials import FORMATS
 from mrl_redimnet.settings import nearest
@@ -94,6 +95,12 @@ def _suffix(value: str) -> str:
     return value
 
 
+def _benchmark(value: str) -> str:
+    if not BENCHMARK.fullmatch(value):
+        raise ValueError("no benchmark")
+    return value
+
+
 CropSeconds = Annotated[
     NotNegative | list[NotNegative],
     AfterValidator(_crop_seconds),
@@ -109,6 +116,7 @@ Starts = Annotated[
 ]
 Rotations = Annotated[list[Between0And1] | None, Expected("a list of ratios above 0 and below 1, or null")]
 Suffix = Annotated[str, AfterValidator(_suffix), Expected("a dot and letters, such as .flac")]
+Benchmark = Annotated[str, AfterValidator(_benchmark), Expected("OWNER/DATASET:TASK")]
 Augmentations = Annotated[
     list[dict[str, Any]], BeforeValidator(numbers_in), Expected("a list of mappings with a kind each")
 ]
@@ -497,6 +505,9 @@ class EvaluationSet(Group):
     group_column: Text | None = Field(None, description="column of that file")
     domain: choice(*DOMAINS) = Field("clean", description="acoustic domain that the audio is brought into")
     domain_options: Options = Field({}, description="options of the domain")
+    benchmark: Benchmark | None = Field(
+        None, description="benchmark of the Hub that this is: the results then also stand in .eval_results"
+    )
 
 
 class Evaluation(Group):
@@ -516,7 +527,7 @@ class Evaluation(Group):
     tests: dict[str, EvaluationSet] = Field(
         {},
         description="tests to report at the end: {name: {trials: FILE, folder: DIR}}, with enrolments, suffix, format, "
-        "groups, group_column, domain and domain_options where wanted",
+        "groups, group_column, domain, domain_options and benchmark where wanted",
     )
     report_dims: Counts = Field([], description="further prefixes to report at the end, besides the model's own")
     bootstrap_samples: CountOr0 = Field(
@@ -532,6 +543,8 @@ class Evaluation(Group):
         for name, test in self.tests.items():
             if test.group_column is not None and test.groups is None:
                 raise ValueError(f"tests.{name}.group_column: needs groups, the CSV whose column it is.")
+            if test.benchmark is not None and test.domain != "clean":
+                raise ValueError(f"tests.{name}.benchmark: belongs to audio as it is; with domain leave it out.")
             try:
                 check_domain(test.domain, **test.domain_options)
             except ValueError as error:

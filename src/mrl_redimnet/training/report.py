@@ -88,7 +88,8 @@ def final_report(run: Run, progress: Progress) -> None:
     if not accelerator.is_main_process:
         return
     sentence = training_sentence(run, progress, saved)
-    evaluation = Evaluation(saved, results, groups=groups)
+    benchmarks = {name: test.benchmark for name, test in recipe.evaluation.tests.items() if test.benchmark}
+    evaluation = Evaluation(saved, results, groups=groups, benchmarks=benchmarks)
     best = run.output / "best"
     if run.part(TrainedAdapter) is None:
         name = run.output.name
