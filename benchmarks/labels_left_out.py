@@ -28,7 +28,6 @@ DIMS = (16, 64, 256)
 LABELS = Recipe(teacher=False, float_share=1.0)
 RECIPES = {
     "200 steps": LABELS,
-    "600 steps": replace(LABELS, steps=600),
     "200 steps at four times the rate": replace(LABELS, learning_rate=2e-3),
 }
 
