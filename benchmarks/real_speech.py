@@ -8,7 +8,7 @@ SPEECH and SPEECH_MORE hold SPLIT/wav/SPEAKER/SESSION/FILE at 16 kHz and metadat
 - RUNS/speech/SPEAKER: links to each speaker's utterances, of both training splits; to a few where speakers are many;
 - RUNS/simulated/SPEAKER: utterances of the speakers of LibriSpeech and AN4 through simulated calls;
 - RUNS/teacher.parquet: CAM++'s embedding of every whole utterance to train on, also for its simulated calls, in the
-  space in which utterances of one speaker differ alike in all directions (`campplus.within_speaker_whitened`);
+  space in which utterances of one speaker differ alike in all directions (`campplus.Whitening`);
 - RUNS/teacher_axes.safetensors: the rotation of that space under which it is nearest to the base's embeddings. The base
   learnt to point there in axes that were its own; a run that teaches it goes on in them;
 - RUNS/domains.json: of each domain the speakers to train on, and those held out for development, drawn once;
@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
-from campplus import CAMPlusPlus, unpacked, within_speaker_whitened
+from campplus import CAMPlusPlus, Whitening, unpacked
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -184,7 +184,7 @@ def teach(runs: Path) -> None:
     """Writes the table of the teacher's embeddings and the axes that the base has them in."""
     with np.load(runs / "embeddings.npz") as found:
         ids, teacher, base, some = found["ids"].tolist(), found["teacher"], found["base"], found["some"]
-    whitened = within_speaker_whitened(teacher, [name.split("/")[0] for name in ids])
+    whitened = Whitening.of(teacher, [name.split("/")[0] for name in ids])(teacher)
     rotation, cosine = nearest_rotation(whitened[some], base[:, : whitened.shape[1]])
     print(f"The teacher's space in the base's axes: mean cosine {cosine:.3f} over {len(some):,} utterances.")
     save_file({"axes": torch.from_numpy(rotation).float().contiguous()}, runs / "teacher_axes.safetensors")
