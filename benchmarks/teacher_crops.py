@@ -71,12 +71,12 @@ def main():
     write_table(arguments.out, whitening)
     known = [row for row, name in enumerate(heard) if name.split("/")[0] in folders]
     some = [known[place] for place in np.linspace(0, len(known) - 1, COMPARED).astype(int)]
-    own = SpeakerEncoder.from_pretrained(arguments.like).embed([arguments.packaged / "real" / heard[row] for row in some])
-    whitened = whitening(embeddings[some])
+    files = [arguments.packaged / "real" / heard[row] for row in some]
+    own, whitened = SpeakerEncoder.from_pretrained(arguments.like).embed(files), whitening(embeddings[some])
     rotation, cosine = nearest_rotation(whitened, own[:, : whitened.shape[1]])
     save_file({"axes": torch.from_numpy(rotation).float().contiguous()}, arguments.out / "teacher_axes.safetensors")
-    print(f"{arguments.out}: {len(batches) * BATCH:,} crops of {len(kept)} speakers; the teacher's space in the model's "
-          f"axes: mean cosine {cosine:.3f} over {len(some):,} utterances")  # fmt: skip
+    print(f"{arguments.out}: {len(batches) * BATCH:,} crops of {len(kept)} speakers; the teacher's space in the "
+          f"model's axes: mean cosine {cosine:.3f} over {len(some):,} utterances")  # fmt: skip
 
 
 def write_table(out: Path, whitening: Whitening) -> None:
