@@ -1,5 +1,5 @@
-"""Utterances cut to classes of duration (`mrl_redimnet.audio.cuts`), without and with noise: what a model makes of them,
-and what is measured.
+"""Utterances cut to classes of duration (`mrl_redimnet.audio.cuts`), without and with noise: what a model makes of
+them, and what is measured.
 """
 
 import zlib

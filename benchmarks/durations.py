@@ -5,8 +5,8 @@
 
 TRIALS lists development trials of the speech below FOLDER. A SPLIT holds wav/ and trial lists trials_*.txt. Utterances
 are cut as `cut_speech.py` says, and what the model made of them is kept in KEPT for `quality_measures.py`, too (TRAIN
-and TEST are the folders of noise that it needs). The one threshold is the model's saved one, for 1 % false accepts; a
-class's own is set in the same way on the development trials cut to that class. No threshold sees a test list.
+and TEST are the folders of noise that it needs). The one threshold is set on the development trials as they are, for
+1 % false accepts; a class's own on these trials cut to that class. No threshold sees a test list.
 """
 
 import argparse
@@ -49,9 +49,8 @@ def main():
     """Parses the command line, listens, measures, writes OUT.md, OUT.json and OUT.png."""
     arguments = parse(__doc__)
     develop, lists = hear_all(arguments)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, device="cpu")
-    saved = encoder.thresholds()
-    one = {dim: saved.find(dim, weights=encoder.fingerprint).threshold for dim in DIMS}
+    whole = CLEAN, WHOLE
+    one = {dim: threshold_at(develop.scores(dim, whole, whole), develop.trials.labels, WANTED) for dim in DIMS}
     own = {(number, dim, side): own_threshold(develop, number, dim, side)
            for number in range(len(CLASSES)) for dim in DIMS for side in SIDES}  # fmt: skip
     found: Found = {}
