@@ -60,6 +60,16 @@ class Heard:
         of_enrol, of_test = self.trials.rows
         return np.einsum("td,td->t", units[(*enrol, of_enrol)], units[(*test, of_test)])
 
+    def sides_seconds(self, enrol: Condition, test: Condition) -> NDArray:
+        """Seconds [T, 2] of both sides of the trials, in these conditions."""
+        of_enrol, of_test = self.trials.rows
+        return np.stack([self.seconds[(*enrol, of_enrol)], self.seconds[(*test, of_test)]], axis=1)
+
+    def drawn(self, rows: NDArray, rng: np.random.Generator) -> NDArray:
+        """The cut or the whole of each of the utterances `rows` [T], of those that there are with equal chances."""
+        there = np.isfinite(self.seconds[CLEAN][:, rows])  # [CUTS + 1, T]
+        return (rng.random(there.shape) * there).argmax(axis=0)
+
 
 def hear(encoder: SpeakerEncoder, trials: Trials, folder: Path, noise: Path | None, kept: Path) -> Heard:
     """Cuts, embeds and measures; what is in the file `kept` is taken from there. noise: a folder; None: without."""

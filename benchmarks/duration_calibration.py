@@ -228,11 +228,7 @@ def scored(heard: Heard, dim: int, rows: NDArray, enrol: NDArray | int, test: ND
 
 def drawn(heard: Heard, dim: int, rows: NDArray, rng: np.random.Generator) -> Scored:
     """The trials, each side whole or cut to a class that it is long enough for, with equal chances."""
-    kinds = []
-    for side in heard.trials.rows:
-        there = np.isfinite(heard.seconds[CLEAN][:, side[rows]])
-        kinds.append((rng.random(there.shape) * there).argmax(axis=0))
-    return scored(heard, dim, rows, *kinds)
+    return scored(heard, dim, rows, *(heard.drawn(side[rows], rng) for side in heard.trials.rows))
 
 
 def condition(heard: Heard, dim: int, rows: NDArray, enrol: int, test: int) -> Scored:
