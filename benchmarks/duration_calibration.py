@@ -178,7 +178,7 @@ def main():
         "forms": list(FORMS),
         "conditions": list(CONDITIONS),
         "measures": list(MEASURES),
-        "values": {str(dim): values.tolist() for dim, values in found.items()},
+        "values": {str(dim): values.round(4).tolist() for dim, values in found.items()},
     }
     text = report(record, found, heard)
     print(text)
@@ -313,7 +313,9 @@ def draw(values: NDArray, file: Path) -> None:
         axes.set_xticks(places, CONDITIONS, rotation=45, ha="right", fontsize=8)
         axes.set(ylabel=measure, ylim=(0, None))
         axes.grid(alpha=0.3)
-    panels[0].set(yscale="log", ylim=(0.1, None))
+    panels[0].set(
+        yscale="log", ylim=(0.1, 30), yticks=[0.1, 0.2, 0.5, 1, 2, 5, 10], yticklabels=[0.1, 0.2, 0.5, 1, 2, 5, 10]
+    )
     panels[1].axhline(100 * WANTED, color="0.7", zorder=0)
     panels[0].legend(fontsize=8)
     save_figure(figure, file)

@@ -244,7 +244,9 @@ def test_verification_is_told_with_its_warnings(session, tmp_path):
     (decision,) = session.listener.encoder.verify([FIRST], [SAME_SPEAKER])
     of = f"Score (cosine) {decision.score:.3f} Accepted from {decision.threshold:.3f}"
     assert plain(told).startswith(f"Accepted: one speaker in both recordings. {of}")
-    assert f"{100 / (1 + np.exp(-decision.llr)):.1f} %" in told and "Take care" not in told and pictures.count("<img") == 2
+    assert (
+        f"{100 / (1 + np.exp(-decision.llr)):.1f} %" in told and "Take care" not in told and pictures.count("<img") == 2
+    )
     assert '<tr aria-current="true" class="mrl-chosen"><th scope="row">256</th>' in lost
     smaller, *_, again = session.verify(str(FIRST), str(SAME_SPEAKER), "16", OFF, heard)
     assert plain(smaller).startswith("Rejected: two different speakers.")

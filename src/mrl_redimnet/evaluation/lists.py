@@ -97,10 +97,11 @@ class EmbeddedSpeech:
         parts = [self]
         for kind, (_, longest) in CUTS.items():
             long = [path for path, seconds in zip(self.utterances, self.seconds, strict=True) if seconds >= longest]
-            files = [Path(folder) / path for path in long]
-            prepare = partial(_stretch, kind=kind, folder=folder, prepare=into_domain(folder, domain))
-            found = encoder.embed_all(files, prepare=prepare, progress=progress, strict=True)
-            parts.append(EmbeddedSpeech([cut_name(path, kind) for path in long], found.embeddings, found.seconds))
+            paths = {str(Path(folder) / path): path for path in long}
+            prepare = partial(_stretch, kind=kind, paths=paths, prepare=into_domain(folder, domain))
+            found = encoder.embed_all([*paths], prepare=prepare, progress=progress, strict=True)
+            names = [cut_name(path, kind) for path in paths.values()]
+            parts.append(EmbeddedSpeech(names, found.embeddings, found.seconds))
         return EmbeddedSpeech(
             [path for part in parts for path in part.utterances],
             np.concatenate([part.embeddings for part in parts]),
@@ -116,9 +117,9 @@ class EmbeddedSpeech:
         return trial_seconds(trials, self.utterances, self.seconds)
 
 
-def _stretch(source: Source, audio: np.ndarray, kind: str, folder: str | Path, prepare: Prepare) -> np.ndarray:
-    """A stretch of a file below `folder`, after it was prepared."""
-    return cut(prepare(source, audio), Path(name_of(source)).relative_to(folder).as_posix(), kind)
+def _stretch(source: Source, audio: np.ndarray, kind: str, paths: Mapping[str, str], prepare: Prepare) -> np.ndarray:
+    """A stretch of a file that a list calls `paths[file]`, after it was prepared."""
+    return cut(prepare(source, audio), paths[name_of(source)], kind)
 
 
 def cut_name(path: str, kind: str) -> str:
