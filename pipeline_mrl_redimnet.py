@@ -72,12 +72,13 @@ class SpeakerVerificationPipeline(ChunkPipeline):
         for number, utterance in enumerate(sides, start=1):
             where = ("test" if number == len(sides) else f"enrol[{number - 1}]") if pair else "the input"
             rate = self.feature_extractor.sampling_rate
-            batch = self.feature_extractor(self.feature_extractor.waveform(utterance, rate, where), sampling_rate=rate)
-            yield {"is_last": number == len(sides), "pair": pair, **batch}
+            wave = self.feature_extractor.waveform(utterance, rate, where)
+            known = {"is_last": number == len(sides), "pair": pair, "seconds": len(wave) / rate}
+            yield {**known, **self.feature_extractor(wave, sampling_rate=rate)}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        last, pair = model_inputs.pop("is_last"), model_inputs.pop("pair")
-        return {"embedding": self.model(**model_inputs).embeddings.float(), "pair": pair, "is_last": last}
+        known = {name: model_inputs.pop(name) for name in ("is_last", "pair", "seconds")}
+        return {"embedding": self.model(**model_inputs).embeddings.float(), **known}
 
     def postprocess(
         self, outputs: list[dict[str, Any]], truncate_dim: int | None = None, threshold: float | None = None
@@ -91,19 +92,30 @@ class SpeakerVerificationPipeline(ChunkPipeline):
         units = F.normalize(embeddings)
         score = float(F.cosine_similarity(units[:-1].mean(0), units[-1], dim=0))
         if threshold is None:
-            threshold = self.saved_threshold(dim, len(units) - 1)
+            *enrolled, tested = (output["seconds"] for output in outputs)
+            threshold = self.saved_threshold(dim, len(enrolled), (sum(enrolled), tested))
         accepted = None if threshold is None else score >= threshold
         return {"score": score, "accepted": accepted, "threshold": threshold, "dim": dim}
 
-    def saved_threshold(self, dim: int, enrolments: int) -> float | None:
+    def saved_threshold(self, dim: int, enrolments: int, seconds: tuple[float, float]) -> float | None:
         """The threshold of thresholds.json for cosines of `dim` numbers with so many utterances averaged, or the next
-        larger number of them, else the largest. None without one, and for a model with an adapter on it, which would
-        need its own.
+        larger number of them, else the largest; `seconds` are those of both sides. None without one, and for a model
+        with an adapter on it, which would need its own.
         """
         if not hasattr(self, "_thresholds"):
             self._thresholds = [] if hasattr(self.model, "peft_config") else self._read_thresholds()
-        fitting = {entry["enrolments"]: entry["threshold"] for entry in self._thresholds if entry["dim"] == dim}
-        return fitting[min((n for n in fitting if n >= enrolments), default=max(fitting))] if fitting else None
+        fitting = {entry["enrolments"]: entry for entry in self._thresholds if entry["dim"] == dim}
+        if not fitting:
+            return None
+        entry = fitting[min((n for n in fitting if n >= enrolments), default=max(fitting))]
+        calibration = entry["calibration"]
+        if calibration["seconds"] is None:
+            return entry["threshold"]
+        # A log-likelihood ratio: the cosine that has it at these durations.
+        shorter, longer = np.log(np.sort(np.clip(seconds, *calibration["seconds"])))
+        offset = calibration["offset"] + calibration["shorter"] * shorter + calibration["longer"] * longer
+        slope = calibration["slope"] + calibration.get("steeper", 0.0) * shorter
+        return float((entry["threshold"] - offset) / slope)
 
     def _read_thresholds(self) -> list[dict[str, Any]]:
         """The saved thresholds of the model itself, on cosines."""
@@ -121,9 +133,7 @@ class SpeakerVerificationPipeline(ChunkPipeline):
             return []
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         return [
-            {"enrolments": 1, **entry}
-            for entry in entries
-            if entry["adapter"] is None and entry["scorer"] == "cosine" and entry["calibration"]["seconds"] is None
+            {"enrolments": 1, **entry} for entry in entries if entry["adapter"] is None and entry["scorer"] == "cosine"
         ]
 
 

@@ -1,7 +1,5 @@
-"""Utterances cut to classes of duration, without and with noise: what a model makes of them, and what is measured.
-
-Of ten drawn stretches the one with the most speech is taken, so that a short utterance is short speech and no pause.
-All draws are functions of the path and the class: an utterance has the same cuts in every list and every run.
+"""Utterances cut to classes of duration (`mrl_redimnet.audio.cuts`), without and with noise: what a model makes of
+them, and what is measured.
 """
 
 import zlib
@@ -13,22 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mrl_redimnet.audio.cuts import CUTS, cut
 from mrl_redimnet.audio.io import SAMPLING_RATE, read_audio
-from mrl_redimnet.audio.levels import speaking, speech_seconds
+from mrl_redimnet.audio.levels import FRAME, speech_seconds
 from mrl_redimnet.audio.windows import Reader
 from mrl_redimnet.diarization.activity import speech_in
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.robustness import make_grid
 from mrl_redimnet.scoring.trials import Trials
 
-CUTS = {"0.5-1 s": (0.5, 1.0), "1-2 s": (1.0, 2.0), "2-4 s": (2.0, 4.0)}
 WHOLE = len(CUTS)  # the row of what is not cut, behind those of the cuts
 CLASSES = (*CUTS, "over 4 s")
 LONG_SECONDS = 4.0
-STRETCHES = 10
 CLEAN, NOISY = 0, 1
 LEAST_SPEECH = 0.05  # seconds; a detector may find none
-FRAME = SAMPLING_RATE // 50
 
 Condition = tuple[NDArray | int, NDArray | int]  # CLEAN or NOISY, and the cut: one for all trials, or [T]
 
@@ -64,6 +60,16 @@ class Heard:
         of_enrol, of_test = self.trials.rows
         return np.einsum("td,td->t", units[(*enrol, of_enrol)], units[(*test, of_test)])
 
+    def sides_seconds(self, enrol: Condition, test: Condition) -> NDArray:
+        """Seconds [T, 2] of both sides of the trials, in these conditions."""
+        of_enrol, of_test = self.trials.rows
+        return np.stack([self.seconds[(*enrol, of_enrol)], self.seconds[(*test, of_test)]], axis=1)
+
+    def drawn(self, rows: NDArray, rng: np.random.Generator) -> NDArray:
+        """The cut or the whole of each of the utterances `rows` [T], of those that there are with equal chances."""
+        there = np.isfinite(self.seconds[CLEAN][:, rows])  # [CUTS + 1, T]
+        return (rng.random(there.shape) * there).argmax(axis=0)
+
 
 def hear(encoder: SpeakerEncoder, trials: Trials, folder: Path, noise: Path | None, kept: Path) -> Heard:
     """Cuts, embeds and measures; what is in the file `kept` is taken from there. noise: a folder; None: without."""
@@ -85,33 +91,21 @@ def _heard(encoder: SpeakerEncoder, utterances: list[str], folder: Path, noise: 
     for number in tqdm(range(WHOLE + 1), desc=str(folder), mininterval=20):
         waves: dict[tuple[int, int], NDArray] = {}
         for row, path in enumerate(utterances):
-            wave = cut(read_audio(folder / path), path, number)
-            if wave is not None:
-                waves[CLEAN, row] = wave
-                if noises:
-                    waves[NOISY, row] = _noisy(wave, path, number, noises)
+            wave = read_audio(folder / path)
+            if number != WHOLE:
+                kind = CLASSES[number]
+                if len(wave) < CUTS[kind][1] * SAMPLING_RATE:
+                    continue
+                wave = cut(wave, path, kind)
+            waves[CLEAN, row] = wave
+            if noises:
+                waves[NOISY, row] = _noisy(wave, path, number, noises)
         for (kind, row), wave in waves.items():
             for name, measure in MEASURES.items():
                 found[name][kind, number, row] = measure(wave)
         kinds, rows = (list(each) for each in zip(*waves, strict=True))
         found["embeddings"][kinds, number, rows] = encoder.embed([*waves.values()])
     return found
-
-
-def cut(wave: NDArray, path: str, number: int) -> NDArray | None:
-    """wave [samples], called `path`, cut to a class; None where it is shorter than the class may be."""
-    if number == WHOLE:
-        return wave
-    low, high = [*CUTS.values()][number]
-    if len(wave) < high * SAMPLING_RATE:
-        return None
-    rng = np.random.default_rng([zlib.crc32(path.encode()), number])
-    samples = round(low * (high / low) ** rng.random() * SAMPLING_RATE)
-    starts = rng.integers(0, len(wave) - samples + 1, STRETCHES)
-    before = np.concatenate([[0], np.cumsum(speaking(wave))])  # frames with speech before each frame
-    frames = [np.minimum(edge // FRAME, len(before) - 1) for edge in (starts, starts + samples)]
-    start = starts[np.argmax(before[frames[1]] - before[frames[0]])]
-    return wave[start : start + samples]
 
 
 def _noisy(wave: NDArray, path: str, number: int, noises: list[Callable]) -> NDArray:

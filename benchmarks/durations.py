@@ -5,8 +5,9 @@
 
 TRIALS lists development trials of the speech below FOLDER. A SPLIT holds wav/ and trial lists trials_*.txt. Utterances
 are cut as `cut_speech.py` says, and what the model made of them is kept in KEPT for `quality_measures.py`, too (TRAIN
-and TEST are the folders of noise that it needs). The one threshold is the model's saved one, for 1 % false accepts; a
-class's own is set in the same way on the development trials cut to that class. No threshold sees a test list.
+and TEST are the folders of noise that it needs). The one threshold is set on the development trials as they are, for
+1 % false accepts; a class's own on these trials cut to that class; the one that knows durations as `mrl-redimnet
+calibrate --durations` sets it. No threshold sees a test list.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from timing import machine
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.groups import false_alarm_rate, miss_rate
 from mrl_redimnet.plotting import new_panels, save_figure, shades
-from mrl_redimnet.scoring.calibration import threshold_at
+from mrl_redimnet.scoring.calibration import Threshold, threshold_at
 from mrl_redimnet.scoring.metrics import bootstrap_together, eer
 from mrl_redimnet.scoring.trials import read_trials
 from mrl_redimnet.tables import markdown_table
@@ -39,7 +40,7 @@ WANTED = 0.01
 FAR = "telephone"  # kept apart from the mean over lists
 LEFT_OUT = ("telephone_handset",)  # a part of another list
 NEAR = "mean of the others"
-RATES = ("eer", "miss", "false", "own miss", "own false")
+RATES = ("eer", "miss", "false", "own miss", "own false", "known miss", "known false")
 
 Key = tuple[str, int, int, str]  # list, class, dim, side
 Found = dict[Key, dict[str, Drawn]]
@@ -49,16 +50,18 @@ def main():
     """Parses the command line, listens, measures, writes OUT.md, OUT.json and OUT.png."""
     arguments = parse(__doc__)
     develop, lists = hear_all(arguments)
-    encoder = SpeakerEncoder.from_pretrained(arguments.model, device="cpu")
-    saved = encoder.thresholds()
-    one = {dim: saved.find(dim, weights=encoder.fingerprint).threshold for dim in DIMS}
+    whole = CLEAN, WHOLE
+    one = {dim: threshold_at(develop.scores(dim, whole, whole), develop.trials.labels, WANTED) for dim in DIMS}
+    known = {dim: knowing_durations(develop, dim) for dim in DIMS}
     own = {(number, dim, side): own_threshold(develop, number, dim, side)
            for number in range(len(CLASSES)) for dim in DIMS for side in SIDES}  # fmt: skip
     found: Found = {}
     for name, heard in lists.items():
         for number, dim, side in own:
             limits = one[dim], own[number, dim, side]
-            found[name, number, dim, side] = rates(heard, number, dim, side, limits, arguments.resamples)
+            of_scores = rates(heard, number, dim, side, limits, arguments.resamples)
+            of_llrs = known_rates(heard, number, dim, side, known[dim], arguments.resamples)
+            found[name, number, dim, side] = of_scores | of_llrs
         print(name, flush=True)
     near = [name for name in lists if name != FAR]
     for key in own:
@@ -153,6 +156,31 @@ def rates(
     return {name: Drawn(metric(*trials), values[name]) for name, metric in metrics.items()}
 
 
+def knowing_durations(develop: Heard, dim: int) -> Threshold:
+    """Set on the development trials as they are and, once more, at drawn lengths."""
+    rng = np.random.default_rng(0)
+    drawn = [(CLEAN, develop.drawn(rows, rng)) for rows in develop.trials.rows]
+    both = [[(CLEAN, WHOLE)] * 2, drawn]
+    scores = np.concatenate([develop.scores(dim, *sides) for sides in both])
+    seconds = np.concatenate([develop.sides_seconds(*sides) for sides in both])
+    labels = np.tile(develop.trials.labels, 2)
+    return Threshold.fit(scores, labels, seconds=seconds, wanted=WANTED, dim=dim, weights="", trials="development")
+
+
+def known_rates(heard: Heard, number: int, dim: int, side: str, saved: Threshold, resamples: int) -> dict[str, Drawn]:
+    """Misses and false accepts of the threshold that knows durations."""
+    scores, chosen = scores_of(heard, number, dim, side)
+    enrol = (CLEAN, number if side == "both" else WHOLE)
+    llrs = saved.calibration(scores[chosen], heard.sides_seconds(enrol, (CLEAN, number))[chosen])
+    metrics = {
+        "known miss": partial(miss_rate, threshold=saved.threshold),
+        "known false": partial(false_alarm_rate, threshold=saved.threshold),
+    }
+    labels, speakers = heard.trials.labels[chosen], [each[chosen] for each in heard.trials.speakers]
+    values = bootstrap_together(llrs, labels, *speakers, metrics, resamples)
+    return {name: Drawn(metric(llrs, labels), values[name]) for name, metric in metrics.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pages
 
@@ -200,7 +228,7 @@ def eer_table(lists: Mapping[str, Heard], found: Found, side: str) -> str:
 def at_thresholds(name: str, found: Found, one: dict, own: dict) -> str:
     """Both thresholds, side by side."""
     lines = [["numbers", "cut", "duration", "the one: misses", "false accepts", "own: misses", "false accepts",
-              "the one, own"]]  # fmt: skip
+              "knowing durations: misses", "false accepts", "the one, own"]]  # fmt: skip
     for dim in DIMS:
         for side in SIDES:
             for number, label in enumerate(CLASSES):
@@ -233,12 +261,12 @@ def draw(found: Found, file: Path) -> None:
             label = f"{dim} numbers" + (", both sides short" if side == "both" else "")
             left.plot(places, [100 * one.value for one in each], style, color=colour, marker="o", label=label)
     left.set(ylabel="EER, %, mean of four lists", ylim=(0, None))
-    names = {"miss": "misses, the one threshold", "own miss": "misses, the class's own",
-             "false": "false accepts, the one threshold", "own false": "false accepts, the class's own"}  # fmt: skip
+    names = {"miss": "misses, the one threshold", "known miss": "misses, knowing durations",
+             "false": "false accepts, the one", "known false": "false accepts, knowing durations"}  # fmt: skip
     for (rate, label), colour in zip(names.items(), np.repeat(shades(2, 0.1, 0.6), 2, axis=0), strict=True):
         each = [found[NEAR, number, DIMS[-1], "test"][rate] for number in places]
         low, high = np.array([one.interval for one in each]).T
-        style = "--" if rate.startswith("own") else "-"
+        style = "--" if rate.startswith("known") else "-"
         right.plot(places, [100 * one.value for one in each], style, color=colour, marker="o", label=label)
         right.fill_between(places, 100 * low, 100 * high, color=colour, alpha=0.1)
     right.set(ylabel=f"%, test side short, {DIMS[-1]} numbers", yscale="log")

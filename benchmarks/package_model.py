@@ -3,8 +3,9 @@
     python benchmarks/package_model.py RUN/best NAME --trials DEV_TRIALS --folder DEV --speech SPLIT ...
 
 The embedding's part of RUN/best is written to src/mrl_redimnet/models/NAME. Thresholds are those of `mrl-redimnet
-calibrate` on the development speech. The card keeps the error rates of what was written on the trial lists of each
-SPLIT (wav/, trials_*.txt, and ../metadata.csv with the speakers' genders), and where weights and data come from.
+calibrate --durations` on the development speech. The card keeps the error rates of what was written on the trial lists
+of each SPLIT (wav/, trials_*.txt, and ../metadata.csv with the speakers' genders), and where weights and data come
+from.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main():
     folder = arguments.out / arguments.name
     replace_folder(folder, lambda target: write_model(load_model(arguments.trained).base_model, target))
     lists = ["--trials", arguments.trials, "--folder", arguments.folder]
-    if command_line(["calibrate", str(folder), *lists, "--enrolments", "1", "2", "3"]):
+    if command_line(["calibrate", str(folder), *lists, "--durations", "--enrolments", "1", "2", "3"]):
         raise SystemExit(1)
     written = load_model(folder)
     card = (arguments.trained / "README.md").read_text()

@@ -99,9 +99,8 @@ def scored(heard: Heard, dim: int, seed: int | None, noise: bool = True) -> Scor
 
 def drawn(heard: Heard, rows: NDArray, rng: np.random.Generator, noise: bool) -> tuple[NDArray, NDArray]:
     """Noise or none, and the cut or the whole, of each of the utterances `rows` [T]."""
-    there = np.isfinite(heard.seconds[CLEAN][:, rows])  # [CUTS + 1, T]
-    chance = rng.random(there.shape) * there
-    return rng.integers(2, size=len(rows)) * noise, chance.argmax(axis=0)
+    cuts = heard.drawn(rows, rng)
+    return rng.integers(2, size=len(rows)) * noise, cuts
 
 
 def joined(parts: Sequence[Scored]) -> Scored:

@@ -17,8 +17,8 @@ facts = session.get_modelmeta().custom_metadata_map
 rate, shortest, window = (float(facts[name]) for name in ("sampling_rate", "min_samples", "window_seconds"))
 
 
-def embed(path: str) -> np.ndarray:
-    """The embedding [D] of an audio file; one longer than the model's window is cut into equal parts."""
+def embed(path: str) -> tuple[np.ndarray, float]:
+    """The embedding [D] of an audio file, and its seconds; one longer than the window is cut into equal parts."""
     audio, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
     if file_rate != rate or len(audio) < shortest:
         sys.exit(f"{path}: {len(audio)} samples at {file_rate} Hz, expected {shortest:g} or more at {rate:g} Hz.")
@@ -26,14 +26,26 @@ def embed(path: str) -> np.ndarray:
     parts = np.split(audio.mean(axis=1), [i * len(audio) // count for i in range(1, count)])
     names = [each.name for each in session.get_inputs()]  # a file made with --no-mask takes no mask
     feeds = ({"input_values": part[None], "attention_mask": np.ones((1, len(part)), np.int64)} for part in parts)
-    return np.mean([session.run(None, {name: feed[name] for name in names})[0][0] for feed in feeds], axis=0)
+    found = [session.run(None, {name: feed[name] for name in names})[0][0] for feed in feeds]
+    return np.mean(found, axis=0), len(audio) / rate
 
 
-a, b = (embed(path) for path in sys.argv[2:4])
+def cosine_from(entry: dict, *seconds: float) -> float:
+    """The cosine from which on two recordings of so many seconds are of one speaker, by a saved threshold."""
+    calibration = entry["calibration"]
+    if calibration["seconds"] is None:
+        return entry["threshold"]
+    # It is a log-likelihood ratio: the cosine that has it at these durations.
+    shorter, longer = np.log(np.sort(np.clip(seconds, *calibration["seconds"])))
+    offset = calibration["offset"] + calibration["shorter"] * shorter + calibration["longer"] * longer
+    return (entry["threshold"] - offset) / (calibration["slope"] + calibration.get("steeper", 0.0) * shorter)
+
+
+(a, seconds_of_a), (b, seconds_of_b) = (embed(path) for path in sys.argv[2:4])
 known = [each for each in json.loads(facts["thresholds"]) if each["scorer"] == "cosine"]
 known = [each for each in known if each.get("enrolments", 1) == 1]  # two files are compared, nothing is averaged
-known = [each for each in known if (each["adapter"] or "") == facts["adapter"] and not each["calibration"]["seconds"]]
-thresholds = {each["dim"]: each["threshold"] for each in known}
+known = [each for each in known if (each["adapter"] or "") == facts["adapter"]]
+thresholds = {each["dim"]: cosine_from(each, seconds_of_a, seconds_of_b) for each in known}
 for dim in json.loads(facts["dims"]):
     cosine = a[:dim] @ b[:dim] / np.linalg.norm(a[:dim]) / np.linalg.norm(b[:dim])
     decision = "" if dim not in thresholds else "  same" if cosine >= thresholds[dim] else "  different"

@@ -337,9 +337,18 @@ def adapters(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory) -> Path:
     """wav/ with eight speakers, and two trial lists with utterances in common: all.txt of all pairs, few.txt."""
-    root = tmp_path_factory.mktemp("evaluated")
+    return _evaluated(tmp_path_factory.mktemp("evaluated"), (4000, 7000))
+
+
+@pytest.fixture(scope="module")
+def longer_speech(tmp_path_factory) -> Path:
+    """As `speech`, with utterances of 0.7 to 5 s."""
+    return _evaluated(tmp_path_factory.mktemp("longer"), (11_200, 80_000))
+
+
+def _evaluated(root: Path, samples: tuple[int, int]) -> Path:
     for speaker in range(8):
-        write_speaker(root / "wav", speaker, 4)
+        write_speaker(root / "wav", speaker, 4, samples=samples)
     paths = sorted(path.relative_to(root / "wav").as_posix() for path in (root / "wav").rglob("*.wav"))
     for name, chosen in {"all": paths, "few": paths[:14]}.items():
         write_trials(make_trials(chosen, [path.split("/")[0] for path in chosen]), root / f"{name}.txt")

@@ -42,12 +42,12 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other))
 
 
-def write_speaker(root: Path, speaker: int, utterances: int, seed: int = 0):
-    """Noise of one colour and drawn lengths, a file per utterance."""
+def write_speaker(root: Path, speaker: int, utterances: int, seed: int = 0, samples: tuple[int, int] = (4000, 7000)):
+    """Noise of one colour and lengths drawn from `samples`, a file per utterance."""
     rng = np.random.default_rng([seed, speaker])
     tone = 2 * np.pi * (200 + 450 * speaker) / SAMPLING_RATE
     for number in range(utterances):
-        noise = rng.standard_normal(rng.integers(4000, 7000))
+        noise = rng.standard_normal(rng.integers(*samples))
         wave = 0.04 * noise + 0.1 * np.sin(tone * np.arange(len(noise)) + rng.uniform(0, 6))
         path = root / f"id{speaker}" / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,30 @@ def test_the_command_refuses(saved, tmp_path, monkeypatch, capsys, options, mess
 # ---------------------------------------------------------------- node and Chromium
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_threshold_that_knows_durations_is_applied_as_python_does(tmp_path):
+    known = dict(wanted=0.1, weights="", trials="")
+    rng = np.random.default_rng(0)
+    scores, labels, seconds = rng.normal(size=900), rng.integers(0, 2, 900), rng.uniform(0.5, 9, (900, 2))
+    plain = Threshold.fit(scores + labels, labels, dim=8, **known)
+    timed = Threshold.fit(scores + labels * np.log(1 + seconds.min(axis=1)), labels, dim=16, seconds=seconds, **known)
+    others = replace(plain, dim=16, enrolments=3), replace(plain, scorer="as_norm")
+    Thresholds([plain, timed, *others]).save(tmp_path)
+    sides = [(1.5, 4.0), (7.0, 0.6), (0.1, 60.0)]
+    code = (
+        f"import {{ thresholdsOf }} from {json.dumps((EXAMPLE / 'thresholds.js').as_uri())};\n"
+        "import { readFileSync } from 'node:fs';\n"
+        f"const entries = JSON.parse(readFileSync({json.dumps(str(tmp_path / 'thresholds.json'))})).entries;\n"
+        f"const sides = {json.dumps(sides)};\n"
+        "const found = [...thresholdsOf(entries)].map(([dim, from]) => [dim, sides.map((each) => from(...each))]);\n"
+        "console.log(JSON.stringify(found));"
+    )
+    (tmp_path / "try.mjs").write_text(code)
+    printed = subprocess.run(["node", tmp_path / "try.mjs"], capture_output=True, text=True, check=True).stdout
+    expected = timed.calibration.score_at([timed.threshold] * 3, sides)
+    assert json.loads(printed) == [[8, [plain.threshold] * 3], [16, pytest.approx(expected)]]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     """The example with the packaged model in a folder to serve, and the recordings as WAV files."""
@@ -192,8 +216,9 @@ def test_the_page_in_chromium_answers_as_pytorch_and_asks_no_other_server(page, 
     assert found["page"]["elsewhere"] == [] and found["page"]["errors"] == []
     a, b = embeddings
     thresholds = Thresholds.load(page / "model")
+    seconds = [soundfile.info(page / name).duration for name in ("a.wav", "b.wav")]
     for dim, answer in found["page"]["answers"].items():
         cosine = torch.cosine_similarity(a[: int(dim)], b[: int(dim)], dim=0).item()
         assert answer["cosine"] == pytest.approx(cosine, abs=2e-4)
-        same = cosine >= thresholds.find(int(dim)).threshold
+        (same,), _ = thresholds.find(int(dim)).judge([cosine], [seconds])
         assert answer["decision"] == ("Same speaker" if same else "Different speakers")

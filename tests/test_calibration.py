@@ -55,12 +55,13 @@ def test_minimises_the_weighted_loss():
     logs = np.log(np.sort(seconds, axis=1))
 
     def loss(solution):
-        odds = solution[0] + solution[1] * scores + logs @ solution[2:] + np.log(0.1 / 0.9)
+        slopes = solution[1] + solution[4] * logs[:, 0]
+        odds = solution[0] + slopes * scores + logs @ solution[2:4] + np.log(0.1 / 0.9)
         wrong = np.logaddexp(0, np.where(labels == 1, -odds, odds))
         return 0.1 * wrong[labels == 1].mean() + 0.9 * wrong[labels == 0].mean()
 
-    best = np.array([found.offset, found.slope, found.shorter, found.longer])
-    for step in np.random.default_rng(0).normal(size=(50, 4)):
+    best = np.array([found.offset, found.slope, found.shorter, found.longer, found.steeper])
+    for step in np.random.default_rng(0).normal(size=(50, 5)):
         assert loss(best + 0.05 * step) > loss(best)
 
 
@@ -71,11 +72,43 @@ def test_duration_terms_take_out_what_durations_do():
     lowered = scores + 2.0 * np.log(seconds.min(1))
     calibration = Calibration.fit(lowered, labels, seconds)
     assert calibration.slope == pytest.approx(3.0, rel=0.1)
+    assert calibration.steeper == pytest.approx(0.0, abs=0.15)
     assert calibration.shorter == pytest.approx(-6.0, rel=0.1)
     assert calibration.longer == pytest.approx(0.0, abs=0.3)
     assert np.abs(calibration(lowered, seconds) - 3.0 * scores).max() < 1.5
     assert Calibration.fit(lowered, labels).slope < 2.0
     assert np.array_equal(calibration(lowered, seconds), calibration(lowered, seconds[:, ::-1]))
+
+
+def test_the_slope_follows_the_shorter_side():
+    """Unit Gaussians whose distance grows with ln of the shorter side: it is the slope of their likelihood ratio."""
+    rng = np.random.default_rng(0)
+    seconds, labels = np.exp(rng.uniform(0, 2, (60_000, 2))), rng.integers(0, 2, 60_000)
+    distance = 1.0 + 1.5 * np.log(seconds.min(axis=1))
+    scores = rng.normal(size=len(labels)) + distance * (labels - 0.5)
+    calibration = Calibration.fit(scores, labels, seconds, prior=0.5)
+    assert (calibration.slope, calibration.steeper) == pytest.approx((1.0, 1.5), abs=0.1)
+    assert (calibration.offset, calibration.shorter, calibration.longer) == pytest.approx((0, 0, 0), abs=0.15)
+    assert np.abs(calibration(scores, seconds) - distance * scores).mean() < 0.1
+
+
+def test_a_slope_that_would_turn_stays_the_same():
+    """Below 2 s impostors score higher than targets: no slope that depends on durations is positive everywhere."""
+    rng = np.random.default_rng(0)
+    seconds, labels = np.exp(rng.uniform(0, 3, (20_000, 2))), rng.integers(0, 2, 20_000)
+    scores = rng.normal(size=len(labels)) + 2 * (np.log(seconds.min(axis=1)) - np.log(2)) * (labels - 0.5)
+    calibration = Calibration.fit(scores, labels, seconds, prior=0.5)
+    assert calibration.steeper == 0 and calibration.slope > 0 and calibration.shorter is not None
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_a_ratio_belongs_to_one_score(seed, durations):
+    rng = np.random.default_rng(seed)
+    scores, labels = gaussian_trials(seed, 60, 120)
+    seconds = rng.uniform(0.5, 9, (180, 2)) if durations else None
+    calibration = Calibration.fit(scores, labels, seconds, prior=0.5)
+    there = rng.uniform(0.1, 20, (5, 2))
+    assert calibration.score_at(calibration(scores[:5], there), there) == pytest.approx(scores[:5], abs=1e-6)
 
 
 def test_durations_outside_the_fit_count_as_the_nearest_inside():
@@ -105,8 +138,9 @@ def test_a_higher_score_is_a_higher_ratio(seed, prior, durations):
     except ValueError as error:  # the duration terms, or the prior's weight on few trials, can turn the slope
         assert "do not score higher" in str(error)
         return
-    llrs = calibration(np.sort(scores), np.repeat([[2.0, 5.0]], 30, axis=0))
-    assert np.all(np.isfinite(llrs)) and np.all(np.diff(llrs) > 0)
+    for sides in ([2.0, 5.0], [0.1, 0.1], [50.0, 50.0]):
+        llrs = calibration(np.sort(scores), np.repeat([sides], 30, axis=0))
+        assert np.all(np.isfinite(llrs)) and np.all(np.diff(llrs) > 0)
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1.0, 1e6])
@@ -247,7 +281,7 @@ def test_file_round_trip(tmp_path):
     assert Thresholds.load(tmp_path).entries == thresholds.entries
     assert {each.key: each for each in thresholds.entries} == {each.key: each for each in some_entries()}
     again = json.loads((tmp_path / THRESHOLDS_FILE).read_text())
-    assert again["version"] == 1 and again["entries"][0]["wanted"] == 0.01
+    assert again["version"] == 2 and again["entries"][0]["wanted"] == 0.01
 
 
 def test_numbers_of_enrolment_utterances_have_entries_of_their_own(tmp_path):
@@ -272,6 +306,25 @@ def test_a_file_of_before_is_for_one_enrolment_utterance(tmp_path):
     assert found == replace(entry(64), tail=()) and found.enrolments == 1 and found.for_search(1)[0] == found.threshold
     with pytest.raises(ValueError, match="saved by an earlier version"):
         found.for_search(2)
+
+
+def test_a_file_of_before_slopes_knew_durations_means_what_it_meant(tmp_path):
+    """Version 1: what its LLR was is written out here."""
+    Thresholds(some_entries()).save(tmp_path)
+    content = json.loads((tmp_path / THRESHOLDS_FILE).read_text())
+    content["version"] = 1
+    for each in content["entries"]:
+        del each["calibration"]["steeper"]
+    (tmp_path / THRESHOLDS_FILE).write_text(json.dumps(content))
+    plain, timed = Thresholds.load(tmp_path).find(16), Thresholds.load(tmp_path).find(64)
+    assert plain == some_entries()[0]
+    scores, seconds = np.array([-1.0, 0.5, 2.0]), np.array([[2.0, 8.0], [5.0, 3.0], [0.1, 99.0]])
+    low, high = timed.calibration.seconds
+    shorter, longer = np.log(np.sort(seconds.clip(low, high), axis=1)).T
+    found = timed.calibration
+    llrs = found.offset + found.slope * scores + found.shorter * shorter + found.longer * longer
+    accepted, of_file = timed.judge(scores, seconds)
+    assert of_file == pytest.approx(llrs) and np.array_equal(accepted, llrs >= timed.threshold)
 
 
 def test_weights_that_were_named_without_their_configuration_are_the_same(tmp_path):
@@ -316,6 +369,9 @@ def test_a_later_version_s_additions_are_passed_over(tmp_path):
     assert Thresholds.load(tmp_path).entries == thresholds.entries
 
 
+TIMED = {"offset": 0, "slope": 1, "shorter": 1, "longer": 0, "seconds": [1, 3]}
+
+
 def changed(**fields):
     return lambda content: content["entries"][1].update(fields)
 
@@ -323,7 +379,7 @@ def changed(**fields):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(version=2), "has version 2, this package reads 1"),
+        (lambda content: content.update(version=3), "has version 3, this package reads 1 and 2"),
         (lambda content: content.pop("entries"), r"does not hold thresholds: KeyError\('entries'\)"),
         (lambda content: content.update(entries={}), "'entries' is no list"),
         (lambda content: content["entries"].append(content["entries"][0]), "entry 4: a second one for 16 dims"),
@@ -337,6 +393,9 @@ def changed(**fields):
         (changed(calibration={"offset": 0, "slope": -1}), "entry 2: .* the slope positive"),
         (changed(calibration={"offset": "0", "slope": 1}), "entry 2: .*finite numbers"),
         (changed(calibration={"offset": 0, "slope": 1, "shorter": 1}), "entry 2: .*belong together"),
+        (changed(calibration={**TIMED, "steeper": -1}), "entry 2: .*the slope positive"),  # at 3 s it is not
+        (changed(calibration={**TIMED, "steeper": None}), "entry 2: .*finite numbers"),
+        (changed(calibration={**TIMED, "seconds": [0, 3]}), "entry 2: .*durations and the slope positive"),
         (changed(enrolments=0), "entry 2: not a threshold: enrolments: got 0"),
         (changed(tail=[[1, "x"]]), "entry 2: not a threshold: tail: got"),
         (changed(tail=[3]), "entry 2: not a threshold: "),

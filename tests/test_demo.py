@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from commands import refusal
+from commands import lists, refusal, run
 from demo_visit import missing, visit, write_speech
 from gradio_client import Client, handle_file
 from hypothesis import given
@@ -241,8 +241,12 @@ def test_verification_is_told_with_its_warnings(session, tmp_path):
     told, lost, pictures, heard = session.verify(str(FIRST), None, "256", OFF)
     assert "Record or choose the second recording." in plain(told) and lost == "" and pictures.count("<img") == 1
     told, lost, pictures, heard = session.verify(str(FIRST), str(SAME_SPEAKER), "256", OFF, heard)
-    assert plain(told).startswith("Accepted: one speaker in both recordings. Score (cosine) 0.749 Accepted from 0.663")
-    assert "99.3 %" in told and "Take care" not in told and pictures.count("<img") == 2
+    (decision,) = session.listener.encoder.verify([FIRST], [SAME_SPEAKER])
+    of = f"Score (cosine) {decision.score:.3f} Accepted from {decision.threshold:.3f}"
+    assert plain(told).startswith(f"Accepted: one speaker in both recordings. {of}")
+    assert (
+        f"{100 / (1 + np.exp(-decision.llr)):.1f} %" in told and "Take care" not in told and pictures.count("<img") == 2
+    )
     assert '<tr aria-current="true" class="mrl-chosen"><th scope="row">256</th>' in lost
     smaller, *_, again = session.verify(str(FIRST), str(SAME_SPEAKER), "16", OFF, heard)
     assert plain(smaller).startswith("Rejected: two different speakers.")
@@ -308,6 +312,24 @@ def test_many_recordings_are_compared(session):
     assert f"{MOST_FILES + 1} files were given" in session.compare(list(map(str, range(MOST_FILES + 1))), "16", OFF)[0]
 
 
+def test_recordings_are_compared_by_thresholds_that_know_their_durations(folder, longer_speech, tmp_path):
+    assert run("calibrate", folder, *lists(longer_speech), "--false-accept", 0.2, "--durations", "--dims", 16) == 0
+    listener = Listener.load(folder)
+    files = sorted((longer_speech / "wav").rglob("*.wav"))[:9]
+    takes = [listener.hear(file) for file in files]
+    found = listener.thresholds(takes, 16)
+    assert np.array_equal(found, found.T) and len(np.unique(found)) > 20
+    similarities = listener.similarities(takes, 16)
+    for row, take in enumerate(takes[1:], start=1):
+        (verdict,) = listener.verify([takes[0]], take)
+        assert verdict.decision.accepted == (similarities[0, row] >= found[0, row])
+        assert verdict.decision.threshold == pytest.approx(found[0, row])
+    table, plane, _ = Session(listener).compare(files, "16", OFF)
+    accepted = np.triu(similarities >= found, k=1)
+    assert 0 < accepted.sum() < 36 and table.count(" ✓</strong>") == 2 * accepted.sum()
+    assert plane.count("<line") == accepted.sum() and "by their durations, on" in table
+
+
 def test_what_is_asked_for_wrongly_is_told(session):
     assert "size: got 48, expected one of 16, 32" in session.verify(str(FIRST), str(FIRST), "48", OFF)[0]
     assert "adapter: got 'x', expected one of off." in plain(session.verify(str(FIRST), str(FIRST), "16", "x")[0])
@@ -316,8 +338,14 @@ def test_what_is_asked_for_wrongly_is_told(session):
 def test_error_rates_are_the_saved_ones(session, listener):
     said = plain(session.points(OFF))
     for entry in listener.operating_points():
-        assert f"{entry.dim} {entry.threshold:.3f} {100 * entry.false_accepts:.2f} % {100 * entry.misses:.1f} %" in said
-    assert len(listener.operating_points()) == 6 and "1,956 of one speaker, 3,420 of two" in said
+        unit = " (LLR)" if entry.calibration.uses_seconds else ""
+        assert (
+            f"{entry.dim} {entry.threshold:.3f}{unit} {100 * entry.false_accepts:.2f} % {100 * entry.misses:.1f} %"
+            in said
+        )
+    of = listener.operating_points()[0]
+    assert len(listener.operating_points()) == 6
+    assert f"{of.targets:,} of one speaker, {of.impostors:,} of two" in said
 
 
 def test_the_command_refuses_before_it_loads(capsys, tmp_path):

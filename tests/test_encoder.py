@@ -211,6 +211,21 @@ def test_verify_decides_as_the_command_prints(folder, files, speech, capsys):
     assert [each.accepted for each in again] == [each.accepted for each in decisions]
 
 
+def test_a_threshold_that_knows_durations_is_told_as_the_score_it_is_here(folder, longer_speech):
+    """Each comparison has its own; an LLR of the saved threshold is reached there."""
+    assert run("calibrate", folder, *lists(longer_speech), "--false-accept", 0.2, "--durations", "--dims", 16) == 0
+    encoder, files = SpeakerEncoder.from_pretrained(folder), sorted((longer_speech / "wav").rglob("*.wav"))
+    saved = encoder.thresholds().find(16)
+    assert saved.calibration.steeper != 0
+    decisions = encoder.verify(files[:1], files[1:], 16)
+    seconds = [[soundfile.info(files[0]).duration, soundfile.info(file).duration] for file in files[1:]]
+    thresholds = [each.threshold for each in decisions]
+    assert saved.calibration(thresholds, seconds) == pytest.approx(saved.threshold) and len(set(thresholds)) > 10
+    accepted, llrs = saved.judge([each.score for each in decisions], seconds)
+    assert [each.accepted for each in decisions] == accepted.tolist() and len(set(accepted.tolist())) == 2
+    assert [each.llr for each in decisions] == pytest.approx(llrs)
+
+
 def test_identify_names_as_the_command_prints(folder, files, speech, capsys):
     test = [speech / "wav" / f"id{number}" / "3.wav" for number in (0, 3)]
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.3) == 0

@@ -10,22 +10,26 @@ import pytest
 import soundfile
 from commands import lists, refusal, run
 from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from sounds import write_speaker
 
 from mrl_redimnet.adapters import AdapterBank
 from mrl_redimnet.adapters.facts import adapter_digest
 from mrl_redimnet.audio import waveforms
+from mrl_redimnet.audio.cuts import CUTS, cut
 from mrl_redimnet.audio.domains import make_domain
+from mrl_redimnet.audio.io import read_audio
 from mrl_redimnet.audio.scan import files_below
 from mrl_redimnet.encoder import SpeakerEncoder
-from mrl_redimnet.evaluation.lists import list_names
+from mrl_redimnet.evaluation.lists import EmbeddedSpeech, at_drawn_lengths, cut_name, list_names
 from mrl_redimnet.evaluation.results import LISTED, embed_trials, evaluate_trials
 from mrl_redimnet.fingerprints import fingerprint
 from mrl_redimnet.saving import load_model, save_model
 from mrl_redimnet.scoring.calibration import Thresholds
 from mrl_redimnet.scoring.metrics import act_dcf, auc, bootstrap_interval, cllr, eer, eer_convex_hull, min_cllr, min_dcf
 from mrl_redimnet.scoring.scorers import make_scorer, score, with_enrolments
-from mrl_redimnet.scoring.trials import read_trials
+from mrl_redimnet.scoring.trials import Trials, make_trials, read_trials
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +367,68 @@ def test_calibrate_with_durations(folder, speech, tmp_path):
     assert entry.calibration.uses_seconds
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, "--dims", 16, "--page", tmp_path / "page")
     assert report["lists"]["all"]["rows"][0]["saved"]["false_accepts"] == pytest.approx(entry.false_accepts, abs=0.005)
+
+
+def test_calibrate_with_durations_hears_stretches_of_the_speech(folder, longer_speech, capsys):
+    more = ["--false-accept", 0.1, "--durations", "--dims", 16, "--enrolments", 1, 2]
+    assert run("calibrate", folder, *lists(longer_speech), *more) == 0
+    encoder, trials, wav = (
+        SpeakerEncoder.from_pretrained(folder),
+        read_trials(longer_speech / "all.txt"),
+        longer_speech / "wav",
+    )
+    speech = EmbeddedSpeech.of(encoder, [trials], wav)
+    cut_too = speech.with_cuts(encoder, wav)
+    waves = {path: read_audio(wav / path) for path in trials.utterances}
+    wanted = {
+        cut_name(path, kind): cut(wave, path, kind)
+        for kind, (_, high) in CUTS.items()
+        for path, wave in waves.items()
+        if len(wave) >= 16_000 * high
+    }
+    assert cut_too.utterances == [*speech.utterances, *wanted] and 30 < len(wanted) < 90
+    assert cut_too.embeddings[32:] == pytest.approx(encoder.embed([*wanted.values()]), abs=1e-5)
+    assert cut_too.seconds[32:] == pytest.approx([len(wave) / 16_000 for wave in wanted.values()])
+    assert f"{len(wanted)} stretches were cut of 32 utterances." in capsys.readouterr().out
+    for count in (1, 2):
+        entry = Thresholds.load(folder).find(16, enrolments=count)
+        whole = with_enrolments(trials, count)
+        both = [whole, at_drawn_lengths(whole, cut_too.utterances)]
+        scores, seconds = (
+            np.concatenate(each)
+            for each in zip(
+                *[(cut_too.scores(part, 16, make_scorer("cosine")), cut_too.trial_seconds(part)) for part in both],
+                strict=True,
+            )
+        )
+        accepted, _ = entry.judge(scores, seconds)
+        impostors = np.tile(whole.labels, 2) == 0
+        assert accepted[impostors].mean() == pytest.approx(entry.false_accepts, abs=1e-9)
+        assert entry.impostors == 2 * np.sum(whole.labels == 0) and entry.trials == "all, whole and cut"
+        assert entry.calibration.seconds == (seconds.min(), seconds.max()) and 0.5 <= seconds.min() < 0.7
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_lengths_are_drawn_for_each_side_of_each_trial(seed, averaged):
+    rng = np.random.default_rng(seed)
+    there = {f"{speaker}/{number}.wav": int(rng.integers(4)) for speaker in range(4) for number in range(3)}
+    known = [*there, *(cut_name(path, kind) for path, count in there.items() for kind in [*CUTS][:count])]
+    trials = make_trials([*there], [path.split("/")[0] for path in there])
+    trials = with_enrolments(trials, 2) if averaged else trials
+    drawn = at_drawn_lengths(trials, known, seed)
+    assert np.array_equal(drawn.labels, trials.labels) and set(drawn.utterances) <= set(known)
+    assert [path.split(" (")[0] for path in drawn.test] == trials.test
+    given = [trials.enrolments[name] for name in trials.enrol]
+    assert [[path.split(" (")[0] for path in drawn.enrolments[name]] for name in drawn.enrol] == given
+    again = at_drawn_lengths(trials, known, seed)
+    assert (again.enrol, again.test, again.models) == (drawn.enrol, drawn.test, drawn.models)
+
+
+def test_every_length_of_an_utterance_is_drawn_as_often():
+    known = ["a", "b", *(cut_name("a", kind) for kind in CUTS)]
+    drawn = at_drawn_lengths(Trials(np.zeros(4000), ["a"] * 4000, ["b"] * 4000), known)
+    assert Counter(drawn.test) == {"b": 4000}
+    assert set(drawn.enrol) == {*known} - {"b"} and min(Counter(drawn.enrol).values()) > 900
 
 
 def test_thresholds_of_other_weights_are_left_out_with_a_note(folder, speech, tmp_path, capsys):

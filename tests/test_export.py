@@ -36,7 +36,7 @@ from mrl_redimnet.export import (
     graph_form,
 )
 from mrl_redimnet.saving import save_model
-from mrl_redimnet.scoring.calibration import Threshold, Thresholds
+from mrl_redimnet.scoring.calibration import Calibration, Threshold, Thresholds
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_with_onnxruntime.py"
 WINDOW = 16_000  # samples; of the model of the fixture
@@ -90,10 +90,12 @@ def thresholds(model) -> Thresholds:
     scores = np.linspace(-1, 1, 400)
     labels = (scores + np.sin(40 * scores) > 0).astype(int)
     entry = Threshold.fit(scores, labels, wanted=0.2, dim=8, weights=fingerprint(model), trials="all")
+    # At the half second of the example its cosines have LLRs of -29: a threshold of -10 is not one of cosines.
+    timed = Calibration(offset=0, slope=1, shorter=50, longer=0, seconds=(0.1, 9), steeper=0.1)
     found = Thresholds()
     for each in (
         replace(entry, threshold=-1.1),
-        replace(entry, dim=16, threshold=1.1),
+        replace(entry, dim=16, threshold=-10.0, calibration=timed),
         replace(entry, dim=32, weights="sha256:0"),
         replace(entry, adapter="telephony", weights=f"{fingerprint(model)}+sha256:1"),
         replace(entry, scorer="as_norm", threshold=3.0),

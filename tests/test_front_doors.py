@@ -23,6 +23,7 @@ from mrl_redimnet import SpeakerEncoder
 from mrl_redimnet.audio.io import read_audio
 from mrl_redimnet.recordings import FIRST, OTHER_SPEAKER, SAME_SPEAKER
 from mrl_redimnet.saving import load_model, packaged_models, save_model
+from mrl_redimnet.scoring.calibration import Threshold, Thresholds
 
 RECORDINGS = [str(file) for file in (FIRST, SAME_SPEAKER, OTHER_SPEAKER)]
 CLOSE = dict(rtol=0, atol=2e-5)  # the faster forms of modules round otherwise
@@ -71,6 +72,38 @@ def test_a_pair_is_decided_as_the_encoder_does(verifier, encoder, dim, enrol, te
     assert found["score"] == pytest.approx(expected.score, abs=2e-5)
     assert (found["accepted"], found["threshold"]) == (expected.accepted, expected.threshold)
     assert found["dim"] == (dim or 256)
+
+
+def test_a_threshold_that_knows_durations_is_applied_as_the_encoder_does(tmp_path, encoder):
+    """Entries of random scores that fall with the durations; recordings as they are, and cut to a second."""
+    folder, rng = tmp_path / "nano", np.random.default_rng(0)
+    save_model(load_model("nano"), folder)
+    labels, seconds = rng.integers(0, 2, 5000), np.exp(rng.uniform(-0.7, 2, (5000, 2)))
+    logs = np.log(seconds.min(axis=1))
+    thresholds = Thresholds()
+    for dim, count in ((64, 1), (256, 1), (256, 2)):
+        scores = rng.normal(0.3 + 0.1 * logs + (0.3 + 0.1 * logs) * labels, 0.1)
+        given = dict(wanted=0.05, dim=dim, weights=encoder.fingerprint, trials="random", enrolments=count)
+        thresholds.put(Threshold.fit(scores, labels, seconds=seconds, **given))
+    thresholds.save(folder)
+    verifier = pipeline(model=str(folder), trust_remote_code=True, device="cpu")
+    known = SpeakerEncoder.from_pretrained(folder, device="cpu")
+    whole = [read_audio(file) for file in RECORDINGS]
+    short = [wave[16_000:32_000] for wave in whole]
+    told = []
+    for dim in (None, 64):
+        for enrol, test in (([0], 1), ([0, 1], 2)):
+            for waves_of in (whole, short):
+                found = verifier({"enrol": [waves_of[row] for row in enrol], "test": waves_of[test]}, truncate_dim=dim)
+                (expected,) = known.verify([waves_of[row] for row in enrol], [waves_of[test]], dim)
+                assert found["threshold"] == pytest.approx(expected.threshold, abs=1e-9)
+                assert found["accepted"] is expected.accepted
+                told.append(found["threshold"])
+    assert len(set(told)) == 8
+    pairs = [(whole[0], whole[1]), (short[0], short[1])]
+    assert [each["threshold"] for each in verifier(pairs, batch_size=4)] == [
+        each["threshold"] for each in map(verifier, pairs)
+    ]
 
 
 def test_a_pair_may_be_a_tuple(verifier):

@@ -17,7 +17,9 @@ from mrl_redimnet.evaluation.groups import (
     miss_rate,
     read_groups,
 )
+from mrl_redimnet.evaluation.measures import ScoredList
 from mrl_redimnet.rows import BETWEEN, Rate, group_notes, row_from
+from mrl_redimnet.scoring.calibration import Threshold
 from mrl_redimnet.scoring.metrics import eer
 from mrl_redimnet.scoring.trials import Trials, UnknownSpeakersError
 
@@ -65,6 +67,20 @@ def test_rates_are_those_of_the_sub_lists():
     assert (between.targets, between.impostors) == (0, len(across))
     assert between.false_alarm.value == pytest.approx(np.mean(across >= threshold))
     assert between.eer is None and between.miss is None and between.against is None
+
+
+def test_groups_of_a_list_are_judged_by_a_threshold_that_knows_durations():
+    trials, scores = all_pairs(12, 5)
+    seconds = np.random.default_rng(0).uniform(0.5, 9, (len(trials), 2))
+    scores = scores * np.log(1 + seconds.min(axis=1))
+    saved = Threshold.fit(scores, trials.labels, wanted=0.1, dim=8, weights="", trials="", seconds=seconds)
+    accepted, _ = saved.judge(scores, seconds)
+    group_of, listed = halves(12), ScoredList(trials, {8: scores}, {8: saved}, seconds)
+    for row in listed.groups(group_of, resamples=0):
+        groups = (row["group"], row["group"]) if row["group"] != BETWEEN else ("low", "up")
+        impostors = chosen(trials, group_of, *groups) & (trials.labels == 0)
+        assert row["threshold"] == saved.threshold
+        assert row["false_alarm"]["value"] == pytest.approx(accepted[impostors].mean()) and accepted[impostors].any()
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=15, max_size=15), st.floats(-1, 3))

@@ -4,6 +4,7 @@
 //   make browser && node examples/browser/compare.js model a.wav b.wav
 import { existsSync, readFileSync } from "node:fs";
 import * as ort from "onnxruntime-node";
+import { thresholdsOf } from "./thresholds.js";
 import { readWav } from "./wav.js";
 
 const [folder, ...files] = process.argv.slice(2);
@@ -12,7 +13,7 @@ const { matryoshka_dims: dims, window_seconds: window, embedding_size: size } = 
 const { sampling_rate: rate, min_samples: shortest } = read("preprocessor_config.json");
 const session = await ort.InferenceSession.create(`${folder}/onnx/model.onnx`);
 
-// The embedding of a file; one longer than the model's window is cut into equal parts.
+// The embedding of a file and its seconds; one longer than the model's window is cut into equal parts.
 async function embed(file) {
   const audio = readWav(file);
   const { length } = audio.samples;
@@ -32,16 +33,16 @@ async function embed(file) {
     const { embeddings } = await session.run(Object.fromEntries(known));
     embeddings.data.forEach((value, k) => (mean[k] += value / count));
   }
-  return mean;
+  return { mean, seconds: length / rate };
 }
 
 const dot = (a, b, dim) => a.slice(0, dim).reduce((sum, value, i) => sum + value * b[i], 0);
 const [a, b] = [await embed(files[0]), await embed(files[1])];
 const entries = existsSync(`${folder}/thresholds.json`) ? read("thresholds.json").entries : [];
-const known = entries.filter((each) => each.scorer === "cosine" && (each.enrolments ?? 1) === 1);
-const thresholds = new Map(known.filter((each) => !each.calibration.seconds).map((each) => [each.dim, each.threshold]));
+const thresholds = thresholdsOf(entries);
 for (const dim of dims) {
-  const cosine = dot(a, b, dim) / Math.sqrt(dot(a, a, dim) * dot(b, b, dim));
-  const decision = thresholds.has(dim) ? (cosine >= thresholds.get(dim) ? "  same" : "  different") : "";
+  const cosine = dot(a.mean, b.mean, dim) / Math.sqrt(dot(a.mean, a.mean, dim) * dot(b.mean, b.mean, dim));
+  const threshold = thresholds.get(dim)?.(a.seconds, b.seconds);
+  const decision = threshold === undefined ? "" : cosine >= threshold ? "  same" : "  different";
   console.log(`${String(dim).padStart(4)} dimensions: cosine ${cosine.toFixed(4)}${decision}`);
 }

@@ -1,21 +1,19 @@
 // The page's parts: audio to samples, samples to embeddings, embeddings to a decision. See index.html.
 import { cosine, embed, load } from "./speaker.js";
+import { thresholdsOf } from "./thresholds.js";
 
 const show = (id, text) => (document.getElementById(id).textContent = text);
 const [dim, dtype] = ["dim", "dtype"].map((id) => document.getElementById(id));
 const folder = new URLSearchParams(location.search).get("model") ?? "model";
 const takes = [...document.querySelectorAll("fieldset")].map((box) => ({ box, note: box.querySelector(".note") }));
 let speaker = null;
-let thresholds = new Map(); // by dimensions
+let thresholds = new Map();
 let work = Promise.resolve();
 const inTurn = (step) => (work = work.then(step)); // one after another: they would slow each other, and be timed so
 
-// Thresholds for cosines of one recording with one other, that do not depend on their lengths.
 async function loadThresholds() {
   const answer = await fetch(`${folder}/thresholds.json`);
-  const entries = answer.ok ? (await answer.json()).entries : [];
-  const plain = entries.filter((each) => each.scorer === "cosine" && (each.enrolments ?? 1) === 1);
-  thresholds = new Map(plain.filter((each) => !each.calibration.seconds).map((each) => [each.dim, each.threshold]));
+  thresholds = thresholdsOf(answer.ok ? (await answer.json()).entries : []);
 }
 
 async function start() {
@@ -68,7 +66,8 @@ function compare() {
   const [a, b] = takes;
   const ready = speaker && a.embedding && b.embedding;
   const score = ready ? cosine(a.embedding, b.embedding, Number(dim.value)) : null;
-  const threshold = thresholds.get(Number(dim.value));
+  const known = thresholds.get(Number(dim.value));
+  const threshold = ready ? known?.(a.seconds, b.seconds) : undefined;
   const decided = threshold === undefined ? "No threshold for these dimensions" : score >= threshold ? "Same speaker" : "Different speakers";
   show("decision", !speaker ? "Loading the model ..." : ready ? decided : "Choose or record two recordings");
   show("cosine", ready ? score.toFixed(4) : "-");

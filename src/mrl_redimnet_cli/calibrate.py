@@ -46,7 +46,10 @@ def add(commands: Commands) -> None:
         "--false-accept", type=float, default=0.01, metavar="RATE", help="share of the impostors to accept [0.01]"
     )
     parser.add_argument(
-        "--durations", action="store_true", help="let the calibration depend on the durations of both sides"
+        "--durations",
+        action="store_true",
+        help="let calibration and threshold depend on how long both sides are: the speech is also cut to lengths from "
+        "0.5 to 4 s, and each trial counts twice, whole and cut",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help=f"the folder in which {thresholds} is written [the model's folder]"
@@ -83,6 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.scoring, arguments.cohort, arguments.top, prepare, progress="embedding the cohort"
     )
     speech = EmbeddedSpeech.of(encoder, lists.values(), arguments.folder, domain, progress="embedding")
+    if arguments.durations:
+        whole = len(speech.utterances)
+        speech = speech.with_cuts(encoder, arguments.folder, domain, progress="embedding stretches")
+        print(f"{len(speech.utterances) - whole:,} stretches were cut of {whole:,} utterances.")
     name = " + ".join(lists) + ("" if domain is None else f" as {arguments.domain}")
     entries, problems = [], []
     with warnings.catch_warnings(record=True) as caught:

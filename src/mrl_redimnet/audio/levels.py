@@ -8,7 +8,7 @@ import numpy as np
 from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.io import AudioError, AudioWarning, Source, name_of, read_audio
 
-_FRAME = SAMPLING_RATE // 50  # 20 ms
+FRAME = SAMPLING_RATE // 50  # samples: 20 ms
 # The step of 16 bits. What stays within one and a half of it is dither or the rounding of nothing. Speech of -47 dBFS,
 # 40 dB quieter and rounded to 16 bits again, still has 0.2 s of frames above it; so have no clicks: they take less than
 # a tenth of a frame's samples.
@@ -43,13 +43,13 @@ def levels(audio: np.ndarray) -> Levels:
     """
     power = float(np.mean(np.square(audio, dtype=np.float64)))
     dbfs = 10 * np.log10(power) if power > 0 else -np.inf
-    frames = audio[: len(audio) // _FRAME * _FRAME].reshape(-1, _FRAME) if len(audio) >= _FRAME else audio[None]
+    frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME) if len(audio) >= FRAME else audio[None]
     # By the median, as a click would move the mean.
     off = np.abs(frames - np.median(frames, axis=1, keepdims=True))
     sounding = np.mean(off > 1.5 * _STEP, axis=1) >= _SHARE_OF_FRAME
     seconds = len(audio) / SAMPLING_RATE
-    sound = min(seconds, np.count_nonzero(sounding) * _FRAME / SAMPLING_RATE)
-    if len(audio) < _FRAME // 2:
+    sound = min(seconds, np.count_nonzero(sounding) * FRAME / SAMPLING_RATE)
+    if len(audio) < FRAME // 2:
         problem = ""  # too short for any model, which says so
     elif np.ptp(audio) == 0:
         problem = "is silent" if audio[0] == 0 else f"holds nothing but the constant {audio[0]:.3g}"
@@ -77,7 +77,7 @@ def speaking(audio: np.ndarray) -> np.ndarray:
     The level alone tells that: less than 30 dB below the loud frames (their 95th percentile). In noise, pauses count as
     well. What is left behind the last whole frame is passed over.
     """
-    frames = audio[: len(audio) // _FRAME * _FRAME].reshape(-1, _FRAME)
+    frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME)
     power = np.mean(np.square(frames, dtype=np.float64), axis=1)
     return power > np.percentile(power, 95) * 10 ** (-_SPEECH_DB / 10) if len(power) else np.zeros(0, dtype=bool)
 

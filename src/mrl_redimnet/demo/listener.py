@@ -271,10 +271,15 @@ class Listener:
         units = self._units(takes, dim, adapter)
         return units @ units.T
 
-    def threshold(self, dim: int, adapter: str | None = None) -> float | None:
-        """From which cosine on two recordings are taken for one speaker; None where none is saved for cosines alone."""
+    def thresholds(self, takes: Sequence[Take], dim: int, adapter: str | None = None) -> NDArray | None:
+        """From which cosine on each two of N recordings are taken for one speaker, [N, N]; None where none is saved."""
         rule = self._rule(dim, adapter, [1], 1)
-        return None if rule.uses_seconds else rule.lowest.get(1)
+        if not rule.lowest:
+            return None
+        count, spoken = len(takes), [take.seconds for take in takes]
+        seconds = np.stack(np.meshgrid(spoken, spoken), axis=-1).reshape(-1, 2)
+        decisions = rule.decide(np.zeros(count * count), [1] * (count * count), seconds)
+        return np.array([decision.threshold for decision in decisions]).reshape(count, count)
 
     def operating_points(self, adapter: str | None = None) -> list[Threshold]:
         """The saved thresholds of this adapter's weights for single recordings, by size."""

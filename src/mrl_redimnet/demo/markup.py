@@ -50,17 +50,16 @@ def verdict(found: Verdict, same: str, other: str, no_decision: str) -> str:
 
 def _facts(found: Verdict) -> list[tuple[str, str]]:
     decision = found.decision
-    in_llr = found.saved is not None and found.saved.calibration.uses_seconds
     return [
         ("Score (cosine)", f"{decision.score:.3f}"),
-        ("Accepted from", NOTHING if decision.threshold is None else _value(decision.threshold, in_llr)),
+        ("Accepted from", _value(decision.threshold)),
         ("Calibrated probability of one speaker", f"{percent(found.probability)}, where both are equally likely before"
          if found.probability is not None else "not known: no calibration is saved"),
     ]  # fmt: skip
 
 
-def _value(threshold: float, in_llr: bool) -> str:
-    return f"{threshold:.3f}{' (LLR)' if in_llr else ''}"
+def _value(threshold: float | None) -> str:
+    return NOTHING if threshold is None else f"{threshold:.3f}"
 
 
 def percent(share: float | None) -> str:
@@ -76,11 +75,10 @@ def sizes(found: Sequence[Verdict], dim: int) -> str:
     for each in found:
         decision, saved = each.decision, each.saved
         chosen = ' aria-current="true" class="mrl-chosen"' if each.dim == dim else ""
-        in_llr = saved is not None and saved.calibration.uses_seconds
         cells = [
             f"{4 * each.dim:,} bytes",
             f"{decision.score:.3f}",
-            NOTHING if decision.threshold is None else _value(decision.threshold, in_llr),
+            _value(decision.threshold),
             {True: "accepted", False: "rejected", None: NOTHING}[decision.accepted],
             percent(each.probability),
             NOTHING if saved is None else percent(saved.misses),
@@ -100,8 +98,9 @@ def operating_points(entries: Sequence[Threshold]) -> str:
     """The error rates of every size where its threshold stands."""
     if not entries:
         return hint("No thresholds are saved for this model and adapter, so its error rates are not known here.")
+    unit = {True: " (LLR)", False: ""}  # of an LLR, durations say which cosine it is
     rows = [
-        f'<tr><th scope="row">{each.dim}</th><td>{_value(each.threshold, each.calibration.uses_seconds)}</td>'
+        f'<tr><th scope="row">{each.dim}</th><td>{_value(each.threshold)}{unit[each.calibration.uses_seconds]}</td>'
         f"<td>{100 * each.false_accepts:.2f} %</td><td>{100 * each.misses:.1f} %</td></tr>"
         for each in entries
     ]
@@ -176,31 +175,37 @@ def enrolled(speakers: Mapping[str, Sequence[Take]]) -> str:
 def matches(found: Sequence[Match]) -> str:
     """The enrolled speakers by how alike they are."""
     rows = [
-        f'<tr><th scope="row">{escape(each.speaker)}</th><td>{each.decision.score:.3f}</td><td>'
-        f"{NOTHING if each.decision.threshold is None else f'{each.decision.threshold:.3f}'}</td>"
-        f"<td>{percent(each.probability)}</td></tr>"
+        f'<tr><th scope="row">{escape(each.speaker)}</th><td>{each.decision.score:.3f}</td>'
+        f"<td>{_value(each.decision.threshold)}</td><td>{percent(each.probability)}</td></tr>"
         for each in found
     ]
     return _table("All enrolled speakers: the nearest first", ["name", "score", "accepted from", "probability"], rows)
 
 
-def matrix(names: Sequence[str], similarities: NDArray, threshold: float | None) -> str:
-    """Cosines [N, N] as a table, those from the threshold on marked."""
+def matrix(names: Sequence[str], similarities: NDArray, thresholds: NDArray | None) -> str:
+    """Cosines [N, N] as a table, those from their threshold [N, N] on marked."""
     rows = []
     for number, name in enumerate(names):
         cells = []
         for column, value in enumerate(similarities[number]):
-            same = column != number and threshold is not None and value >= threshold
+            same = column != number and thresholds is not None and value >= thresholds[number, column]
             opacity = 0.55 * min(1.0, max(0.0, float(value)))
             style = f'style="background:rgba(29,78,216,{opacity:.2f})"'
             cells.append(f"<td {style}>{f'<strong>{value:.2f} ✓</strong>' if same else f'{value:.2f}'}</td>")
         rows.append(f'<tr><th scope="row">{number + 1}. {escape(name)}</th>{"".join(cells)}</tr>')
-    marked = "no threshold is saved" if threshold is None else f"✓ marks one speaker, from {threshold:.3f} on"
+    marked = "no threshold is saved" if thresholds is None else f"✓ marks one speaker, from {_range(thresholds)} on"
     caption = f"Similarities: cosines of all pairs; {marked}"
     return _table(caption, ["recording", *map(str, range(1, len(names) + 1))], rows)
 
 
-def plane(names: Sequence[str], similarities: NDArray, threshold: float | None) -> str:
+def _range(thresholds: NDArray) -> str:
+    """Of two recordings [N, N]; those of short ones may differ."""
+    between = thresholds[~np.eye(len(thresholds), dtype=bool)]
+    low, high = f"{between.min():.3f}", f"{between.max():.3f}"
+    return low if low == high else f"{low} to {high}, by their durations,"
+
+
+def plane(names: Sequence[str], similarities: NDArray, thresholds: NDArray | None) -> str:
     """The recordings as points, near ones alike. Lines join those that are taken for one speaker."""
     places, share = flat_map(similarities)
     size, margin = 420, 40
@@ -211,14 +216,14 @@ def plane(names: Sequence[str], similarities: NDArray, threshold: float | None) 
         f'<line x1="{at[a, 0]:.1f}" y1="{at[a, 1]:.1f}" x2="{at[b, 0]:.1f}" y2="{at[b, 1]:.1f}" />'
         for a in range(len(names))
         for b in range(a)
-        if threshold is not None and similarities[a, b] >= threshold
+        if thresholds is not None and similarities[a, b] >= thresholds[a, b]
     ]
     points = [
         f'<g><title>{number}. {escape(name)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="11" />'
         f'<text x="{x:.1f}" y="{y + 4:.1f}">{number}</text></g>'
         for number, (name, (x, y)) in enumerate(zip(names, at, strict=True), 1)
     ]
-    joined = "" if threshold is None else " Lines join those that are taken for one speaker."
+    joined = "" if thresholds is None else " Lines join those that are taken for one speaker."
     told = f"Map of {len(names)} recordings: near ones sound alike. It shows {100 * share:.0f} % of their differences."
     return (
         f'<figure><svg class="mrl-map" viewBox="0 0 {size} {size}" role="img" aria-label="{escape(told)}">'

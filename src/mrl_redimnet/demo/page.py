@@ -199,9 +199,9 @@ class Session:
             found = self.listener.similarities(takes, size, choice.adapter)
         except (AudioError, ValueError) as error:
             return markup.problem(str(error)), "", heard or {}
-        names, threshold = [take.name for take in takes], self.listener.threshold(size, choice.adapter)
+        names, thresholds = [take.name for take in takes], self.listener.thresholds(takes, size, choice.adapter)
         told = markup.warnings_of(takes) + markup.hint(f"With {size} numbers. {choice.reason}")
-        return told + markup.matrix(names, found, threshold), markup.plane(names, found, threshold), known
+        return told + markup.matrix(names, found, thresholds), markup.plane(names, found, thresholds), known
 
     def points(self, adapter: str) -> str:
         """The error rates of every size."""

@@ -5,6 +5,7 @@ Lists that name the same path mean the same file.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mrl_redimnet.audio.waveforms import into_domain
+from mrl_redimnet.audio.cuts import CUTS, cut
+from mrl_redimnet.audio.io import Source, name_of
+from mrl_redimnet.audio.waveforms import Prepare, into_domain
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.evaluation.measures import ScoredList
 from mrl_redimnet.evaluation.results import check_present
@@ -85,6 +88,26 @@ class EmbeddedSpeech:
         found = encoder.embed_all(files, prepare=into_domain(folder, domain), progress=progress, strict=True)
         return cls(utterances, found.embeddings, found.seconds)
 
+    def with_cuts(
+        self, encoder: SpeakerEncoder, folder: str | Path, domain: Callable | None = None, progress: str | None = None
+    ) -> "EmbeddedSpeech":
+        """These utterances and, as utterances of their own, stretches of them: one of every class of `CUTS` that an
+        utterance is long enough for, called as `cut_name` says. Arguments and errors as of `of`.
+        """
+        parts = [self]
+        for kind, (_, longest) in CUTS.items():
+            long = [path for path, seconds in zip(self.utterances, self.seconds, strict=True) if seconds >= longest]
+            paths = {str(Path(folder) / path): path for path in long}
+            prepare = partial(_stretch, kind=kind, paths=paths, prepare=into_domain(folder, domain))
+            found = encoder.embed_all([*paths], prepare=prepare, progress=progress, strict=True)
+            names = [cut_name(path, kind) for path in paths.values()]
+            parts.append(EmbeddedSpeech(names, found.embeddings, found.seconds))
+        return EmbeddedSpeech(
+            [path for part in parts for path in part.utterances],
+            np.concatenate([part.embeddings for part in parts]),
+            np.concatenate([part.seconds for part in parts]),
+        )
+
     def scores(self, trials: Trials, dim: int, scorer: Scorer) -> np.ndarray:
         """Scores [trials] at one dimension."""
         return score(trials, self.utterances, self.embeddings, dim, scorer)
@@ -92,6 +115,16 @@ class EmbeddedSpeech:
     def trial_seconds(self, trials: Trials) -> np.ndarray:
         """Durations [trials, 2] of both sides."""
         return trial_seconds(trials, self.utterances, self.seconds)
+
+
+def _stretch(source: Source, audio: np.ndarray, kind: str, paths: Mapping[str, str], prepare: Prepare) -> np.ndarray:
+    """A stretch of a file that a list calls `paths[file]`, after it was prepared."""
+    return cut(prepare(source, audio), paths[name_of(source)], kind)
+
+
+def cut_name(path: str, kind: str) -> str:
+    """What a stretch of an utterance is called; kind: one of `CUTS`."""
+    return f"{path} ({kind})"
 
 
 # ---------------------------------------------------------------- evaluation
@@ -233,6 +266,27 @@ def by_enrolment_count(lists: Mapping[str, Trials], counts: Sequence[int]) -> tu
     return parts, notes
 
 
+def at_drawn_lengths(trials: Trials, utterances: Iterable[str], seed: int = 0) -> Trials:
+    """The same trials, each utterance of each of them whole or as one of its stretches, drawn with equal chances.
+
+    utterances: what there is, as of `EmbeddedSpeech.with_cuts`. The result does not tell speakers.
+    """
+    rng, there = np.random.default_rng(seed), set(utterances)
+    versions = {
+        path: [path, *(name for kind in CUTS if (name := cut_name(path, kind)) in there)] for path in trials.utterances
+    }
+
+    def drawn(path: str) -> str:
+        return versions[path][rng.integers(len(versions[path]))]
+
+    tests = [drawn(path) for path in trials.test]
+    if trials.models is None:
+        return Trials(trials.labels, [drawn(path) for path in trials.enrol], tests)
+    names = [f"{name} ({row})" for row, name in enumerate(trials.enrol)]  # each trial draws lengths of its own
+    paths = [[drawn(path) for path in trials.models[name]] for name in trials.enrol]
+    return Trials(trials.labels, names, tests, dict(zip(names, paths, strict=True)))
+
+
 def fit_thresholds(
     encoder: SpeakerEncoder,
     speech: EmbeddedSpeech,
@@ -248,8 +302,12 @@ def fit_thresholds(
     """Thresholds at every dimension for averages of `enrolments` utterances, each set on all of the trials together.
 
     false_accept: the share of impostors to accept. name: of the trials. durations: let the calibration depend on both
-    sides' durations. Raises ValueError as `Threshold.fit` does.
+    sides' durations; each trial then counts twice, as it is and at drawn lengths (`speech` is `with_cuts`). Raises
+    ValueError as `Threshold.fit` does.
     """
+    if durations:
+        trials = [*trials, *(at_drawn_lengths(each, speech.utterances) for each in trials)]
+        name += ", whole and cut"
     labels, weights = np.concatenate([each.labels for each in trials]), encoder.fingerprint
     seconds = np.concatenate([speech.trial_seconds(each) for each in trials]) if durations else None
     return [

@@ -119,11 +119,15 @@ class ScoredList:
         return row
 
     def groups(self, group_of: Mapping[str, str], resamples: int) -> list[dict]:
-        """Rows of `groups.error_rates` at every dimension, at its saved threshold or that of equal error rates."""
+        """Rows of `groups.error_rates` at every dimension, at its saved threshold or that of equal error rates; of
+        LLRs where the saved threshold is one.
+        """
         rows = []
         for dim, scores in self.scores.items():
             saved = self.saved.get(dim)
-            threshold = None if saved is None or saved.calibration.uses_seconds else saved.threshold
+            if saved is not None and saved.calibration.uses_seconds:
+                scores = saved.calibration(scores, self.seconds)
+            threshold = None if saved is None else saved.threshold
             rows += error_rates(self.trials, scores, group_of, resamples, threshold, dim)
         return [asdict(row) for row in rows]
 

@@ -20,7 +20,8 @@ from mrl_redimnet.files import replace_text
 from mrl_redimnet.fingerprints import same_weights
 
 THRESHOLDS_FILE = "thresholds.json"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # the first had no `steeper`
 RIDGE = 1e-6  # keeps the slope finite where the scores separate the trials; far below what moves any other fit
 TAIL_STEP = 1.1  # each stored number of accepted impostors is at most so many times the one before it
 RULE_OF = 30  # errors that tell a rate within 30 % with 90 % confidence (Doddington et al., Speech Communication 2000)
@@ -28,21 +29,23 @@ RULE_OF = 30  # errors that tell a rate within 30 % with 90 % confidence (Doddin
 
 @dataclass(frozen=True)
 class Calibration:
-    """A map from scores to natural-log likelihood ratios, linear in the score and in log durations.
+    """A map from scores to natural-log likelihood ratios, linear in the score and, where it knows durations, in theirs.
 
-        llr = offset + slope * score + shorter * ln(shorter side) + longer * ln(longer side)
+        llr = offset + shorter * ln(short) + longer * ln(long) + (slope + steeper * ln(short)) * score
 
-    Both sides' durations are in seconds; they are sorted, so it does not matter which side is the enrolment. They are
-    additive quality measures in the sense of Mandasari et al., "Quality Measure Functions for Calibration of Speaker
-    Recognition Systems in Various Duration Conditions", IEEE TASLP 21(11), 2013: short sides make both kinds of trial
-    score lower, and the offset follows. Durations outside those of the fit count as the nearest inside.
+    `short` and `long` are the durations of both sides in seconds, whichever is the enrolment. They are quality
+    measures in the sense of Mandasari et al., "Quality Measure Functions for Calibration of Speaker Recognition Systems
+    in Various Duration Conditions", IEEE TASLP 21(11), 2013: short sides make both kinds of trial score lower, and the
+    offset follows. A score of short speech also says less, and the slope follows, which is added here. Durations
+    outside those of the fit count as the nearest inside.
 
     Attributes:
-        offset, slope: of the score; slope > 0, so a higher score is never less likely a target.
+        offset, slope: of the score; a higher score is never less likely a target.
         shorter, longer: of the durations, per ln second; None without duration terms.
         seconds: shortest and longest side the fit has seen.
         prior: of a target trial, on which the fit laid its weight.
         targets, impostors: how many trials it was fitted on.
+        steeper: what the slope gains per ln second of the shorter side.
     """
 
     offset: float
@@ -53,15 +56,18 @@ class Calibration:
     prior: float = 0.01
     targets: int = 0
     impostors: int = 0
+    steeper: float = 0.0
 
     def __post_init__(self) -> None:
         if self.uses_seconds == (self.seconds is None) or (self.shorter is None) != (self.longer is None):
             raise ValueError("shorter, longer and seconds belong together: all of them, or none.")
-        values = [self.offset, self.slope, *(self.seconds or ())]
+        values = [self.offset, self.slope, self.steeper, *(self.seconds or ())]
         if self.uses_seconds:
             values += [self.shorter, self.longer]
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values) or self.slope <= 0:
-            raise ValueError(f"calibration: {values} must be finite numbers and the slope positive.")
+        usable = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        usable = usable and all(value > 0 for value in self.seconds or ())
+        if not usable or min(self._slopes(np.log(self.seconds or (1.0,)))) <= 0:
+            raise ValueError(f"calibration: {values} must be finite numbers, durations and the slope positive.")
 
     @property
     def uses_seconds(self) -> bool:
@@ -89,20 +95,22 @@ class Calibration:
         scores, targets = _checked(scores, labels)
         if not 0.0 < prior < 1.0:
             raise ValueError(f"prior must be between 0 and 1 (both excluded), got {prior}")
-        columns, limits = [scores], None
-        if seconds is not None:
-            limits, logs = _log_seconds(seconds, len(scores))
-            columns += [logs[:, 0], logs[:, 1]]
         if np.ptp(scores) == 0:
             raise ValueError(f"all {len(scores)} scores are {scores[0]}: nothing to calibrate")
-        offset, slopes = _logistic(np.column_stack(columns), targets, prior)
-        if slopes[0] <= 0:
+        limits = shorter = longer = None
+        steeper = 0.0
+        if seconds is None:
+            offset, (slope,) = _logistic(scores[:, None], targets, prior)
+        else:
+            limits, logs = _log_seconds(seconds, len(scores))
+            offset, (slope, shorter, longer, steeper) = _logistic_of_seconds(scores, logs, targets, prior)
+        if min(slope + steeper * np.log(limits or (1.0,))) <= 0:
             raise ValueError(
-                f"targets do not score higher than impostors (slope {slopes[0]:.3g} over {targets.sum()} targets and "
+                f"targets do not score higher than impostors (slope {slope:.3g} over {targets.sum()} targets and "
                 f"{(~targets).sum()} impostors): are the labels swapped, or the scores distances?"
             )
-        shorter, longer = slopes[1:] if limits else (None, None)
-        return cls(offset, slopes[0], shorter, longer, limits, prior, int(targets.sum()), int((~targets).sum()))
+        counts = int(targets.sum()), int((~targets).sum())
+        return cls(offset, slope, shorter, longer, limits, prior, *counts, steeper)
 
     def __call__(self, scores: ArrayLike, seconds: ArrayLike | None = None) -> NDArray:
         """Scores [T], and with duration terms seconds [T, 2] -> natural-log likelihood ratios, float64 [T].
@@ -111,13 +119,26 @@ class Calibration:
         or do not fit the scores.
         """
         scores = np.asarray(scores, dtype=np.float64)
-        llrs = self.offset + self.slope * scores
-        if not self.uses_seconds:
-            return llrs
+        offset, slope = self._line(seconds, scores.size)
+        return offset + slope * scores
+
+    def score_at(self, llrs: ArrayLike, seconds: ArrayLike | None = None) -> NDArray:
+        """Likelihood ratios [T], and seconds [T, 2] as for a call -> the scores that they belong to, float64 [T]."""
+        llrs = np.asarray(llrs, dtype=np.float64)
+        offset, slope = self._line(seconds, llrs.size)
+        return (llrs - offset) / slope
+
+    def _line(self, seconds: ArrayLike | None, trials: int) -> tuple[NDArray, NDArray]:
+        """Offsets and slopes of trials, [T] or one for all."""
+        if self.shorter is None or self.longer is None:
+            return np.asarray(self.offset), np.asarray(self.slope)
         if seconds is None:
             raise ValueError("this calibration has duration terms: give the seconds [T, 2] of both sides")
-        _, logs = _log_seconds(seconds, scores.size, self.seconds)
-        return llrs + self.shorter * logs[:, 0] + self.longer * logs[:, 1]
+        _, logs = _log_seconds(seconds, trials, self.seconds)
+        return self.offset + self.shorter * logs[:, 0] + self.longer * logs[:, 1], self._slopes(logs[:, 0])
+
+    def _slopes(self, log_shorter: NDArray) -> NDArray:
+        return self.slope + self.steeper * log_shorter
 
 
 def threshold_at(scores: ArrayLike, labels: ArrayLike, rate: float) -> float:
@@ -382,9 +403,10 @@ class Thresholds:
             version, records = content["version"], content["entries"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} does not hold thresholds: {error!r}") from error
-        if version != VERSION:
+        if version not in READABLE:
+            readable = " and ".join(map(str, READABLE))
             raise ValueError(
-                f"{file} has version {version!r}, this package reads {VERSION}: update it, or calibrate anew"
+                f"{file} has version {version!r}, this package reads {readable}: update it, or calibrate anew"
             )
         if not isinstance(records, list):
             raise ValueError(f"{file} does not hold thresholds: 'entries' is no list")
@@ -431,6 +453,25 @@ def _logistic(columns: NDArray, targets: NDArray, prior: float) -> tuple[float, 
         raise ValueError(f"the calibration did not converge on {len(columns)} trials: {found.message}")
     slopes = found.x[1:] / scale
     return float(found.x[0] - slopes @ mean), slopes.tolist()
+
+
+def _logistic_of_seconds(
+    scores: NDArray, logs: NDArray, targets: NDArray, prior: float
+) -> tuple[float, tuple[float, float, float, float]]:
+    """Offset, and slopes of the score, of the log durations [T, 2], and of the score times the first of these: 0 where
+    the slope of the score would turn within the durations, as scores tell nothing at some of them.
+    """
+    first = logs[:, 0]
+    middle = float(np.median(first))  # where durations are all alike, exactly theirs
+    columns = np.column_stack([scores, logs])
+    offset, (slope, shorter, longer, steeper) = _logistic(
+        np.column_stack([columns, scores * (first - middle)]), targets, prior
+    )
+    slope -= steeper * middle
+    if min(slope + steeper * logs.min(), slope + steeper * logs.max()) > 0:
+        return offset, (slope, shorter, longer, steeper)
+    offset, (slope, shorter, longer) = _logistic(columns, targets, prior)
+    return offset, (slope, shorter, longer, 0.0)
 
 
 def _log_seconds(

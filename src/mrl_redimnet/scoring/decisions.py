@@ -22,7 +22,7 @@ class Decision:
     Attributes:
         score: of the comparison, higher means more alike.
         accepted: whether it is the same speaker; None where there is no threshold to decide by.
-        threshold: accepted from it on; a score, or an LLR where the saved calibration has duration terms. None without.
+        threshold: accepted from this score on, at the durations of this comparison; None without.
         llr: natural-log likelihood ratio of "the same speaker"; None where no calibration is saved.
     """
 
@@ -66,8 +66,8 @@ class DecisionRule:
         given: accept scores from this one on, whatever is saved.
         saved: {number of enrolment utterances: the threshold saved for that number, or for the nearest there is}.
         speakers: how many enrolled speakers are compared in one decision, 1 for verification.
-        lowest: {number of enrolment utterances: accepted from here on}; empty where `problem` says why the saved
-            thresholds cannot decide.
+        lowest: {number of enrolment utterances: accepted from here on}, scores, or LLRs where the calibration has
+            duration terms; empty where `problem` says why the saved thresholds cannot decide.
         rests_on: how many accepted impostor trials the lowest thresholds were set by, at least.
     """
 
@@ -133,15 +133,15 @@ class DecisionRule:
         ]
 
     def _decide(self, score: float, count: int, seconds: NDArray | None) -> Decision:
-        accepted = llr = None
+        llr, threshold = None, self.given
         if self.saved:
-            entry = self.saved[count]
-            llr = float(entry.calibration(np.array([score]), seconds)[0])
-            value = llr if entry.calibration.uses_seconds else score
-            accepted = value >= self.lowest[count] if self.lowest else None
-        if self.given is not None:
-            accepted = score >= self.given
-        return Decision(score, accepted, self.lowest.get(count) if self.given is None else self.given, llr)
+            calibration = self.saved[count].calibration
+            llr = float(calibration(np.array([score]), seconds)[0])
+            if threshold is None and self.lowest:
+                threshold = self.lowest[count]
+                if calibration.uses_seconds:  # then it is an LLR
+                    threshold = float(calibration.score_at([threshold], seconds)[0])
+        return Decision(score, None if threshold is None else score >= threshold, threshold, llr)
 
     def __str__(self) -> str:
         if self.given is not None:
