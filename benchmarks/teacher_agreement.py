@@ -99,7 +99,9 @@ def rate(trials: Trials, places: dict[str, int], embeddings: np.ndarray, resampl
     unit = units(embeddings)
     first, second = (unit[[places[name] for name in names]] for names in (trials.enrol, trials.test))
     scores = np.sum(first * second, axis=1)
-    return Drawn(eer(scores, trials.labels), bootstrap_values(scores, trials.labels, *trials.speakers, resamples))
+    return Drawn(
+        eer(scores, trials.labels), bootstrap_values(scores, trials.labels, *trials.speakers, resamples=resamples)
+    )
 
 
 def write(arguments: argparse.Namespace, found: dict) -> None:
