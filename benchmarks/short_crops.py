@@ -13,9 +13,7 @@ from a crop of it to point in that direction. All runs have the same steps of th
 
 import argparse
 import json
-import os
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +37,7 @@ from mrl_redimnet.training.reading import flat, in_groups, read_recipe
 BASE = "nano"
 MOST = 4  # utterances of a speaker
 STEPS, SECONDS = 150, 32.0  # of speech in a step
+ENDED = "ended"  # a file in the folder of a run that is
 LORA = {"finetune": "adapter", "placement": "linear", "rank": 8, "learning_rate": 2e-3, "weight_decay": 0.01}
 CROPS = {"crops of 2 s": 2.0, "crops of 0.6 to 3 s": [0.6, 3.0], "crops of 1 s": 1.0}
 RUNS = {
@@ -91,17 +90,14 @@ def train(arguments: argparse.Namespace) -> None:
     """Every run that has not been ended yet."""
     for name, settings in RUNS.items():
         folder = folder_of(arguments.runs, name)
-        if (folder / "seconds.json").is_file():
+        if (folder / ENDED).is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
         recipe = recipe_of(arguments, folder) | settings
         recipe["batch_size"] = round(SECONDS / np.mean(recipe["crop_seconds"]))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(in_groups(flat(read_recipe(None, recipe)))))
-        began = time.process_time()
         train_hf.main([str(folder / "recipe.yaml"), "--resume"])
-        seconds = round(time.process_time() - began)
-        (folder / "seconds.json.new").write_text(json.dumps(seconds))
-        os.replace(folder / "seconds.json.new", folder / "seconds.json")
+        (folder / ENDED).touch()
 
 
 def recipe_of(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -129,14 +125,13 @@ def folder_of(runs: Path, name: str) -> Path:
 def report(arguments: argparse.Namespace) -> None:
     """Development EERs by class, with what each run changes."""
     runs, (trials, speech) = arguments.runs, arguments.develop
-    found, seconds = {}, {}
+    found = {}
     for name in (BASE, *RUNS):
         folder = folder_of(runs, name)
-        if name == BASE or (folder / "seconds.json").is_file():
+        if name == BASE or (folder / ENDED).is_file():
             kept = runs / "heard" / f"{folder.name}.npz"
             heard = hear(loaded(folder, name), read_trials(trials), speech, None, kept)
             found[name] = judged(heard, arguments.resamples)
-            seconds[name] = 0 if name == BASE else json.loads((folder / "seconds.json").read_text())
     lines = [["cut", "duration", "numbers", f"{BASE} as it is", *[name for name in found if name != BASE]]]
     for key in found[BASE]:
         side, number, dim = key
@@ -147,14 +142,15 @@ def report(arguments: argparse.Namespace) -> None:
         "# Training for short utterances", "", "```bash", command_line(), "```", "",
         f"{machine()}. EER % on the development trials, changes against {BASE} in points with paired 95 % "
         f"intervals from {arguments.resamples} resamples of the speakers, **bold** without zero; one run each of "
-        f"{STEPS} steps of {SECONDS:g} s of speech. Core-seconds: "
-        + "; ".join(f"{name} {seconds[name]}" for name in found if name != BASE) + ".", "",
+        f"{STEPS} steps of {SECONDS:g} s of speech.", "",
         markdown_table(lines, left=(0, 1, 2), aligned=False), "",
     ])  # fmt: skip
     print(text)
     record = {name: {"|".join(map(str, key)): drawn.record() for key, drawn in each.items()}
               for name, each in found.items()}  # fmt: skip
-    arguments.out.with_suffix(".json").write_text(json.dumps({"eer": record, "seconds": seconds}, indent=1) + "\n")
+    arguments.out.with_suffix(".json").write_text(
+        json.dumps({"command": command_line(), "eer": record}, indent=1) + "\n"
+    )
     arguments.out.with_suffix(".md").write_text(text)
 
 
