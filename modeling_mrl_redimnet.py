@@ -351,7 +351,7 @@ class MapNorm(nn.GroupNorm):
         """x [B, frames, width] -> the same shape."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = masked_mean(values, mask)
-        variance = masked_mean((values - mean).square(), mask)
+        variance = masked_mean(self.squares(values, mean), mask)
         # Both [B, 1, width] -> [B, 1, groups, width / groups]; a group's variance is that within its channels and that
         # between their means.
         mean, variance = (part.unflatten(-1, (self.num_groups, -1)) for part in (mean, variance))
@@ -360,6 +360,10 @@ class MapNorm(nn.GroupNorm):
         scale = self.weight * (group_variance + self.eps).rsqrt().expand_as(mean).flatten(2)
         shift = self.bias - group_mean.expand_as(mean).flatten(2) * scale
         return torch.addcmul(shift, values, scale).to(x.dtype)
+
+    def squares(self, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """(x - mean)^2 of x [B, frames, width] and mean [B, 1, width]."""
+        return (x - mean).square()
 
 
 class NoMapNorm(nn.Module):

@@ -6,7 +6,7 @@ The Hub, the cache and the token are those of huggingface_hub (HF_ENDPOINT, HF_H
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
 
 from configuration_mrl_redimnet import MRLReDimNetError
 from mrl_redimnet.adapters.facts import FACTS_FILE, AdapterFacts
@@ -168,10 +169,8 @@ def push_base(
         sent |= {file.name: file for file in code_files()}
     if "config.json" not in sent or not any(name.endswith(".safetensors") for name in sent):
         raise HubError(f"{folder} is no model: it lacks config.json or model.safetensors. Save it with save_model.")
-    for file in sorted(sent.keys() & {"config.json", "preprocessor_config.json"}):
-        for module in sorted({value.split(".")[0] for value in (_json(folder / file).get("auto_map") or {}).values()}):
-            if f"{module}.py" not in sent:
-                raise HubError(f"{folder} lacks {module}.py, so that nobody could load it. Save it with save_model.")
+    if missing := sorted(_modules_named(folder, sent) - sent.keys()):
+        raise HubError(f"{folder} lacks {', '.join(missing)}, so that nobody could load it. Save it with save_model.")
     try:
         load_model(folder)  # what cannot be loaded is of no use to anybody
     except (ValueError, OSError) as error:
@@ -180,6 +179,20 @@ def push_base(
         sent["README.md"] = _read(folder / "README.md").replace(PLACEHOLDER, repository).encode()
     _check_paths(folder, sent)
     return _push(sent, left_out, repository, private, revision, tag, token, message or "Model")
+
+
+def _modules_named(folder: Path, sent: Mapping[str, Path | bytes]) -> set[str]:
+    """The Python files beside a model that its configurations name, or that such a file imports."""
+    named = set()
+    for name in sent.keys() & {"config.json", "preprocessor_config.json"}:
+        config = _json(folder / name)
+        pipelines = (config.get("custom_pipelines") or {}).values()
+        classes = [*(config.get("auto_map") or {}).values(), *(pipeline["impl"] for pipeline in pipelines)]
+        named |= {path.split(".")[0] for path in classes}
+    for file in sent.values():
+        if isinstance(file, Path) and file.suffix == ".py":
+            named |= set(get_relative_imports(file))
+    return {f"{module}.py" for module in named}
 
 
 def pull(

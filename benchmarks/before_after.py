@@ -5,8 +5,9 @@
 Each checkout works in processes of its own, with the same random weights and noise. For every case the two take turns,
 one call each, so that what else happens on the machine meets both. Where memory lies differs from one start of a
 process to the next and moves a time by up to a tenth, so each case is started several times. Memory is the peak of a
-fresh process's resident memory above what it had with the model built. This checkout's models run with
-`mrl_redimnet.speed_up`, where it exists.
+fresh process's resident memory above what it had with the model built, which differs from start to start, too. With
+`--tensors` the bytes of torch's tensors at their peak are counted instead, by its profiler, and nothing is timed; what
+else runs does not matter. This checkout's models run with `mrl_redimnet.speed_up`, where it exists.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +46,7 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help="some of the cases")
     parser.add_argument("--starts", type=int, default=5, help="how often both are started, for every case [5]")
     parser.add_argument("--rounds", type=int, default=8, help="calls of each after a start [8]")
+    parser.add_argument("--tensors", action="store_true", help="only the peak of torch's tensors in one call of each")
     parser.add_argument("--plain", action="store_true", help="without speed_up here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -51,6 +54,9 @@ def main():
         work(arguments.worker, arguments.plain)
         return
     command = shlex.join(["python", *sys.argv]).replace(str(arguments.other), "OTHER_CHECKOUT")
+    if arguments.tensors:
+        compare_tensors(command, arguments)
+        return
     record = {"command": command, "machine": machine(), "torch": version("torch"), "cases": {}}
     for case in arguments.cases:
         record["cases"][case] = compare(case, arguments)
@@ -85,6 +91,25 @@ def compare(case: str, arguments) -> dict:
     return found
 
 
+def compare_tensors(command: str, arguments) -> None:
+    """Prints and writes the peak of torch's tensors of both."""
+    lines = ["| case | before, MiB | after, MiB | after / before |", "|---" * 4 + "|"]
+    for case in arguments.cases:
+        peaks = []
+        for folder in (arguments.other.resolve(), HERE):
+            worker = start(folder, case, arguments.plain)
+            peaks.append(float(worker.communicate("tensors\n")[0].split()[0]))
+        lines.append(f"| {case} | {peaks[0]:,.1f} | {peaks[1]:,.1f} | {peaks[1] / peaks[0]:.3f} |")
+        print(lines[-1], flush=True)
+    if arguments.out:
+        head = (
+            f"# Memory of tensors before and after\n\n```bash\n{command}\n```\n\n{machine()}, torch "
+            f"{version('torch')}. Bytes of all tensors that one call allocates, at their peak, "
+            "as torch's profiler counts them.\n\n"
+        )
+        arguments.out.with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
+
+
 def start(folder: Path, case: str, plain: bool) -> subprocess.Popen:
     """A process that works in a checkout, ready for calls."""
     paths = os.pathsep.join(map(str, (folder, folder / "src", HERE / "benchmarks")))
@@ -107,6 +132,9 @@ def work(case: str, plain: bool):
     for line in sys.stdin:
         if line == "stop\n":
             break
+        if line == "tensors\n":
+            print(tensors_mib(call))
+            continue
         began = time.perf_counter()
         call()
         print(1000 * (time.perf_counter() - began), flush=True)
@@ -115,6 +143,25 @@ def work(case: str, plain: bool):
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def tensors_mib(call) -> float:
+    """The most that torch's tensors take up in a call beyond what they had before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        watched.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    events = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in trace["traceEvents"] if event["name"] == "[memory]"
+    )
+    taken = peak = 0
+    for _, size in events:
+        taken += size
+        peak = max(peak, taken)
+    return peak / 2**20
 
 
 def make_call(case: str, plain: bool):

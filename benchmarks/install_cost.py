@@ -3,17 +3,20 @@
     python benchmarks/install_cost.py docs/results/install
 
 The wheel of this checkout is built and installed into a new environment, everything downloaded anew; commands are then
-timed in it. Needs `make .tools/bin/uv` first. Writes install.json and install.md.
+timed in it. Service and page are started as well, the first time right after the installation. Needs `make
+.tools/bin/uv` first. Writes install.json, and the first part of install.md.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from timing import machine
@@ -38,6 +41,11 @@ CALLS = {
     "the README's first example": ["-c", re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]],
 }
 FAILS = {"a misspelt path": 2}  # exit status of calls that are to fail
+INSTALLS = {"mrl-redimnet": "", "mrl-redimnet[all]": "[all]", "mrl-redimnet[demo]": "[demo]"}
+# By the installation that has them: a command that serves, and what it is asked.
+SERVERS = {"mrl-redimnet[all]": (["serve", "nano"], "/ready"), "mrl-redimnet[demo]": (["demo"], "/")}
+PORT = 8123
+REST = "\n## Both ends of the ranges\n"  # where the part of the page begins that other commands made
 
 
 def main():
@@ -50,16 +58,18 @@ def main():
         run(UV, "build", "--quiet", "--wheel", "--out-dir", folder, ROOT)
         (wheel,) = Path(folder).glob("*.whl")
         records = {
-            name: measure(Path(folder) / f"env{i}", f"{wheel}{extras}", arguments)
-            for i, (name, extras) in enumerate({"mrl-redimnet": "", "mrl-redimnet[all]": "[all]"}.items())
+            name: measure(name, Path(folder) / f"env{i}", f"{wheel}{extras}", arguments)
+            for i, (name, extras) in enumerate(INSTALLS.items())
         }
     report = {"machine": machine(), "python": arguments.python, "installs": records}
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(table(report))
+    page = arguments.out.with_suffix(".md")
+    rest = page.read_text().partition(REST)[2] if page.exists() else ""
+    page.write_text(table(report) + (f"{REST}{rest}" if rest else ""))
     print(table(report))
 
 
-def measure(environment: Path, requirement: str, arguments) -> dict:
+def measure(name: str, environment: Path, requirement: str, arguments) -> dict:
     """Installs without a cache, then times the calls."""
     run(UV, "venv", "--quiet", "--python", arguments.python, environment)
     start = time.perf_counter()
@@ -70,7 +80,9 @@ def measure(environment: Path, requirement: str, arguments) -> dict:
     torch = sum(size for name, size in sizes.items() if name.startswith(("torch", "nvidia", "triton", "cuda")))
     listed = run(UV, "pip", "list", "--quiet", "--python", environment, "--format", "json")
     python = environment / "bin" / "python"
+    starts = [started(environment, *SERVERS[name]) for _ in range(4)] if name in SERVERS else []
     return {
+        "starts": starts,
         "seconds": seconds,
         "packages": len(json.loads(listed)),
         "bytes": sum(sizes.values()),
@@ -90,6 +102,26 @@ def timed(python: Path, call: list[str], status: int, repeats: int) -> dict[str,
         if done.returncode != status:
             raise RuntimeError(f"{call[1]} ended with {done.returncode}: {done.stderr}")
     return {"median": statistics.median(times[1:]), "low": min(times[1:]), "high": max(times[1:])}
+
+
+def started(environment: Path, command: list[str], path: str) -> float:
+    """Seconds from a command to its first answer."""
+    url, begun = f"http://127.0.0.1:{PORT}{path}", time.perf_counter()
+    server = subprocess.Popen(
+        [environment / "bin" / "mrl-redimnet", *command, "--port", str(PORT)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ALONE,
+    )  # fmt: skip
+    try:
+        while server.poll() is None:
+            try:
+                with urllib.request.urlopen(url):
+                    return time.perf_counter() - begun
+            except OSError:  # not listening, or not ready
+                time.sleep(0.05)
+        raise RuntimeError(f"{shlex.join(command)} ended with {server.returncode} before it answered.")
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def size_of(path: Path) -> int:
@@ -123,6 +155,11 @@ def table(report: dict) -> str:
         cells = [each["calls"][name] for each in installs.values()]
         shown = [f"{cell['median']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
         lines.append(f"| {name}, s | " + " | ".join(shown) + " |")
+    for name, (command, path) in SERVERS.items():
+        first, *others = installs[name]["starts"]
+        shown = f"{statistics.median(others):.1f} [{min(others):.1f}, {max(others):.1f}], the first time {first:.1f}"
+        cells = [shown if install == name else "" for install in installs]
+        lines.append(f"| `mrl-redimnet {shlex.join(command)}` until `{path}` answers, s | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,7 @@ from mrl_redimnet.adapters.hub import (
     push_adapter,
     push_base,
 )
-from mrl_redimnet.saving import load_model, save_model
+from mrl_redimnet.saving import code_files, load_model, save_model
 from mrl_redimnet_cli import main as command
 
 BASE = "anna/nano"
@@ -541,9 +541,7 @@ def test_broken_files_are_not_pushed(hub, adapter, name, content, part):
     assert not hub.requests
 
 
-@pytest.mark.parametrize(
-    "missing", ["config.json", "model.safetensors", "modeling_mrl_redimnet.py", "feature_extraction_mrl_redimnet.py"]
-)
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", *(file.name for file in code_files())])
 def test_not_a_base(hub, folders, tmp_path, missing):
     folder = Path(shutil.copytree(folders / "base", tmp_path / "base"))
     (folder / missing).unlink()

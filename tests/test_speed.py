@@ -138,8 +138,9 @@ def test_names_and_weights_stay():
 
 
 def test_every_faster_form_is_one_of_the_class_that_it_stands_for():
-    assert all(issubclass(fast, defined) and fast.forward is not defined.forward or fast.attend is not defined.attend
-               for defined, fast in FAST.items())  # fmt: skip
+    for defined, fast in FAST.items():
+        replaced = [name for name, value in vars(fast).items() if callable(value) and hasattr(defined, name)]
+        assert issubclass(fast, defined) and replaced, fast
     assert len(set(FAST.values())) == len(FAST)
 
 

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from conftest import TINY, tiny_config, tiny_model, waves
 from huggingface_hub import HfApi
+from transformers.utils.logging import add_handler, remove_handler
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.audio.domains import Noisy, Telephony, simulate
@@ -929,3 +930,16 @@ def test_a_column_of_labels_that_is_not_there_is_told_before_speech_is_read(root
     settings = labelled(genders(root), label_column="wannted")
     with pytest.raises(ValueError, match="no column wannted; there are .*Did you mean wanted?"):
         tasks.check_files(settings)
+
+
+def test_a_new_head_is_no_warning_of_transformers(tmp_path, caplog):
+    save_model(tiny_model(kind=MRLReDimNetModel), tmp_path / "model")
+    start = Recipe(model={"start": str(tmp_path / "model")})
+    add_handler(caplog.handler)
+    try:
+        _, fresh = tasks.start_model(MRLReDimNetForXVector, start, num_speakers=4)
+        assert fresh and "classifier.weight" not in caplog.text
+        MRLReDimNetForXVector.from_pretrained(tmp_path / "model", num_speakers=4)
+        assert "classifier.weight" in caplog.text
+    finally:
+        remove_handler(caplog.handler)

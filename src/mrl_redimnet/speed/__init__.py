@@ -9,7 +9,7 @@ or after adapters are put on, and a model is saved as before. `as_defined(model)
     recompute    activations that are cheap to compute again are not kept for the backward pass
     blocks       the blocks of the trunk, made of these three; a norm that does not learn is folded into the layer
                  before it
-    maps         sums of feature maps in place
+    maps         feature maps: sums in place, norms that keep less
     loss         the loss of all Matryoshka prefixes in one pass over the classifier's rows, on CPUs
 """
 

@@ -61,8 +61,24 @@ def convolve_then_normalise(
     return convolve(folded, x, mask), lambda y: y
 
 
-def activated_linear(layer: Callable, act: Callable, y: torch.Tensor, normalise: Callable) -> torch.Tensor:
-    """layer(act(normalise(y))), of which the backward pass keeps y alone."""
+def conv_norm_act_linear(
+    convolve: Callable,
+    convs: list[nn.Module],
+    norm: BatchNorm,
+    act: Callable,
+    layer: Callable,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """layer(act(norm(conv(x)))), of which a backward pass keeps the output of the convolutions alone.
+
+    Where none will come, each step's memory is free after the next.
+    """
+    y, normalise = convolve_then_normalise(convolve, convs, norm, x, mask)
+    if not torch.is_grad_enabled():
+        y = normalise(y)
+        y = act(y)
+        return layer(y)
     normal = normalise(y)
     activated = act(normal) if normal is y else recomputed(act, normal, lambda: normalise(y))
     return recomputed(layer, activated, lambda: act(normalise(y)))
@@ -84,10 +100,9 @@ class FastConvNeXtBlock2d(ConvNeXtBlock2d):
     """The norm is folded into the convolution, or computed again in the backward pass."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `ConvNeXtBlock2d.forward`; what follows the norm is an `activated_linear`."""
+        """As `ConvNeXtBlock2d.forward`, by `conv_norm_act_linear`."""
         convs = [self.conv, *self.other_convs]
-        y, normalise = convolve_then_normalise(conv_image, convs, self.norm, x, mask)
-        return residual(x, activated_linear(self.pointwise, self.act, y, normalise))
+        return residual(x, conv_norm_act_linear(conv_image, convs, self.norm, self.act, self.pointwise, x, mask))
 
 
 class FastResNetBlock2d(ResNetBlock2d):
@@ -111,9 +126,8 @@ class FastSqueeze2d(Squeeze2d):
     """As `FastConvNeXtBlock2d`."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `Squeeze2d.forward`; what follows the norm is an `activated_linear`."""
-        y, normalise = convolve_then_normalise(conv_image, [self.conv], self.norm, x, mask)
-        return activated_linear(self.pointwise, F.gelu, y, normalise)
+        """As `Squeeze2d.forward`, by `conv_norm_act_linear`."""
+        return conv_norm_act_linear(conv_image, [self.conv], self.norm, F.gelu, self.pointwise, x, mask)
 
 
 class FastLinearSqueeze2d(LinearSqueeze2d):
@@ -129,9 +143,9 @@ class FastConvNeXtBlock1d(ConvNeXtBlock1d):
     """As `FastConvNeXtBlock2d`."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """As `ConvNeXtBlock1d.forward`; what follows the norm is an `activated_linear`."""
-        y, normalise = convolve_then_normalise(conv_time, list(self.convs), self.norm, x, mask)
-        return residual(x, activated_linear(self.pointwise, F.gelu, y, normalise))
+        """As `ConvNeXtBlock1d.forward`, by `conv_norm_act_linear`."""
+        convs = list(self.convs)
+        return residual(x, conv_norm_act_linear(conv_time, convs, self.norm, F.gelu, self.pointwise, x, mask))
 
 
 class FastConvPosition(ConvPosition):

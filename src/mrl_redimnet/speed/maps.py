@@ -1,10 +1,13 @@
-"""Sums of feature maps in place, from the fewest frames to the most: coarse sums are repeated, not coarse maps."""
+"""Feature maps: sums in place, from the fewest frames to the most, as coarse sums are repeated and not coarse maps;
+norms that keep less.
+"""
 
 import itertools
 
 import torch
 
-from modeling_mrl_redimnet import MapMix
+from modeling_mrl_redimnet import MapMix, MapNorm
+from mrl_redimnet.speed.recompute import recomputed
 
 
 class FastMapMix(MapMix):
@@ -28,4 +31,16 @@ class FastMapMix(MapMix):
         return mixed.flatten(1, -2)  # type: ignore[union-attr]  # there is at least one map
 
 
-FAST = {MapMix: FastMapMix}
+class FastMapNorm(MapNorm):
+    """Differences from the mean are computed again in the backward pass."""
+
+    def squares(self, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """As `MapNorm.squares`."""
+
+        def differences() -> torch.Tensor:
+            return x - mean
+
+        return recomputed(torch.square, differences(), differences)
+
+
+FAST = {MapMix: FastMapMix, MapNorm: FastMapNorm}

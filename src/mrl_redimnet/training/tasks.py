@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from configuration_mrl_redimnet import MRLReDimNetConfig
 from modeling_mrl_redimnet import (
@@ -488,9 +488,14 @@ def start_model(kind: type[M], recipe: Recipe, **config: Any) -> tuple[M, bool]:
     if recipe.model.start is None:
         return kind(MRLReDimNetConfig.from_size(recipe.model.name, **config, **recipe.config_changes)), True
     config = {"dtype": torch.float32, **config, **recipe.config_changes}
-    model, info = kind.from_pretrained(
-        saved_start(recipe), ignore_mismatched_sizes=True, output_loading_info=True, **config
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns of a new head, which is what training is for
+    try:
+        model, info = kind.from_pretrained(
+            saved_start(recipe), ignore_mismatched_sizes=True, output_loading_info=True, **config
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     missing = {name for name in info["missing_keys"] if "exits" not in name.split(".")}  # new ones are no head
     return model, bool(missing or info["mismatched_keys"])
 
