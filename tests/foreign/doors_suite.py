@@ -470,6 +470,74 @@ def test_transformers_exporter(door, ours):
     door.compare(door.with_hub(made, EXPORTER.replace("LINES", lines), ["embeddings"])["embeddings"], ours)
 
 
+DIART = """
+import numpy
+import torch
+from diart import SpeakerDiarization, SpeakerDiarizationConfig
+from diart.blocks import OverlapAwareSpeakerEmbedding
+from diart.models import EmbeddingModel, SegmentationModel
+from pyannote.core import SlidingWindow, SlidingWindowFeature
+
+embedding = LINE
+a, b, c = (wave[:48_000] for wave in torch.load("waves.pt"))
+waveforms, weights = torch.stack([a, b, c])[:, None], torch.rand(3, FRAMES, generator=torch.Generator().manual_seed(0))
+embeddings = embedding(waveforms, weights)
+
+# A conversation of four turns, chunk by chunk. Who speaks in a chunk is given, as a segmentation would say it: whoever is
+# heard first is its first speaker, and a third one is not heard.
+conversation, turns, step, duration = torch.cat([a, c, b, c]), [0, 1, 0, 1], 0.5, 5.0
+
+
+class Known:
+    def __init__(self):
+        self.chunks = 0
+
+    def __call__(self, waveform):
+        times = self.chunks * step + (torch.arange(FRAMES) + 0.5) * duration / FRAMES
+        speakers = [turns[int(time // 3)] for time in times]
+        order = list(dict.fromkeys(speakers))
+        self.chunks += 1
+        found = torch.zeros(1, FRAMES, 3)
+        found[0, range(FRAMES), [order.index(each) for each in speakers]] = 1.0
+        return found
+
+    def to(self, device):
+        return self
+
+
+chunk, heard = conversation[:80_000, None], Known()(None)[0]
+block = OverlapAwareSpeakerEmbedding(embedding)
+penalised, of_chunk = block.osp(heard), block(chunk, heard)
+config = SpeakerDiarizationConfig(
+    segmentation=SegmentationModel(Known), embedding=embedding, step=step, duration=duration, delta_new=0.5
+)
+pipeline, labels = SpeakerDiarization(config), {}
+for start in numpy.arange(0, len(conversation) / 16_000 - duration + step, step):
+    first = int(start * 16_000)
+    window = SlidingWindow(start=start, duration=1 / 16_000, step=1 / 16_000)
+    samples = conversation[first : first + 80_000, None].numpy()
+    ((annotation, _),) = pipeline([SlidingWindowFeature(samples, window)])
+    for segment, _, label in annotation.itertracks(yield_label=True):
+        labels.setdefault(label, []).append([segment.start, segment.end])
+"""
+
+
+def test_diart(door, export, encoder):
+    """diart's `EmbeddingModel.from_onnx` and its pipeline, with weighted parts: docs/export.md"""
+    made = door.environment("diart", "diart", locked=False)
+    line = line_of(EXPORT, "mrl-redimnet export MODEL --to onnx-weights")
+    shutil.copy(export(line) / "weighted.onnx", door.folder)
+    code = DIART.replace("LINE", inline(EXPORT, "EmbeddingModel.from_onnx(")).replace("FRAMES", "293")
+    found = door.python(made, code, ("waveforms", "weights", "embeddings", "chunk", "penalised", "of_chunk", "labels"))
+    found = {name: value if name == "labels" else torch.tensor(value) for name, value in found.items()}
+    with torch.inference_mode():
+        expected = encoder.model(found["waveforms"][:, 0], frame_weights=found["weights"]).embeddings
+        of_chunk = encoder.model(found["chunk"].T, frame_weights=found["penalised"].T[None]).embeddings[0]
+    door.compare(found["embeddings"], expected)
+    door.compare(found["of_chunk"], of_chunk / of_chunk.norm(dim=1, keepdim=True))
+    assert len(found["labels"]) == 2
+
+
 # ---------------------------------------------------------------- node
 
 SNIPPET = """
