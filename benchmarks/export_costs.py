@@ -2,11 +2,11 @@
 
     python benchmarks/export_costs.py MODEL [--trials LIST ... --folder WAV] --out docs/results/export_costs
 
-Size, speed, memory and agreement are those on cuts of 3 s from the recordings in the package: the forms take turns in an
-order drawn anew each round, and each has a process of its own for its memory. Run it while nothing else runs. With
+Size, speed, memory and agreement are those on cuts of 3 s from the recordings in the package: the forms take turns in
+an order drawn anew each round, and each has a process of its own for its memory. Run it while nothing else runs. With
 trials, every utterance is also embedded whole, by PyTorch and by onnxruntime from each file; intervals and differences
-come from one bootstrap over speakers, so a difference's interval is paired. Writes OUT.json and OUT.md. To try it in two
-minutes: `--quick`, a few rounds, and the first four utterances of every speaker.
+come from one bootstrap over speakers, so a difference's interval is paired. Writes OUT.json and OUT.md. To try it in
+two minutes: `--quick`, a few rounds, and the first four utterances of every speaker.
 """
 
 import argparse
@@ -218,7 +218,8 @@ def write(arguments: argparse.Namespace, measured: dict[str, dict], scored: dict
     where = (
         f"{machine()}; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}; threads: {arguments.threads}"
     )
-    command = shlex.join(["python", "benchmarks/export_costs.py", Path(arguments.model).name, *named_arguments(arguments)])
+    words = ["python", "benchmarks/export_costs.py", Path(arguments.model).name, *named_arguments(arguments)]
+    command = shlex.join(words)
     text = ["# Exported files against PyTorch", "", f"`{command}`, on {where}.", "", *costs(measured)]
     if scored is not None:
         text += ["", "## Error rates", "", *rates(arguments, scored)]
@@ -240,11 +241,11 @@ def costs(measured: dict[str, dict]) -> list[str]:
     columns += [f"memory, {BATCH} x {CUT_SECONDS} s, MB", "1 - cosine, worst"]
     rounds = ", ".join(str(next(iter(measured.values()))[load]["rounds"]) for load in LOADS)
     lines = [
-        f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; its MB are "
-        f"those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which every form had its "
-        f"turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is called once for each "
-        f"utterance. Memory: the most that a process occupied that loaded this form alone, with the libraries that it "
-        f"needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from PyTorch's.",
+        f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; its "
+        f"MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which every form "
+        "had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is called once "
+        "for each utterance. Memory: the most that a process occupied that loaded this form alone, with the libraries "
+        f"that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from PyTorch's.",
         "",
         line(columns),
         "|---" + "|---:" * (len(columns) - 1) + "|",
@@ -252,7 +253,8 @@ def costs(measured: dict[str, dict]) -> list[str]:
     for name, found in measured.items():
         cells = [name, f"{found['bytes'] / 1e6:.2f}"]
         for load in LOADS:
-            cells += [spread({k: 1e3 * v for k, v in found[load]["seconds"].items()}, 1), spread(found[load]["speedup"], 2)]
+            milliseconds = {name: 1e3 * value for name, value in found[load]["seconds"].items()}
+            cells += [spread(milliseconds, 1), spread(found[load]["speedup"], 2)]
         lines.append(line([*cells, f"{found['peak_bytes'] / 1e6:.0f}", f"{max(1 - found['cosine'], 0):.1e}"]))
     return lines
 
@@ -268,11 +270,11 @@ def rates(arguments: argparse.Namespace, scored: dict) -> list[str]:
     columns = ["", "difference, median", "largest"]
     columns += [f"{name}, {dim}" for name in scored["trials"] for dim in arguments.dims]
     lines = [
-        f"ONNX files in every precision, run by onnxruntime, against the PyTorch model: {scored['utterances']} utterances; "
-        f"{lists}. Difference: |embedding - PyTorch's| / |PyTorch's|, whole embeddings. Then EER % at "
+        f"ONNX files in every precision, run by onnxruntime, against the PyTorch model: {scored['utterances']} "
+        f"utterances; {lists}. Difference: |embedding - PyTorch's| / |PyTorch's|, whole embeddings. Then EER % at "
         f"{' and '.join(map(str, arguments.dims))} dimensions, below it the change against PyTorch, both with 95 % "
-        f"intervals over speakers ({arguments.resamples} resamples; the change's is paired), **bold** where that leaves "
-        "out zero.",
+        f"intervals over speakers ({arguments.resamples} resamples; the change's is paired), **bold** where that "
+        "leaves out zero.",
         "",
         line(columns),
         "|---" * len(columns) + "|",

@@ -2,8 +2,9 @@
 
     python benchmarks/export_forms.py onnx model.onnx recordings.npy 1
 
-loads one form in a process of its own, embeds the waveforms [N, T] of a file, and prints the most bytes that the process
-ever occupied. Nothing of this project is imported for an exported form, and torch for programs of torch.export alone.
+loads one form in a process of its own, embeds the waveforms [N, T] of a file, and prints the most bytes that the
+process ever occupied. Nothing of this project is imported for an exported form, and torch for programs of torch.export
+alone.
 """
 
 import sys

@@ -82,7 +82,8 @@ def test_what_a_door_recorded(tmp_path):
         '<property name="worst" value="[]"/><property name="worst" value="[{&quot;note&quot;: &quot;&quot;, '
         '&quot;allowed&quot;: 1e-4, &quot;worst&quot;: 2.34e-6}, {&quot;note&quot;: &quot;half&quot;, '
         '&quot;allowed&quot;: 0.05, &quot;worst&quot;: 0.01}]"/>'
-        '</properties></testcase><testcase classname="tests.foreign.doors_suite" name="test_y"/></testsuite></testsuites>'
+        '</properties></testcase><testcase classname="tests.foreign.doors_suite" name="test_y"/>'
+        "</testsuite></testsuites>"
     )
     first, second = doors_table(read_results(junit))[2:]
     assert first == "| `x`: a.md | x 1.0 | 2.3e-06 (0.0001), half 1.0e-02 (0.05) | passed |"

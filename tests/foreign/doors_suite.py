@@ -418,7 +418,8 @@ MASK = (torch.arange(WAVEFORMS.shape[1]) < torch.tensor([[len(wave)] for wave in
 def test_torch_alone(door, export, ours):
     """A program of torch.export with torch alone: docs/export.md"""
     made = door.environment("torch", "torch")
-    shutil.copy(export(line_of(EXPORT, "mrl-redimnet export MODEL --to torch --out model.pt2")) / "model.pt2", door.folder)
+    line = line_of(EXPORT, "mrl-redimnet export MODEL --to torch --out model.pt2")
+    shutil.copy(export(line) / "model.pt2", door.folder)
     lines = next(block for block in blocks(EXPORT, "py") if "WAVEFORMS" in block)
     door.compare(door.python(made, PADDED + lines, ["embeddings"])["embeddings"], ours)
 
@@ -483,8 +484,8 @@ a, b, c = (wave[:48_000] for wave in torch.load("waves.pt"))
 waveforms, weights = torch.stack([a, b, c])[:, None], torch.rand(3, FRAMES, generator=torch.Generator().manual_seed(0))
 embeddings = embedding(waveforms, weights)
 
-# A conversation of four turns, chunk by chunk. Who speaks in a chunk is given, as a segmentation would say it: whoever is
-# heard first is its first speaker, and a third one is not heard.
+# A conversation of four turns, chunk by chunk. Who speaks in a chunk is given, as a segmentation would say it: whoever
+# is heard first is its first speaker, and a third one is not heard.
 conversation, turns, step, duration = torch.cat([a, c, b, c]), [0, 1, 0, 1], 0.5, 5.0
 
 

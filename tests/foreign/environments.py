@@ -1,4 +1,4 @@
-"""Environments with nothing but what they are told, made by uv in build/foreign and kept there, and what runs in them."""
+"""Environments with nothing but what they are told, made by uv in build/foreign, kept there, and what runs in them."""
 
 import hashlib
 import json

@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--uv", default="uv", help="the uv that makes environments [uv]")
     parser.add_argument("--last", action="store_true", help="judge what the last run gave instead of running again")
     parser.add_argument(
-        "--only", nargs="+", choices=[*SUITES, DOORS], help="run these again, and judge what the last run of others gave"
+        "--only", nargs="+", choices=[*SUITES, DOORS], help="run these again, and judge the last run of the others"
     )
     arguments = parser.parse_args()
     pip = [arguments.pip] if arguments.pip else [sys.executable, "-m", "pip"]
