@@ -241,11 +241,12 @@ def costs(measured: dict[str, dict]) -> list[str]:
     columns += [f"memory, {BATCH} x {CUT_SECONDS} s, MB", "1 - cosine, worst"]
     rounds = ", ".join(str(next(iter(measured.values()))[load]["rounds"]) for load in LOADS)
     lines = [
-        f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; its "
-        f"MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which every form "
-        "had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is called once "
-        "for each utterance. Memory: the most that a process occupied that loaded this form alone, with the libraries "
-        f"that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from PyTorch's.",
+        f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; "
+        f"its MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which every "
+        "form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is "
+        "called once for each utterance. Memory: the most that a process occupied that loaded this form alone, with the "
+        f"libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
+        "PyTorch's.",
         "",
         line(columns),
         "|---" + "|---:" * (len(columns) - 1) + "|",
