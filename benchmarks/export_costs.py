@@ -242,10 +242,10 @@ def costs(measured: dict[str, dict]) -> list[str]:
     rounds = ", ".join(str(next(iter(measured.values()))[load]["rounds"]) for load in LOADS)
     lines = [
         f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; "
-        f"its MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which every "
-        "form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is "
-        "called once for each utterance. Memory: the most that a process occupied that loaded this form alone, with the "
-        f"libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
+        f"its MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which "
+        "every form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is "
+        "called once for each utterance. Memory: the most that a process occupied that loaded this form alone, with "
+        f"the libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
         "PyTorch's.",
         "",
         line(columns),
