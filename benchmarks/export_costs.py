@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime
 import torch
 from export_forms import KINDS
-from paired import Drawn, change, eers, percent
+from paired import change, eers, percent
 from timing import machine, quartiles, speedup, take_turns
 
 from mrl_redimnet import recordings
@@ -243,9 +243,9 @@ def costs(measured: dict[str, dict]) -> list[str]:
     lines = [
         f"Cuts of {CUT_SECONDS} s from the recordings in the package. PyTorch: the model as `SpeakerEncoder` runs it; "
         f"its MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which "
-        "every form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length is "
-        "called once for each utterance. Memory: the most that a process occupied that loaded this form alone, with "
-        f"the libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
+        "every form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length "
+        "is called once for each utterance. Memory: the most that a process occupied that loaded this form alone, "
+        f"with the libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
         "PyTorch's.",
         "",
         line(columns),

@@ -80,7 +80,7 @@ def test_what_a_door_recorded(tmp_path):
         '<testsuites><testsuite><testcase classname="tests.foreign.doors_suite" name="test_x"><properties>'
         '<property name="door" value="`x`: a.md"/><property name="installed" value="x 1.0"/>'
         '<property name="worst" value="[]"/><property name="worst" value="[{&quot;note&quot;: &quot;&quot;, '
-        '&quot;allowed&quot;: 1e-4, &quot;worst&quot;: 2.34e-6}, {&quot;note&quot;: &quot;half&quot;, '
+        "&quot;allowed&quot;: 1e-4, &quot;worst&quot;: 2.34e-6}, {&quot;note&quot;: &quot;half&quot;, "
         '&quot;allowed&quot;: 0.05, &quot;worst&quot;: 0.01}]"/>'
         '</properties></testcase><testcase classname="tests.foreign.doors_suite" name="test_y"/>'
         "</testsuite></testsuites>"
