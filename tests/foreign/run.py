@@ -99,7 +99,8 @@ def run(library: str, folder: Path | None, uv: str):
     junit.unlink(missing_ok=True)
     paths = os.pathsep.join(str(path) for path in (folder, PACKAGES)) if folder else ""
     # The suites have markers of their own. A process of pytest ends with 1 when tests failed.
-    options = ["-p", "no:cacheprovider", "-o", "strict_markers=false", "--quiet", "--junitxml", str(junit)]
+    options = ["-p", "no:cacheprovider", "-o", "strict_markers=false", "-o", "junit_family=xunit1", "--quiet"]
+    options += ["--junitxml", str(junit)]
     options.append("--tb=no" if folder else "--tb=short")  # of the doors every failure is news
     command = [sys.executable, "-m", "pytest", *options, str(HERE / f"{library}_suite.py")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "RUN_SLOW": "1", "UV": uv})
