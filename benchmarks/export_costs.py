@@ -245,8 +245,8 @@ def costs(measured: dict[str, dict]) -> list[str]:
         f"its MB are those of weights saved in float32. Times: median [quartiles] over rounds ({rounds}) in which "
         "every form had its turn; a speed is PyTorch's time by the form's in the same round. A file of a fixed length "
         "is called once for each utterance. Memory: the most that a process occupied that loaded this form alone, "
-        f"with the libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest from "
-        "PyTorch's.",
+        f"with the libraries that it needs, and embedded {BATCH} cuts. 1 - cosine: of the embedding that is furthest "
+        "from PyTorch's.",
         "",
         line(columns),
         "|---" + "|---:" * (len(columns) - 1) + "|",

@@ -119,10 +119,11 @@ DOORS_TEXT = """## The documents' lines
 
 The lines that stand in the documents, each in a process of its own and an environment with nothing installed but what
 is named and what that needs; this package is there only where it is named (as its wheel). Versions are those of
-requirements.lock, of the packages that it has; diart's are the newest that can be imported together. Models and adapters are the packaged `nano` and `nano-children`, which
-come from a Hub on this machine where a line names one; the recordings are those in the package. Furthest from ours: the
-largest distance of an embedding from that of `SpeakerEncoder`, relative to its length, or of a score; in brackets what
-is allowed. "Four digits": the line prints no more of a number.
+requirements.lock, of the packages that it has; diart's are the newest that can be imported together. Models and
+adapters are the packaged `nano` and `nano-children`, which come from a Hub on this machine where a line names one; the
+recordings are those in the package. Furthest from ours: the largest distance of an embedding from that of
+`SpeakerEncoder`, relative to its length, or of a score; in brackets what is allowed. "Four digits": the line prints no
+more of a number.
 """
 
 
