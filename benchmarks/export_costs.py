@@ -256,7 +256,8 @@ def costs(measured: dict[str, dict]) -> list[str]:
         for load in LOADS:
             milliseconds = {name: 1e3 * value for name, value in found[load]["seconds"].items()}
             cells += [spread(milliseconds, 1), spread(found[load]["speedup"], 2)]
-        lines.append(line([*cells, f"{found['peak_bytes'] / 1e6:.0f}", f"{max(1 - found['cosine'], 0):.1e}"]))
+        apart = "-" if name == TORCH else f"{max(1 - found['cosine'], 0):.1e}"
+        lines.append(line([*cells, f"{found['peak_bytes'] / 1e6:.0f}", apart]))
     return lines
 
 
