@@ -217,7 +217,7 @@ def door(tmp_path, request, record_property, hub) -> Door:
 
 # ---------------------------------------------------------------- transformers and PEFT
 
-CALLS, CARD = "transformers: models and adapters", "README.md"
+CALLS = "transformers: models and adapters"
 # Words of lines that need accelerate or PEFT, which brings it.
 ACCELERATED = {"device_map", "disk", "ADAPTER_REPO"}
 # After each line the embeddings of the model that there is by then.
