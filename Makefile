@@ -5,9 +5,10 @@
 # make test-newest, make test-oldest: all tests with the newest and the oldest packages that pyproject.toml allows, in
 #            .venv-newest and .venv-oldest.
 # make test-gpu: the tests that need a GPU; without one each says that it was skipped.
-# make test-foreign: the test suites of transformers and PEFT on this project's models, and docs/results/foreign.md from
-#            what they gave. It downloads transformers' tests; PEFT_CHECKOUT names a checkout of PEFT's repository,
-#            without which PEFT's are left out.
+# make test-foreign: the test suites of transformers and PEFT on this project's models, the documents' lines with only what
+#            each needs installed, and docs/results/foreign.md from what they gave. It downloads transformers' tests and the
+#            packages of a dozen environments, and needs node and npm; PEFT_CHECKOUT names a checkout of PEFT's
+#            repository, without which PEFT's tests are left out. FOREIGN='--only doors' runs a part again.
 # make docs: writes the pages that are made from the code, and builds the website in build/site; a warning is an error.
 # make wheel: the wheel and the source archive in dist, and a check: installed in an empty environment, without network but
 #            for its packages, the wheel verifies the recordings in it.
@@ -45,7 +46,7 @@ test-gpu: .venv/ready
 	$(BIN)/python -m pytest tests/gpu -rs
 
 test-foreign: .venv/ready .tools/bin/uv  # the pip beside that uv downloads
-	OMP_NUM_THREADS=1 $(BIN)/python tests/foreign/run.py --pip .tools/bin/pip
+	OMP_NUM_THREADS=1 $(BIN)/python tests/foreign/run.py --pip .tools/bin/pip --uv $(UV) $(FOREIGN)
 
 test test-all: .venv/ready
 	$(BIN)/ruff check .

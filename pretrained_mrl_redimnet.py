@@ -213,10 +213,15 @@ class CheckedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True) and not self._has_own_adapters():
             refuse_wrapped(self, kwargs.get("state_dict"))
         self.config.auto_map = dict(self.auto_classes)
-        # Imported here, because few need it; relatively, because transformers takes along what is imported so.
-        if __package__:
+        # Imported here, because few need it; relatively, because transformers takes along what is imported so, and in a
+        # `try`, because it wants everything to be installed that a file from the Hub imports outside of one.
+        try:
+            if not __package__:
+                raise ImportError("not part of a package")
             from .pipeline_mrl_redimnet import CUSTOM_PIPELINES
-        else:
+        except ImportError:
+            if __package__:
+                raise
             from pipeline_mrl_redimnet import CUSTOM_PIPELINES
         self.config.custom_pipelines = CUSTOM_PIPELINES if self.has_own_pipeline else {}
         super().save_pretrained(save_directory, **kwargs)

@@ -281,6 +281,15 @@ def test_adapters_merge_makes_a_plain_model(folder, adapters, tmp_path, capsys):
     assert "merged exists already" in message
 
 
+def test_a_model_of_the_package_is_pushed_by_its_name(hub, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("push", "nano", "anna/voices") == 0
+    assert f"{hub.url}/anna/voices: pushed, at " in capsys.readouterr().out
+    assert "no folder nani, and no model in the package of that name (the nearest are nano" in refusal(
+        capsys, "push", "nani", "anna/voices"
+    )
+
+
 def test_adapters_over_the_hub(hub, folder, adapters, corpus, capsys):
     """Pushed, found, looked at, pulled and used by their ids alone."""
     assert run("push", folder, "anna/base", "--tag", "v1") == 0

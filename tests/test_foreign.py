@@ -3,7 +3,16 @@
 from pathlib import Path
 
 import pytest
-from foreign.bookkeeping import Reason, Result, counts, judge, read_reasons, read_results, reasons_table
+from foreign.bookkeeping import (
+    Reason,
+    Result,
+    counts,
+    doors_table,
+    judge,
+    read_reasons,
+    read_results,
+    reasons_table,
+)
 
 PASSED = Result("TestNano", "test_a[LoRA-nano]", "passed")
 FAILED = Result("TestNano", "test_b[LoRA-nano]", "failed", "AssertionError: no")
@@ -64,16 +73,33 @@ def test_results_of_pytest(tmp_path):
     assert counts(RESULTS, "TestNano") == {"collected": 3, "passed": 1, "failed": 1, "skipped": 1}
 
 
+def test_what_a_door_recorded(tmp_path):
+    """The last property of a name counts: a door records its worst numbers after each comparison."""
+    junit = tmp_path / "junit.xml"
+    junit.write_text(
+        '<testsuites><testsuite><testcase classname="tests.foreign.doors_suite" name="test_x"><properties>'
+        '<property name="door" value="`x`: a.md"/><property name="installed" value="x 1.0"/>'
+        '<property name="worst" value="[]"/><property name="worst" value="[{&quot;note&quot;: &quot;&quot;, '
+        "&quot;allowed&quot;: 1e-4, &quot;worst&quot;: 2.34e-6}, {&quot;note&quot;: &quot;half&quot;, "
+        '&quot;allowed&quot;: 0.05, &quot;worst&quot;: 0.01}]"/>'
+        '</properties></testcase><testcase classname="tests.foreign.doors_suite" name="test_y"/>'
+        "</testsuite></testsuites>"
+    )
+    first, second = doors_table(read_results(junit))[2:]
+    assert first == "| `x`: a.md | x 1.0 | 2.3e-06 (0.0001), half 1.0e-02 (0.05) | passed |"
+    assert second == "| test_y | - | - | passed |"
+
+
 def test_a_table_of_reasons(fitting):
     judge(RESULTS, fitting)
     assert reasons_table(fitting, "failed")[2:] == ["| 1 | `test_b` | There is none. | not applicable |"]
     assert reasons_table([], "failed") == ["None."]
 
 
-@pytest.mark.parametrize("library", ["transformers", "peft"])
+@pytest.mark.parametrize("library", ["transformers", "peft", "doors"])
 def test_the_listed_reasons_are_whole(library):
     listed = read_reasons(Path(__file__).parent / "foreign" / "reasons.yaml", library)
-    assert listed
+    assert bool(listed) == (library != "doors")  # no door may fail, nor be left out
     for each in listed:
         assert each.patterns and each.whose and each.reason.endswith("."), each
         assert (each.outcome, each.whose) != ("failed", "ours"), "mend it, or say in docs/faults.md why it stays"

@@ -1,14 +1,18 @@
 """A saved folder works where nothing of this project is installed: the code in it is all that a user needs."""
 
 import json
+import sys
 
 import pytest
 import torch
 from conftest import run_alone, tiny_config, tiny_model, waves
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_imports
 
 from feature_extraction_mrl_redimnet import MRLReDimNetFeatureExtractor
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
+from mrl_redimnet.adapters.hub import push_base
+from mrl_redimnet.saving import code_files, load_model
 
 KINDS = {
     "encoder": MRLReDimNetModel,
@@ -109,3 +113,34 @@ def test_loads_where_nothing_is_installed(folder, tmp_path):
         if kind is not MRLReDimNetModel:
             (logits,) = (v for key, v in answers.items() if key.startswith(name) and key.endswith("logits"))
             torch.testing.assert_close(logits, ours.logits, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+@pytest.mark.parametrize("file", code_files(), ids=lambda file: file.stem)
+def test_transformers_finds_nothing_that_its_users_lack(file):
+    """Of a file from the Hub, and not of one in a folder, it wants everything to be installed that `import` names
+    outside of a `try`."""
+    theirs = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "fsspec"}
+    assert {*get_imports(file)} - sys.stdlib_module_names <= theirs
+
+
+FROM_THE_HUB = """
+import os
+
+os.environ |= {"HF_ENDPOINT": sys.argv[1], "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("anna/voices", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+print(sum(parameter.double().sum().item() for parameter in model.parameters()))
+"""
+
+
+def test_loads_from_the_hub_where_nothing_is_installed(hub, tmp_path):
+    push_base("nano", "anna/voices")
+    code = LOADER[: LOADER.index("import torch")] + FROM_THE_HUB
+    printed = run_alone(code, hub.url, folder=tmp_path)
+    expected = sum(parameter.double().sum().item() for parameter in load_model("nano").parameters())
+    assert float(printed.splitlines()[-1]) == pytest.approx(expected, abs=1e-6)

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
 
 def _add_those_of_the_hub(actions: Commands) -> None:
     push = add_command(actions, "push", push_folder, help="push a saved adapter to a Hub repository")
-    add_push_options(push, "a saved adapter")
+    add_push_options(push, "folder of a saved adapter", folder)
     push.add_argument("--base", help="Hub id of the adapter's base [what the folder says]")
     push.add_argument(
         "--collection", action="store_true", help="also put base and adapter into your collection 'Adapters of BASE'"

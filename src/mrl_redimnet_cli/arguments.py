@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mrl_redimnet_cli.names import CHOICES, VALUES, adapter_names, model_names, published_names
+from mrl_redimnet_cli.names import CHOICES, VALUES, adapter_names, model_names, packaged_names, published_names
 
 MODEL = "a path, Hub id, or name such as b2-vox2-ft_lm"  # what a model may be given as, for help texts
 
@@ -177,14 +177,14 @@ def add_dims(parser: argparse.ArgumentParser, verb: str) -> None:
     )
 
 
-def add_push_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds what `push` and `adapters push` take. what: is pushed."""
-    parser.add_argument("folder", type=Path, help=f"folder of {what}")
+def add_push_options(parser: argparse.ArgumentParser, what: str, check: Callable[[str], str | None]) -> None:
+    """Adds what `push` and `adapters push` take. what: is pushed; check: says what is wrong with it."""
+    parser.add_argument("folder", type=Path, help=what)
     parser.add_argument("repository", help="Hub id of the repository, which is made if there is none")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
     parser.add_argument("--revision", help="branch to push to, which is made if there is none [main]")
     parser.add_argument("--tag", help="a tag for what was pushed, such as v1")
-    must_be_there(parser, folder=folder)
+    must_be_there(parser, folder=check)
 
 
 def push_options(arguments: argparse.Namespace) -> dict:
@@ -243,6 +243,13 @@ def model_source(given: str) -> str | None:
     if given in model_names() or (problem := source(given)) is None:
         return None
     return f"{problem}, or the name of a model{_nearest(given, model_names())}"
+
+
+def saved_model(path: str | Path) -> str | None:
+    """What is wrong with a saved model: its folder, or the name of one in the package."""
+    if str(path) in packaged_names() or (problem := folder(path)) is None:
+        return None
+    return f"{problem}, and no model in the package of that name{_nearest(str(path), packaged_names())}"
 
 
 def checkpoint(given: str) -> str | None:

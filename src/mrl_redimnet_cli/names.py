@@ -58,9 +58,14 @@ def published_names() -> tuple[str, ...]:
     return (*(f"{owner}/{name}" for owner, name in ids), *dict.fromkeys(name for _, name in ids))
 
 
+def packaged_names() -> tuple[str, ...]:
+    """The models that come with the package."""
+    return tuple(file.parent.name for file in sorted(PACKAGE.glob("models/*/config.json")))
+
+
 def model_names() -> tuple[str, ...]:
     """The models that a name stands for: those that come with the package, and the published checkpoints."""
-    return (*(file.parent.name for file in sorted(PACKAGE.glob("models/*/config.json"))), *published_names())
+    return (*packaged_names(), *published_names())
 
 
 def adapter_names() -> tuple[str, ...]:

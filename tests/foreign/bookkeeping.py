@@ -1,5 +1,6 @@
 """What the suites gave, against the reasons in reasons.yaml, and the page of both."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,16 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 @dataclass(frozen=True)
 class Result:
-    """One test: `suite` is its class, `name` its function with parameters, `message` why it failed or was skipped."""
+    """One test: `suite` is its class, `name` its function with parameters, `message` why it failed or was skipped.
+
+    properties: what it recorded of itself, by pytest's `record_property`; the last one of a name.
+    """
 
     suite: str
     name: str
     outcome: str
     message: str = ""
+    properties: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def title(self) -> str:
@@ -66,7 +71,9 @@ def read_results(junit: Path) -> list[Result]:
                 outcome, message = "failed", child.get("message", "")
             elif child.tag == "skipped":
                 outcome, message = "skipped", child.get("message", "")
-        results.append(Result(case.get("classname", "").split(".")[-1], case.get("name", ""), outcome, message))
+        suite, properties = case.get("classname", "").split(".")[-1], case.iterfind("properties/property")
+        found = {each.get("name", ""): each.get("value", "") for each in properties}
+        results.append(Result(suite, case.get("name", ""), outcome, message, found))
     return results
 
 
@@ -113,4 +120,18 @@ def reasons_table(reasons: Sequence[Reason], outcome: str) -> list[str]:
         names = sorted({f"`{result.name.partition('[')[0]}`" for result in row.results})
         shown = ", ".join(names) if outcome == "failed" or len(names) <= 3 else f"{', '.join(names[:3])} and others"
         lines.append(f"| {len(row.results)} | {shown} | {row.reason} | {row.whose} |")
+    return lines
+
+
+def doors_table(results: Iterable[Result]) -> list[str]:
+    """What the tests of doors_suite.py recorded as a table in Markdown, one row for each."""
+    lines = ["| call | installed | furthest from ours (allowed) | |", "|---|---|---|---|"]
+    for result in results:
+        found = result.properties
+        worst = [
+            f"{each['note']}{' ' if each['note'] else ''}{each['worst']:.1e} ({each['allowed']:g})"
+            for each in json.loads(found.get("worst", "[]"))
+        ]
+        title, installed = found.get("door", result.name), found.get("installed", "-")
+        lines.append(f"| {title} | {installed} | {', '.join(worst) or '-'} | {result.outcome} |")
     return lines
