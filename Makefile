@@ -23,7 +23,7 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$(nproc) train_hf.py
-SHORT := --placement projection --rank 4 --steps 40 --evaluate_every 40 --tests '{}'
+SHORT := --placement projection --rank 4 --steps 16 --evaluate_every 16 --tests '{}'
 
 .PHONY: demo test test-all test-gpu test-foreign test-newest test-oldest docs wheel browser lock
 
