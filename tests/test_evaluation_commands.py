@@ -361,12 +361,13 @@ def test_evaluate_applies_what_calibrate_saved(folder, speech, tmp_path, capsys)
     assert "Thresholds of thresholds.json" in capsys.readouterr().out
 
 
-def test_calibrate_with_durations(folder, speech, tmp_path):
+def test_calibrate_with_durations(folder, speech, tmp_path, capsys):
     assert run("calibrate", folder, *lists(speech), "--false-accept", 0.1, "--durations", "--dims", 16) == 0
     entry = Thresholds.load(folder).find(16)
-    assert entry.calibration.uses_seconds
+    assert entry.calibration.uses_seconds and f"{entry.threshold:.4f} (LLR)" in capsys.readouterr().out
     report = report_of(tmp_path, folder, *lists(speech), "--resamples", 0, "--dims", 16, "--page", tmp_path / "page")
     assert report["lists"]["all"]["rows"][0]["saved"]["false_accepts"] == pytest.approx(entry.false_accepts, abs=0.005)
+    assert f"{entry.threshold:.4f} (LLR)" in capsys.readouterr().out
 
 
 def test_calibrate_with_durations_hears_stretches_of_the_speech(folder, longer_speech, capsys):

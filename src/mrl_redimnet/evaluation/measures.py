@@ -135,6 +135,7 @@ class ScoredList:
         targets = self.trials.labels == 1
         return {
             "threshold": saved.threshold,
+            "of_llrs": saved.calibration.uses_seconds,  # else of scores
             "wanted_false_accepts": saved.wanted,
             "set_on": saved.trials,
             "enrolments": saved.enrolments,

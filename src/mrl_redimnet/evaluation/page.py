@@ -236,12 +236,17 @@ def results_table(record: dict, priors: Sequence[float], names: Sequence[str] | 
     return Table(["dimensions", *(measure.title for measure in known.values())], rows)
 
 
+def threshold_cell(threshold: float, of_llrs: bool) -> str:
+    """A threshold of scores, or of log-likelihood ratios."""
+    return f"{threshold:.4f}" + (" (LLR)" if of_llrs else "")
+
+
 def decisions_table(record: dict) -> Table:
     """What the saved thresholds do on the list, a row per dimension that has one."""
     rows = [
         [
             str(row["dim"]),
-            f"{row['saved']['threshold']:.4f}",
+            threshold_cell(row["saved"]["threshold"], row["saved"].get("of_llrs", False)),
             row["saved"]["set_on"],
             str(row["saved"].get("enrolments", 1)),
             *(f"{100 * row['saved'][rate]:.2f}" for rate in ("wanted_false_accepts", "false_accepts", "misses")),
@@ -269,7 +274,7 @@ def thresholds_table(entries: Sequence[Threshold]) -> Table:
         [
             str(entry.dim),
             str(entry.enrolments),
-            f"{entry.threshold:.4f}" + (" (LLR)" if entry.calibration.uses_seconds else ""),
+            threshold_cell(entry.threshold, entry.calibration.uses_seconds),
             *(f"{100 * rate:.2f}" for rate in (entry.wanted, entry.false_accepts, entry.misses)),
             f"{entry.impostors:,}",
             f"{entry.targets:,}",
