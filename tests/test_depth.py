@@ -238,12 +238,13 @@ def test_exits_are_new_where_they_are_asked_for_alone(tmp_path):
     model.save_pretrained(tmp_path / "both")
     model.at_depth(2).save_pretrained(tmp_path / "one")
     plain = MRLReDimNetModel.from_pretrained(tmp_path / "both", exits=None)
-    assert not plain.exits and torch.equal(embed(plain.eval(), wave), embed(model, wave))
+    # Weights that are read lie elsewhere in memory, for which some processors' kernels round otherwise.
+    assert not plain.exits and relative_error(embed(plain.eval(), wave), embed(model, wave)) < 1e-6
     plain.save_pretrained(tmp_path / "plain")
     later = MRLReDimNetModel.from_pretrained(tmp_path / "both", exits=[2])
-    assert torch.equal(embed(later.eval(), wave, depth=2), embed(model, wave, depth=2))
+    assert relative_error(embed(later.eval(), wave, depth=2), embed(model, wave, depth=2)) < 1e-6
     new = MRLReDimNetModel.from_pretrained(tmp_path / "plain", exits=[1, 2]).eval()
-    assert torch.equal(embed(new, wave), embed(model, wave))
+    assert relative_error(embed(new, wave), embed(model, wave)) < 1e-6
     assert not new.exits["1"].mix.logits.any() and new.exits["2"].norm.running_var.eq(1).all()
     with pytest.raises(ValueError, match="exits: got"):
         MRLReDimNetModel.from_pretrained(tmp_path / "plain", exits=[7])
@@ -276,7 +277,8 @@ def test_exits_where_the_package_is_not_imported(tmp_path):
     save_file({"wave": wave}, tmp_path / "model/wave.safetensors")
     run_alone(LOADER, tmp_path / "model", tmp_path / "out.safetensors", folder=tmp_path)
     found = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(found["exit"], embed(model, wave, depth=1)) and torch.equal(found["cut"], found["exit"])
+    assert relative_error(found["exit"], embed(model, wave, depth=1)) < 1e-6
+    assert relative_error(found["cut"], found["exit"]) < 1e-6
 
 
 # ---------------------------------------------------------------- in use

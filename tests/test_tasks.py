@@ -10,7 +10,7 @@ import soundfile
 import torch
 from conftest import TINY, tiny_config, tiny_model, waves
 from huggingface_hub import HfApi
-from transformers.utils.logging import add_handler, remove_handler
+from transformers.utils.logging import add_handler, get_verbosity, remove_handler, set_verbosity, set_verbosity_warning
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
 from mrl_redimnet.audio.domains import Noisy, Telephony, simulate
@@ -935,6 +935,8 @@ def test_a_column_of_labels_that_is_not_there_is_told_before_speech_is_read(root
 def test_a_new_head_is_no_warning_of_transformers(tmp_path, caplog):
     save_model(tiny_model(kind=MRLReDimNetModel), tmp_path / "model")
     start = Recipe(model={"start": str(tmp_path / "model")})
+    before = get_verbosity()  # a command that ran in this process has changed it
+    set_verbosity_warning()
     add_handler(caplog.handler)
     try:
         _, fresh = tasks.start_model(MRLReDimNetForXVector, start, num_speakers=4)
@@ -943,3 +945,4 @@ def test_a_new_head_is_no_warning_of_transformers(tmp_path, caplog):
         assert "classifier.weight" in caplog.text
     finally:
         remove_handler(caplog.handler)
+        set_verbosity(before)
