@@ -113,8 +113,10 @@ def main():
     record = {"commands": [], "machine": machine(), "threads": arguments.threads}
     record |= {"torch": torch.__version__, "wait_ms": arguments.wait_ms, "models": {}}
     if (before := arguments.out.with_suffix(".json")).exists():
-        kept = ("commands", "models", *PARTS)
-        record |= {key: value for key, value in json.loads(before.read_text()).items() if key in kept}
+        earlier, kept = json.loads(before.read_text()), ("commands", "models", *PARTS)
+        if earlier["machine"] != record["machine"]:
+            parser.error(f"{before} is of another machine ({earlier['machine']}): give another --out")
+        record |= {key: value for key, value in earlier.items() if key in kept}
     if (command := shlex.join(["python", *sys.argv])) not in record["commands"]:
         record["commands"].append(command)
 

@@ -95,18 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for count, trials in parts.items():
+            rate = arguments.false_accept
+            given = dict(enrolments=count, false_accept=rate, name=name, durations=arguments.durations)
             try:
-                entries += fit_thresholds(
-                    encoder,
-                    speech,
-                    trials,
-                    dims,
-                    scorer,
-                    enrolments=count,
-                    false_accept=arguments.false_accept,
-                    name=name,
-                    durations=arguments.durations,
-                )
+                entries += fit_thresholds(encoder, speech, trials, dims, scorer, **given)
             except ValueError as error:
                 if counts or len(parts) == 1:  # else the list's own enrolments: some numbers of utterances are rare
                     raise

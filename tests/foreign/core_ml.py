@@ -15,7 +15,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "b
 def conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
     sides = len(strides)
     if pad_type == "same":
-        raise NotImplementedError("the padding of MIL's `same` depends on strides")
+        raise ValueError("A convolution padded as `same`: its padding depends on strides, and no export here has one.")
     if pad_type == "custom":  # before and after each axis, the first axis first
         x = F.pad(x, [int(n) for axis in reversed(range(sides)) for n in pad[2 * axis : 2 * axis + 2]])
     run = {1: F.conv1d, 2: F.conv2d}[sides]
@@ -60,7 +60,7 @@ def gelu(x, mode):
 
 def layer_norm(x, axes, gamma, beta, epsilon):
     if axes.tolist() != [-1]:
-        raise NotImplementedError(f"layer_norm over {axes}")
+        raise ValueError(f"A layer_norm over the axes {axes}: those of exports here are over the last one.")
     return F.layer_norm(x, x.shape[-1:], gamma, beta, float(epsilon))
 
 
