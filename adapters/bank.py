@@ -6,7 +6,8 @@
     bank.classify(input_values, adapter="gender")               # {"female": ..., "male": ...}
 
 Underneath is ordinary PEFT (`bank.peft`), whose choice of an adapter is a state of the modules. Several threads may use
-a bank: a lock holds from choosing to the end of a forward pass, so each gets the weights it asked for.
+a bank: a lock holds from choosing to the end of a forward pass, so each gets the weights it asked for. Where nothing is
+to be chosen, because rows name their adapters, forward passes of several threads run at once.
 """
 
 import contextlib
@@ -24,12 +25,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from configuration_mrl_redimnet import SAMPLING_RATE
 from modeling_mrl_redimnet import MRLReDimNetModel
 from mrl_redimnet.adapters.combining import METHODS, combined, lora_factors
 from mrl_redimnet.adapters.facts import AdapterFacts, Base, labelled
 from mrl_redimnet.adapters.hub import local_folder
+from mrl_redimnet.adapters.locks import SharedLock
 from mrl_redimnet.adapters.placement import adapted_layers, lora_config
 from mrl_redimnet.adapters.stored import (
     HEADS,
@@ -71,7 +74,8 @@ class AdapterBank:
         ).eval()
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
-        self._lock = threading.RLock()
+        self._lock = SharedLock()
+        self._rows = RowsByAdapter()
 
     @classmethod
     def load(
@@ -195,11 +199,14 @@ class AdapterBank:
         few adapters a call for each may be faster.
         What is active stays so, whatever happens. Raises ValueError for unknown adapters and as the model does.
         """
-        with self._lock, torch.inference_mode():
-            if isinstance(adapter, list | tuple):
+        if isinstance(adapter, list | tuple):
+            with self.held(adapter, input_values.shape[1]), torch.inference_mode():
                 return self._embed_rows(input_values, attention_mask, adapter, truncate_dim)
-            with self._using(self._active if adapter == ACTIVE else cast("str | None", adapter)):
+        with self._lock.shared(), torch.inference_mode():
+            if adapter in (ACTIVE, self._active):  # nothing is to be chosen
                 return self.model(input_values, attention_mask, truncate_dim).embeddings
+        with self._using(cast("str | None", adapter)), torch.inference_mode():
+            return self.model(input_values, attention_mask, truncate_dim).embeddings
 
     def classify(
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None, *, adapter: str
@@ -222,8 +229,16 @@ class AdapterBank:
         return labelled(logits, labels)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within, no other thread adds, removes or chooses adapters: several calls see the same ones."""
+    def held(self, names: Sequence[str | None], samples: int) -> Iterator[None]:
+        """Within, no other thread adds, removes or chooses adapters: several calls see the same ones.
+
+        names, samples: of the batch that `embed` is given within, the adapters of its rows and its length. Where such
+        rows can name their adapters in one pass, other threads may embed meanwhile; else they wait.
+        """
+        with self._lock.shared():
+            if self._active is None and self._in_one_pass(names, samples):
+                yield
+                return
         with self._lock:
             yield
 
@@ -417,12 +432,17 @@ class AdapterBank:
             raise ValueError(f"adapter: {len(names)} names for a batch of {len(input_values)}.")
         if attention_mask is not None and attention_mask.shape != input_values.shape:
             raise ValueError(f"attention_mask: {tuple(attention_mask.shape)} for {tuple(input_values.shape)} samples.")
-        chosen = [self._get(name) for name in set(names) if name is not None]
-        windowed = input_values.shape[1] > int(self.model.config.window_seconds * SAMPLING_RATE)  # row by row
-        # Also for rows of one adapter, unless it is in use: to choose it and go back costs more, the more are loaded.
-        if set(names) != {self._active} and all(adapter.plain for adapter in chosen) and not windowed:
-            with self._using(None), adapters_by_row(self.model, names):
+        for name in names:
+            if name is not None:
+                self._get(name)
+        if self._in_one_pass(names, input_values.shape[1]):
+            if self._active is None and set(names) == {None}:  # nothing is to be chosen
                 return self.model(input_values, attention_mask, truncate_dim).embeddings
+            # Also for rows of one adapter, unless it is in use: to choose it and go back costs more with more loaded.
+            if set(names) != {self._active}:
+                with contextlib.nullcontext() if self._active is None else self._using(None):
+                    with self._rows.named(self.model, names):
+                        return self.model(input_values, attention_mask, truncate_dim).embeddings
         order, parts = [], []
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
@@ -433,26 +453,51 @@ class AdapterBank:
         back = torch.tensor(order, device=input_values.device).argsort()
         return torch.cat(parts)[back]
 
+    def _in_one_pass(self, names: Sequence[str | None], samples: int) -> bool:
+        """Whether rows of these adapters, padded to so many samples, can go through the network together: not with
+        adapters that are more than layers of LoRA, nor beyond the window, where the model takes row by row.
+        """
+        known = [self._adapters[name] for name in names if name in self._adapters]
+        return all(adapter.plain for adapter in known) and samples <= self.model.config.window_seconds * SAMPLING_RATE
 
-@contextlib.contextmanager
-def adapters_by_row(encoder: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within, row i of a batch goes through the adapter names[i], by PEFT's mixed batches.
+
+class RowsByAdapter:
+    """Sends row i of a batch through the adapter names[i], by PEFT's mixed batches, in several threads at once.
 
     In each layer PEFT sends the row numbers of each adapter to the device and waits for them, however the rows are
     sorted; it has no way to be given them.
 
     Their front door, adapter_names of PeftModel's forward, leaves hooks behind when a forward raises, and is closed as
-    soon as any loaded adapter has norms of its own.
+    soon as any loaded adapter has norms of its own. The hooks here are there while any thread is within `named`.
     """
-    names = [name or BASE for name in names]
 
-    def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "adapter_names": names}
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._inside = 0  # threads
+        self._hooks: list[RemovableHandle] = []
+        self._own = threading.local()
 
-    layers = [part for part in encoder.modules() if isinstance(part, LoraLayer)]
-    hooks = [layer.register_forward_pre_hook(add_names, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    @contextlib.contextmanager
+    def named(self, encoder: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+        """Within, for this thread's forward passes of `encoder`, whose layers must stay the same ones meanwhile."""
+        self._own.names = [name or BASE for name in names]
+        with self._changing:
+            if not self._inside:
+                layers = [part for part in encoder.modules() if isinstance(part, LoraLayer)]
+                self._hooks = [layer.register_forward_pre_hook(self._add_names, with_kwargs=True) for layer in layers]
+            self._inside += 1
+        try:
+            yield
+        finally:
+            self._own.names = None
+            with self._changing:
+                self._inside -= 1
+                if not self._inside:
+                    for hook in self._hooks:
+                        hook.remove()
+
+    def _add_names(self, layer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        # A thread that has named no rows is not within `named`, and can meet the hooks while they come or go: for a
+        # moment torch then gives them no keyword arguments. It goes on as if they were not there.
+        names = getattr(self._own, "names", None)
+        return None if names is None else (args, {**(kwargs or {}), "adapter_names": names})

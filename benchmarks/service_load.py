@@ -2,17 +2,19 @@
 
     python benchmarks/service_load.py --out docs/results/service_load [--models nano b2] [--parts ...]
 
-Three ways to ask, with the same utterances of mixed lengths (noise of 1 to 6 s) and adapters (the base and four of
+Four ways to ask, with the same utterances of mixed lengths (noise of 1 to 6 s) and adapters (the base and four of
 LoRA, linear, r=8, made here), take turns, at 1, 16 and 64 callers who ask without pause:
 
 - "lock": each caller embeds its own utterance in a bank, which does one at a time, as before there were batches;
-- "batches": `MicroBatcher`, in one process with the callers;
+- "one pass at a time": `MicroBatcher` with one worker, which has all cores, in one process with the callers;
+- "batches": `MicroBatcher` as it is by default, a worker for each core;
 - "http": `mrl-redimnet serve`'s application in a process of its own, files uploaded, 2 % of them broken.
 
-Beside them stand the rates of the same bank offline: sorted batches of several sizes, of which the fastest is the best
-rate, and utterances 16 at a time as they come, divided as `MicroBatcher` divides them. The goals are ratios: throughput
-at 16 callers by the best rate, and p99 at 16 callers by what 16 utterances take in the best batches (the p50 of one
-caller, times the share that a batch of 16 takes of 16 times that).
+Beside them stand the rates of the same bank offline: sorted batches of several sizes, one after the other with all
+cores and side by side with one core each, of which the fastest is the best rate, and utterances 16 at a time as they
+come, divided as `MicroBatcher` divides them, side by side. The goals are ratios: throughput at 16 callers by the best
+rate, and p99 at 16 callers by what 16 utterances take in the best batches (the p50 of one caller, times the share that
+a batch of 16 takes of 16 times that).
 
 Then 100,000 requests (--quick: 2,000) to a tiny network from 16 callers are compared, number by number, with the
 answers alone, and the service of the first model is loaded over HTTP by 16 and by 64 callers for ten minutes each
@@ -52,12 +54,13 @@ from mrl_redimnet.adapters.strategies import Vanilla
 from mrl_redimnet.encoder import padded
 from mrl_redimnet.saving import save_model
 from mrl_redimnet.serving.batcher import BATCH_SECONDS, MicroBatcher, passes
+from mrl_redimnet.speed.threads import side_by_side, workers_for
 
 CALLERS = (1, 16, 64)
 KINDS = 4  # adapters, beside the base
 UTTERANCES = 64
 SHORTEST, LONGEST = 1.0, 6.0
-BATCHES = (8, 16, 32)
+BATCHES = (4, 8, 16)
 BAD_SHARE = 0.02
 PARTS = ("rates", "values", "long")
 AS_THEY_COME = "16 as they come"
@@ -72,7 +75,7 @@ class Effort:
 
     turns: int = 3
     seconds: float = 20.0
-    offline: int = 3
+    offline: int = 2
     checked: int = 100_000
     long: float = 600.0
 
@@ -204,7 +207,10 @@ def jobs(seconds: tuple[float, float] = (SHORTEST, LONGEST)) -> list[Job]:
 def measured(folder: Path, effort: Effort, arguments: argparse.Namespace) -> dict:
     """Every way, in turns."""
     encoder, asked = load(folder), jobs()
-    offline: dict[str, list[float]] = {str(size): [] for size in BATCHES} | {AS_THEY_COME: []}
+    workers = workers_for(encoder.device)
+    sets = {f"batches of {size}": sorted_batches(asked, size) for size in BATCHES}
+    divided = {AS_THEY_COME: rounds(asked, encoder, workers)}
+    offline: dict[str, list[float]] = {}
     latencies: dict[tuple[str, int], list[float]] = {}
     rates: dict[tuple[str, int], list[float]] = {}
     memory: list[float] = []
@@ -212,24 +218,28 @@ def measured(folder: Path, effort: Effort, arguments: argparse.Namespace) -> dic
     def lock(job: Job):
         encoder.adapters.embed(torch.from_numpy(job.waveform)[None], adapter=job.adapter)
 
-    with MicroBatcher(encoder, wait_ms=arguments.wait_ms) as batcher, Server(folder, arguments) as server:
+    with (
+        MicroBatcher(encoder, wait_ms=arguments.wait_ms, workers=1) as alone,
+        MicroBatcher(encoder, wait_ms=arguments.wait_ms) as batcher,
+        Server(folder, arguments) as server,
+    ):
         ways: dict[str, Callable[[Job], object]] = {
             "lock": lock,
+            "one pass at a time": lambda job: alone.embed(job.waveform, job.adapter),
             "batches": lambda job: batcher.embed(job.waveform, job.adapter),
             "http": server.embed,
         }
         for way in ways.values():
             way(asked[0])
         for _ in range(effort.turns):
-            for size in BATCHES:
-                offline[str(size)] += [
-                    offline_rate(encoder, sorted_batches(asked, size)) for _ in range(effort.offline)
-                ]
-            offline[AS_THEY_COME] += [offline_rate(encoder, rounds(asked, encoder)) for _ in range(effort.offline)]
+            for how, count, found in (("", 1, sets), (", side by side", workers, sets), ("", workers, divided)):
+                for name, batches in found.items():
+                    rates_of = offline.setdefault(name + how, [])
+                    rates_of += [offline_rate(encoder, batches, count) for _ in range(effort.offline)]
             for name, way in ways.items():
                 for callers in CALLERS:
-                    found, rate = together(way, asked, callers, effort.seconds)
-                    latencies.setdefault((name, callers), []).extend(found)
+                    times, rate = together(way, asked, callers, effort.seconds)
+                    latencies.setdefault((name, callers), []).extend(times)
                     rates.setdefault((name, callers), []).append(rate)
                     if name == "http":
                         memory.append(server.memory())
@@ -260,23 +270,27 @@ def sorted_batches(asked: list[Job], size: int) -> list[list[Job]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def rounds(asked: list[Job], encoder: SpeakerEncoder) -> list[list[Job]]:
+def rounds(asked: list[Job], encoder: SpeakerEncoder, workers: int) -> list[list[Job]]:
     """Sixteen at a time in a drawn order, each divided as the service does it."""
     drawn, found = random.Random(1).sample(asked, len(asked)), []
     for start in range(0, len(drawn), 16):
         some = drawn[start : start + 16]
         window = int(encoder.config.window_seconds * 16_000)
-        for rows in passes([len(job.waveform) for job in some], round(BATCH_SECONDS * 16_000), window):
+        for rows in passes([len(job.waveform) for job in some], round(BATCH_SECONDS * 16_000), window, 16 // workers):
             found.append([some[row] for row in rows])
     return found
 
 
-def offline_rate(encoder: SpeakerEncoder, batches: list[list[Job]]) -> float:
-    """Utterances a second."""
-    began = time.perf_counter()
-    for batch in batches:
+def offline_rate(encoder: SpeakerEncoder, batches: list[list[Job]], workers: int) -> float:
+    """Utterances a second, with so many batches at once."""
+
+    def embed(batch: list[Job]):
         lengths = torch.tensor([len(job.waveform) for job in batch])
         encoder.embed_padded(padded(job.waveform for job in batch), lengths, [job.adapter for job in batch])
+
+    began = time.perf_counter()
+    for _ in side_by_side(embed, batches, workers):
+        pass
     return sum(map(len, batches)) / (time.perf_counter() - began)
 
 
@@ -519,7 +533,7 @@ def model_report(model: str, found: dict) -> list[str]:
         text.append(
             table_row(
                 [
-                    f"offline, {size}" if size == AS_THEY_COME else f"offline, batches of {size}",
+                    f"offline, {size}",
                     "",
                     f"{rate:.1f}",
                     f"{rate / best:.2f}",
@@ -536,7 +550,7 @@ def model_report(model: str, found: dict) -> list[str]:
             cells += [f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", str(row["calls"])]
             text.append(table_row([way, callers, *cells]))
     goals = []
-    for way in ("lock", "batches", "http"):
+    for way in ("lock", "one pass at a time", "batches", "http"):
         counts = found["ways"][way]
         ratio = counts["16"]["p99_ms"] / (16 * 1000 / best)
         goals.append(

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,9 +75,20 @@ class Held:
         self.release()
 
 
-def test_every_caller_gets_the_answer_to_its_request(encoder):
-    """16 callers, mixed adapters and lengths, answers by value: those of embedding alone."""
-    kinds = [(name, samples, seed) for name in (None, *ADAPTERS) for samples in (3000, 4111, 9000) for seed in (1, 2)]
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_caller_gets_the_answer_to_its_request(encoder, tmp_path, workers):
+    """16 callers, mixed adapters and lengths, answers by value: those of embedding alone.
+
+    With several workers some requests also name an adapter that cannot share a pass (DoRA), and some are longer than
+    the model's window, so that what may run at once and what may not take turns.
+    """
+    names, lengths = (None, *ADAPTERS), [3000, 4111, 9000]
+    if workers > 1:
+        save_adapter(tmp_path, lora_config("linear", r=2, use_dora=True), seed=9)
+        encoder.adapters.add("dora", tmp_path)
+        encoder.config.window_seconds = 0.5
+        names = (*names, "dora")
+    kinds = [(name, samples, seed) for name in names for samples in lengths for seed in (1, 2)]
     alone = {}
     for name, samples, seed in kinds:
         encoder.adapters.set_adapter(name)
@@ -95,10 +107,25 @@ def test_every_caller_gets_the_answer_to_its_request(encoder):
             assert answer.weights == encoder.weights(kind[0])
         return worst
 
-    with MicroBatcher(encoder, on_pass=found.append) as batcher, ThreadPoolExecutor(16) as pool:
+    with MicroBatcher(encoder, workers=workers, on_pass=found.append) as batcher, ThreadPoolExecutor(16) as pool:
         assert max(pool.map(caller, range(16))) < 1e-4
     assert sum(each.rows for each in found) == 16 * 150
-    assert max(each.rows for each in found) > 4
+    assert max(each.rows for each in found) > (4 if workers == 1 else 1)
+
+
+def test_workers_run_passes_at_once(encoder):
+    """Each pass waits for the other: with one worker, or behind a lock, none would end."""
+    both, plain, threads = threading.Barrier(2), encoder.embed_padded, torch.get_num_threads()
+
+    def embed_padded(*arguments):
+        both.wait(60)
+        return plain(*arguments)
+
+    encoder.embed_padded = embed_padded
+    with MicroBatcher(encoder, workers=2) as batcher:
+        futures = [batcher.submit(noise(n, 4000), name) for n, name in enumerate(["one", "two"])]
+        assert [future.result(60).weights for future in futures] == [encoder.weights("one"), encoder.weights("two")]
+    assert torch.get_num_threads() == threads
 
 
 def test_requests_are_taken_in_the_order_they_came(encoder):
@@ -204,7 +231,8 @@ def test_a_request_whose_adapter_was_deleted_takes_no_other_with_it(encoder):
             assert "no adapter 'one'" in str(lost.exception())
 
 
-def test_adapters_come_and_go_while_requests_are_answered(encoder, folders):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_adapters_come_and_go_while_requests_are_answered(encoder, folders, workers):
     """Each answer says what weights it is of, and is of them."""
     alone = {}
     for name in (None, *ADAPTERS):
@@ -225,7 +253,7 @@ def test_adapters_come_and_go_while_requests_are_answered(encoder, folders):
             answers += 1
         return answers
 
-    with MicroBatcher(encoder) as batcher, ThreadPoolExecutor(6) as pool:
+    with MicroBatcher(encoder, workers=workers) as batcher, ThreadPoolExecutor(6) as pool:
         asking = [pool.submit(ask, number) for number in range(6)]
         try:
             for turn in range(10):
@@ -290,7 +318,9 @@ def test_a_model_with_a_merged_adapter(tmp_path, folders):
             batcher.submit(noise(1, 4000), "two")
 
 
-@pytest.mark.parametrize("wrong", [{"wait_ms": -1}, {"batch_seconds": 0}, {"queue_seconds": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"wait_ms": -1}, {"batch_seconds": 0}, {"queue_seconds": float("nan")}, {"workers": 0}]
+)
 def test_settings_that_make_no_sense(encoder, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MicroBatcher(encoder, **wrong)
@@ -305,13 +335,14 @@ def cost(rows: list[list[int]], lengths: list[int]) -> float:
     return sum(len(each) * max(lengths[row] for row in each) + PASS_SECONDS * SECOND for each in rows)
 
 
-@given(LENGTHS, st.integers(SECOND, 60 * SECOND), st.integers(SECOND, 30 * SECOND))
-def test_passes_hold_every_row_once_within_the_bounds(lengths, most, window):
-    found = passes(lengths, most, window)
+@given(LENGTHS, st.integers(SECOND, 60 * SECOND), st.integers(SECOND, 30 * SECOND), st.integers(1, 12))
+def test_passes_hold_every_row_once_within_the_bounds(lengths, most, window, most_rows):
+    found = passes(lengths, most, window, most_rows)
     assert sorted(row for each in found for row in each) == list(range(len(lengths)))
     assert found[0][0] == 0 and found == sorted(found)
     for rows in found:
         own = [lengths[row] for row in rows]
+        assert len(rows) <= most_rows
         assert len(rows) == 1 or len(rows) * max(own) <= most
         assert len({length > window for length in own}) == 1
 

@@ -47,6 +47,7 @@ from mrl_redimnet.scoring.decisions import (
 )
 from mrl_redimnet.scoring.scorers import SCORERS, TOP, Scorer, enrolment_units, make_scorer
 from mrl_redimnet.speed import speed_up
+from mrl_redimnet.speed.threads import side_by_side, workers_for
 
 if TYPE_CHECKING:  # PEFT takes a second to import, and most uses do without
     from mrl_redimnet.adapters.bank import AdapterBank
@@ -283,7 +284,7 @@ class SpeakerEncoder:
         Args:
             inputs: N utterances, see the class. A path that comes several times is read once.
             dim: how many numbers of each embedding [all].
-            batch_seconds: padded audio in a batch, which bounds memory.
+            batch_seconds: padded audio in the network at once, which bounds memory.
             progress: title of a progress bar on a terminal; None: no bar.
             prepare: changes or checks the audio of each utterance as it was read, see `mrl_redimnet.audio.waveforms`.
             longest: seconds beyond which an utterance is cut.
@@ -481,16 +482,19 @@ class SpeakerEncoder:
                     spoken[row] = speech_seconds(wave)
                     yield row, wave
 
-        embedded = []
+        def vectors(batch: dict[int, NDArray]) -> tuple[list[int], NDArray, NDArray]:
+            lengths = torch.tensor([len(wave) for wave in batch.values()])
+            return [*batch], self.embed_padded(padded(batch.values()), lengths)[:, :dim], lengths.numpy()
+
+        embedded, workers = [], workers_for(self.device)
         broadcast(list(self._encoder.buffers()))  # running statistics differ between processes; the first's are saved
         self._encoder.eval()
         hidden = True if progress is None or not state.is_main_process else None  # None: shown where it is a terminal
         with tqdm(total=len(own), desc=progress, disable=hidden, leave=False, unit=" files") as bar:
             try:
-                for batch in length_batches(waveforms(), batch_seconds):
-                    rows, lengths = list(batch), torch.tensor([len(wave) for wave in batch.values()])
-                    vectors = self.embed_padded(padded(batch.values()), lengths)[:, :dim]
-                    embedded.append((rows, vectors, lengths.numpy(), [spoken[row] for row in rows]))
+                batches = length_batches(waveforms(), batch_seconds / workers)  # so that memory is bounded as asked
+                for rows, found, lengths in side_by_side(vectors, batches, workers):
+                    embedded.append((rows, found, lengths, [spoken[row] for row in rows]))
                     bar.update(len(rows))
             finally:
                 self._encoder.train(training)
@@ -499,8 +503,8 @@ class SpeakerEncoder:
         for rows, embeddings, lengths, held in gather_object(embedded):
             result[rows], seconds[rows], speech[rows] = embeddings, lengths / SAMPLING_RATE, held
         reasons = dict(gather_object([*problems.items()]))
-        found = {row: reasons[origin] for row, origin in enumerate(source) if origin in reasons}
-        return Embedded(result[source], seconds[source], speech[source], found)
+        without = {row: reasons[origin] for row, origin in enumerate(source) if origin in reasons}
+        return Embedded(result[source], seconds[source], speech[source], without)
 
     # ------------------------------------------------------------ scores
 

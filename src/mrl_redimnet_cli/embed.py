@@ -68,7 +68,7 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
         "--batch-seconds",
         type=float,
         default=batch_seconds,
-        help=f"seconds of padded audio in a batch [{batch_seconds:g}]",
+        help=f"seconds of padded audio in the network at once [{batch_seconds:g}]",
     )
     parser.add_argument(
         "--part-size",

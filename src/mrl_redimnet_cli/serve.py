@@ -62,6 +62,12 @@ def add(commands: Commands) -> None:
     ):
         default = VALUES[f"serving.batcher.{name.replace('-', '_').upper()}"]
         parser.add_argument(f"--{name}", type=float, default=default, metavar=unit, help=f"{text} [{default:g}]")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="passes over the network at once [on a CPU one for each of torch's threads, four at most; else 1]",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-megabytes", type=float, default=32, metavar="MB", help="of a request's body [32]")
     limits.add_argument("--max-seconds", type=float, default=120, metavar="S", help="of one utterance [120]")
@@ -116,6 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         wait_ms=arguments.wait_ms,
         batch_seconds=arguments.batch_seconds,
         queue_seconds=arguments.queue_seconds,
+        workers=arguments.workers,
     )
     service = Service(
         encoder,

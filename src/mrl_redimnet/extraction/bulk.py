@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from mrl_redimnet.encoder import BATCH_SECONDS, LISTED, SpeakerEncoder, padded
 from mrl_redimnet.extraction.inputs import Inputs, Utterance
 from mrl_redimnet.files import replace_file
 from mrl_redimnet.fingerprints import same_weights
+from mrl_redimnet.speed.threads import side_by_side, workers_for
 
 STORAGES = {"float32": np.float32, "float16": np.float16}
 PART_SIZE = 512
@@ -438,9 +439,9 @@ def read_embeddings(folder: str | os.PathLike) -> tuple[list[str], np.ndarray]:
 class Extraction:
     """How a corpus is embedded. dim, storage: as of `Embedder`.
 
-    batch_seconds: padded audio of a batch. part_size: utterances of a part at most, and about how many are sorted by
-    length together, which a process that is killed may have to do again. workers: processes that decode, for each that
-    embeds; 0: none.
+    batch_seconds: padded audio that is in the network at once. part_size: utterances of a part at most, and about how
+    many are sorted by length together, which a process that is killed may have to do again. workers: processes that
+    decode, for each that embeds; 0: none.
     retry: try again what had problems.
     """
 
@@ -559,9 +560,11 @@ def embed_corpus(
     before = sum(count for key, count in parts.done.items() if holds(turns, key))
     again = parts.problems(turns) if how.retry else {}
     retries = {key: {problem.id for problem in problems} for key, problems in again.items()}
-    work = Work(inputs, turns, parts, size, retries, embedder.extractor, how)
+    at_once = workers_for(encoder.device)
+    of_each = replace(how, batch_seconds=how.batch_seconds / at_once)
+    work = Work(inputs, turns, parts, size, retries, embedder.extractor, of_each)
     with tqdm(desc=progress, disable=True if progress is None else None, leave=False, unit=" utterances") as bar:
-        embedded = _embed(embedder, work, bar)
+        embedded = _embed(embedder, work, at_once, bar)
     problems = [problem for found in parts.problems(turns).values() for problem in found]
     return Report(embedded, before, problems)
 
@@ -590,18 +593,22 @@ def embed_to_file(
     return report
 
 
-def _embed(embedder: Embedder, work: Work, bar: tqdm) -> int:
-    """Writes a part for every block of the work; how many utterances were embedded."""
+def _embed(embedder: Embedder, work: Work, at_once: int, bar: tqdm) -> int:
+    """Writes a part for every block of the work, with so many batches at once; how many utterances were embedded."""
     model, embedded = embedder.encoder.model, 0
     blocks: defaultdict[Key, Block] = defaultdict(Block)
     training = model.training
+
+    def with_embeddings(item: Batch | BlockEnd | Exception) -> tuple[Batch | BlockEnd | Exception, np.ndarray | None]:
+        return item, embedder(item) if isinstance(item, Batch) else None
+
     model.eval()
     try:
-        for item in _loaded(work):
+        for item, embeddings in side_by_side(with_embeddings, _loaded(work), at_once):
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Batch):
-                for (key, row), *facts in item.rows(embedder(item)):
+                for (key, row), *facts in item.rows(embeddings):
                     blocks[key].add(row, *facts)
                 bar.update(len(item.ids))
                 continue

@@ -6,12 +6,15 @@
         batcher.submit(waveform).cancel()                         # a concurrent.futures.Future
 
 A network computes a batch of short utterances in little more than half the time that it takes for one after the other.
-Calls of `SpeakerEncoder.embed` from several threads gain nothing of that, and wait for each other. Here one thread runs
-the network. What waits while it is busy makes up the next round; rows of different adapters share a batch.
+Calls of `SpeakerEncoder.embed` from several threads gain nothing of that, and wait for each other. Here a few threads
+("workers") run the network, each with a batch of its own: on a CPU, two passes with one core each take much less time
+than the same two passes one after the other with both cores (docs/results/service_load.md). What waits while they are
+busy makes up the next round; rows of different adapters share a batch.
 """
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -27,13 +30,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from configuration_mrl_redimnet import SAMPLING_RATE, MRLReDimNetError
 from mrl_redimnet.encoder import SpeakerEncoder, padded
+from mrl_redimnet.speed.threads import CoreShares, workers_for
 
 WAIT_MS = 10.0
 BATCH_SECONDS = 60.0
 QUEUE_SECONDS = 600.0
-# A pass over the network costs as much as so many more seconds of speech in it: b2 with an adapter takes 115 ms for 3 s
-# alone, and 50 ms for each 3 s in a batch of eight (docs/results/serving.md).
-PASS_SECONDS = 3.0
+# A pass over the network costs as much as so many more seconds of speech in it.
+PASS_SECONDS = 2.0
 MOST_ROWS = 64  # of a round: more bring no speed, and dividing a round into passes takes time with the square of them
 LEAST_SECONDS = 1.0  # that an utterance counts in the queue, however short it is: it costs work of its own
 
@@ -97,7 +100,8 @@ class MicroBatcher:
     Requests are taken in the order in which they came, in rounds: a round is the longest waiting ones, as many as fit
     `batch_seconds`. Nobody is in a later round than somebody who came later, so nobody starves. Within a round,
     utterances of like lengths go through the network together, those with the oldest request first, where that saves
-    more padding than another pass costs.
+    more padding than another pass costs, and there is a pass for each worker. A worker that is free takes the next
+    pass; when all passes of a round are taken, the next round begins.
 
     Attributes:
         encoder: what embeds. Its model is put into evaluation mode and must not change, but for its adapters: these
@@ -112,6 +116,7 @@ class MicroBatcher:
         wait_ms: float = WAIT_MS,
         batch_seconds: float = BATCH_SECONDS,
         queue_seconds: float = QUEUE_SECONDS,
+        workers: int | None = None,
         on_pass: Callable[[Pass], object] | None = None,
     ) -> None:
         """Args:
@@ -122,14 +127,20 @@ class MicroBatcher:
             round by itself.
         queue_seconds: of speech that may wait; each utterance counts as at least one second. Into an empty queue an
             utterance of any length is taken.
-        on_pass: is told of every `Pass`, in the thread that runs the network. It must be quick and raise nothing.
+        workers: passes over the network at once, which share torch's threads; each needs memory for `batch_seconds`.
+            None: on a CPU as many as torch has threads, four at most; on an accelerator one. Rows of an adapter that is
+            more than layers of LoRA, and utterances beyond the model's window with adapters, run alone.
+        on_pass: is told of every `Pass`, by the worker that ran it. It must be quick, raise nothing, and bear to be
+            called by several threads at once.
 
         Raises:
             ValueError: numbers that are not above zero (wait_ms: below zero).
         """
         if not wait_ms >= 0:
             raise ValueError(f"wait_ms: got {wait_ms}, expected 0 or more.")
-        for name, value in (("batch_seconds", batch_seconds), ("queue_seconds", queue_seconds)):
+        workers = workers_for(encoder.device) if workers is None else workers
+        settings = {"batch_seconds": batch_seconds, "queue_seconds": queue_seconds, "workers": workers}
+        for name, value in settings.items():
             if not value > 0:
                 raise ValueError(f"{name}: got {value}, expected a number above 0.")
         self.encoder = encoder
@@ -145,9 +156,17 @@ class MicroBatcher:
         self._waiting: deque[_Request] = deque()
         self._waiting_seconds = 0.0
         self._closed = False
-        self._expected = 1
-        self._thread = threading.Thread(target=self._work, name="mrl-redimnet batches", daemon=True)
-        self._thread.start()
+        self._ready: deque[list[_Request]] = deque()  # passes of the round that nobody has taken yet
+        self._busy = 0  # requests of the passes that are ready or run
+        self._expected = 1  # requests under way together
+        shares = CoreShares(workers)
+        self._threads = [
+            threading.Thread(target=self._work, args=(shares,), name=f"mrl-redimnet batches {number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        shares.all_taken()
 
     # ------------------------------------------------------------ for callers
 
@@ -206,7 +225,7 @@ class MicroBatcher:
     @property
     def running(self) -> bool:
         """Whether requests are taken and answered."""
-        return self._thread.is_alive() and not self._closed
+        return all(thread.is_alive() for thread in self._threads) and not self._closed
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, and returns when all that wait are answered, or, without drain, cancelled."""
@@ -216,7 +235,8 @@ class MicroBatcher:
             self._changed.notify_all()
         for request in dropped:
             request.future.cancel()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -224,7 +244,7 @@ class MicroBatcher:
     def __exit__(self, *error: object) -> None:
         self.close(drain=error[0] is None)
 
-    # ------------------------------------------------------------ the thread
+    # ------------------------------------------------------------ the workers
 
     def _drop_cancelled(self, request: _Request) -> None:
         """Gives the place of a cancelled request to others."""
@@ -233,42 +253,53 @@ class MicroBatcher:
                 self._waiting.remove(request)
                 self._waiting_seconds -= request.counts
 
-    def _work(self) -> None:
-        while (taken := self._next_round()) is not None:
-            lengths = [len(request.waveform) for request in taken]
-            for rows in passes(lengths, round(self._batch_seconds * SAMPLING_RATE), self._window):
-                self._run([taken[row] for row in rows])
+    def _work(self, shares: CoreShares) -> None:
+        shares.take()
+        while (requests := self._next_pass()) is not None:
+            self._run(requests)
             with self._changed:
-                self._expected = len(taken) + len(self._waiting)
+                self._expected = self._busy + len(self._waiting)
+                self._busy -= len(requests)
 
-    def _next_round(self) -> list[_Request] | None:
-        """Waits for requests, and takes them out of the queue; None when there will be no more."""
+    def _next_pass(self) -> list[_Request] | None:
+        """Waits for requests, and takes those of a pass; None when there will be no more."""
         with self._changed:
             idle = time.monotonic()
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            while self._waiting and not self._closed and not self._is_full():
-                left = max(idle, self._waiting[0].arrived) + self._wait - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            taken: list[_Request] = []
-            seconds = 0.0
-            while self._waiting and len(taken) < MOST_ROWS:
-                if taken and seconds + self._waiting[0].seconds > self._batch_seconds:
-                    break
-                request = self._waiting.popleft()
-                self._waiting_seconds -= request.counts
-                if request.future.set_running_or_notify_cancel():
-                    taken.append(request)
-                    seconds += request.seconds
-            return taken if taken or self._waiting or not self._closed else None
+            while not self._ready:
+                if self._closed and not self._waiting:
+                    return None
+                left = None
+                if self._waiting:
+                    left = max(idle, self._waiting[0].arrived) + self._wait - time.monotonic()
+                if left is not None and (left <= 0 or self._closed or self._is_full()):
+                    self._begin_round()
+                else:
+                    self._changed.wait(left)
+            return self._ready.popleft()
 
     def _is_full(self) -> bool:
         """Whether there is nothing to wait for: a whole round, or as many requests as were under way before."""
-        if len(self._waiting) >= min(self._expected, MOST_ROWS):
+        if len(self._waiting) >= min(self._expected - self._busy, MOST_ROWS):
             return True
         return sum(request.seconds for request in self._waiting) >= self._batch_seconds
+
+    def _begin_round(self) -> None:
+        """Takes what waits out of the queue, and divides it into passes."""
+        taken: list[_Request] = []
+        seconds = 0.0
+        while self._waiting and len(taken) < MOST_ROWS:
+            if taken and seconds + self._waiting[0].seconds > self._batch_seconds:
+                break
+            request = self._waiting.popleft()
+            self._waiting_seconds -= request.counts
+            if request.future.set_running_or_notify_cancel():
+                taken.append(request)
+                seconds += request.seconds
+        lengths = [len(request.waveform) for request in taken]
+        most, rows = round(self._batch_seconds * SAMPLING_RATE), math.ceil(len(taken) / len(self._threads))
+        self._ready.extend([taken[row] for row in each] for each in passes(lengths, most, self._window, rows))
+        self._busy += len(taken)
+        self._changed.notify_all()
 
     def _run(self, requests: list[_Request]) -> None:
         """Answers requests by one pass over the network. Where that fails, each is run by itself: one that cannot be
@@ -290,7 +321,7 @@ class MicroBatcher:
         began = time.monotonic()
         adapters = [request.adapter for request in requests]
         lengths = torch.tensor([len(request.waveform) for request in requests])
-        with self._same_adapters(adapters):
+        with self._same_adapters(adapters, int(lengths.max())):
             weights = {adapter: self._weights(adapter) for adapter in set(adapters)}
             waveforms = padded(request.waveform for request in requests)
             embeddings = self.encoder.embed_padded(waveforms, lengths, adapters)
@@ -304,18 +335,18 @@ class MicroBatcher:
     def _weights(self, adapter: str | None) -> str:
         return self._own_weights if adapter is None else self.encoder.weights(adapter)
 
-    def _same_adapters(self, adapters: Sequence[str | None]) -> contextlib.AbstractContextManager[Any]:
+    def _same_adapters(self, adapters: Sequence[str | None], samples: int) -> contextlib.AbstractContextManager[Any]:
         """Within, the adapters by these names are the same ones."""
-        return self.encoder.adapters.held() if any(adapters) else contextlib.nullcontext()
+        return self.encoder.adapters.held(adapters, samples) if any(adapters) else contextlib.nullcontext()
 
 
-def passes(lengths: Sequence[int], most: int, window: int) -> list[list[int]]:
+def passes(lengths: Sequence[int], most: int, window: int, rows: int = MOST_ROWS) -> list[list[int]]:
     """How utterances of these lengths in samples go through the network: the rows of each pass.
 
     The division into passes of like lengths with the least cost: padded samples, and `PASS_SECONDS` for each pass. A
-    pass holds at most `most` padded samples, or one row. Rows beyond the model's window, in samples, are kept apart, as
-    they take another way through it. The pass with row 0, the oldest, is the first, the others follow by their
-    oldest row.
+    pass holds at most `most` padded samples, or one row, and at most `rows` rows. Rows beyond the model's window, in
+    samples, are kept apart, as they take another way through it. The pass with row 0, the oldest, is the first, the
+    others follow by their oldest row.
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     sizes = [lengths[row] for row in order]
@@ -325,7 +356,7 @@ def passes(lengths: Sequence[int], most: int, window: int) -> list[list[int]]:
         best, at = np.inf, end - 1
         for start in range(end - 1, -1, -1):
             apart = longest > window >= sizes[start]
-            if start < end - 1 and (apart or (end - start) * longest > most):
+            if start < end - 1 and (apart or end - start > rows or (end - start) * longest > most):
                 break
             cost = costs[start] + (end - start) * longest + PASS_SECONDS * SAMPLING_RATE
             if cost < best:

@@ -11,6 +11,7 @@ or after adapters are put on, and a model is saved as before. `as_defined(model)
                  before it
     maps         feature maps: sums in place, norms that keep less
     loss         the loss of all Matryoshka prefixes in one pass over the classifier's rows, on CPUs
+    threads      several passes over a network at once, on CPUs
 """
 
 import os
