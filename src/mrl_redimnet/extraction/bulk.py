@@ -599,8 +599,8 @@ def _embed(embedder: Embedder, work: Work, at_once: int, bar: tqdm) -> int:
     blocks: defaultdict[Key, Block] = defaultdict(Block)
     training = model.training
 
-    def with_embeddings(item: Batch | BlockEnd | Exception) -> tuple[Batch | BlockEnd | Exception, np.ndarray | None]:
-        return item, embedder(item) if isinstance(item, Batch) else None
+    def with_embeddings(item: Batch | BlockEnd | Exception) -> tuple[Batch | BlockEnd | Exception, np.ndarray]:
+        return item, embedder(item) if isinstance(item, Batch) else np.empty(0)
 
     model.eval()
     try:
