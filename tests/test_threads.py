@@ -88,13 +88,17 @@ def test_an_encoder_answers_the_same_with_several_threads(speech, tmp_path, acti
         encoder.adapters.add(name, tmp_path / name)
     encoder.adapters.set_adapter(active)
     alone = encoder.embed(speech, batch_seconds=2)
+    noise = 0.1 * np.random.default_rng(1).standard_normal(16_000).astype(np.float32)
     torch.set_num_threads(3)
     try:
         assert np.abs(encoder.embed(speech, batch_seconds=2) - alone).max() < 1e-5
+        starts, windows = encoder.embed_windows(np.tile(noise, 40), 0.5, 0.1)
         assert encoder.adapters.active == active and torch.get_num_threads() == 3
         report = embed_corpus(encoder, Inputs.find([speech[0].parent]), tmp_path / "parts")
     finally:
         torch.set_num_threads(1)
+    alone_starts, alone_windows = encoder.embed_windows(np.tile(noise, 40), 0.5, 0.1)
+    assert np.array_equal(starts, alone_starts) and np.abs(windows - alone_windows).max() < 1e-5
     assert report.embedded == 12 and not report.problems
     ids, embeddings = read_embeddings(tmp_path / "parts")
     order = [[file.stem for file in speech].index(Path(name).stem) for name in ids]

@@ -384,13 +384,15 @@ class SpeakerEncoder:
 
     def _separate(self, wave: torch.Tensor, offsets: list[int], length: int) -> NDArray:
         """wave [samples] -> embeddings [N, D] of the windows of `length` samples at `offsets`, each by itself."""
-        count = max(1, int(BATCH_SECONDS * SAMPLING_RATE) // length)
+        workers = workers_for(self.device)
+        count = max(1, int(BATCH_SECONDS / workers * SAMPLING_RATE) // length)
         batches = [offsets[row : row + count] for row in range(0, len(offsets), count)]
-        found = []
-        for batch in batches:
+
+        def embedded(batch: list[int]) -> NDArray:
             waves = torch.stack([wave[offset : offset + length] for offset in batch])
-            found.append(self.embed_padded(waves, torch.full((len(batch),), length)))
-        return np.concatenate(found)
+            return self.embed_padded(waves, torch.full((len(batch),), length))
+
+        return np.concatenate([*side_by_side(embedded, batches, workers)])
 
     @torch.inference_mode()
     def _shared(self, wave: torch.Tensor, offsets: list[int], length: int) -> NDArray:
