@@ -186,7 +186,7 @@ adapters adapters.facts adapters.hub adapters.placement audio audio.io audio.lev
 audio.windows convert data data.utterances encoder extras files fingerprints hub_cards hub_cards.report
 hub_cards.results plotting
 published recordings rotation rows saving scoring scoring.calibration scoring.decisions scoring.scorers
-scoring.trials tables speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute
+scoring.trials tables speed speed.blocks speed.linear speed.loss speed.maps speed.norms speed.recompute speed.threads
 """.split()
 # And of others, beside what the classes of transformers it needs import.
 BASE = """import torch
