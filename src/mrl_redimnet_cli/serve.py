@@ -68,6 +68,12 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="passes over the network at once [on a CPU one for each of torch's threads, four at most; else 1]",
     )
+    add_limits(parser)
+    must_be_there(parser, model=model_source, detector=folder, keys=file)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """What requests may ask for at most, and enrolments need at least."""
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-megabytes", type=float, default=32, metavar="MB", help="of a request's body [32]")
     limits.add_argument("--max-seconds", type=float, default=120, metavar="S", help="of one utterance [120]")
@@ -81,7 +87,6 @@ def add(commands: Commands) -> None:
         metavar="S",
         help=f"of speech to enrol from, at least [{VALUES['scoring.decisions.ENROL_SECONDS']:g}]",
     )
-    must_be_there(parser, model=model_source, detector=folder, keys=file)
 
 
 def run(arguments: argparse.Namespace) -> None:

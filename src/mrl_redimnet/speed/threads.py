@@ -50,10 +50,13 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], work
     It is at most `workers` + 1 items ahead of what was taken of it. What an item raises is raised in its place, and
     ends it.
     """
+    if workers == 1:
+        yield from map(function, items)
+        return
     items = iter(items)
     first = list(itertools.islice(items, 2))
-    if workers == 1 or len(first) < 2:
-        yield from map(function, itertools.chain(first, items))
+    if len(first) < 2:
+        yield from map(function, first)
         return
     shares = CoreShares(workers)
     with ThreadPoolExecutor(workers, "mrl-redimnet embeds", initializer=shares.take) as pool:
