@@ -35,7 +35,7 @@ from mrl_redimnet.speed.threads import CoreShares, workers_for
 WAIT_MS = 10.0
 BATCH_SECONDS = 60.0
 QUEUE_SECONDS = 600.0
-# A pass over the network costs as much as so many more seconds of speech in it. From 1 to 3 s it makes little difference.
+# A pass over the network costs as much as so many more seconds of speech in it; 1 to 3 s make little difference.
 PASS_SECONDS = 2.0
 MOST_ROWS = 64  # of a round: more bring no speed, and dividing a round into passes takes time with the square of them
 LEAST_SECONDS = 1.0  # that an utterance counts in the queue, however short it is: it costs work of its own
