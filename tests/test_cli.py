@@ -2,9 +2,14 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -12,6 +17,7 @@ from commands import refusal, run
 from conftest import relative_error, tiny_config, tiny_model, waves
 from reference_weights import flattened, reference_tensor, reference_waveform
 from safetensors.torch import load_file
+from sounds import write
 from transformers import AutoFeatureExtractor, AutoModel
 
 from modeling_mrl_redimnet import MRLReDimNetForSequenceClassification, MRLReDimNetForXVector, MRLReDimNetModel
@@ -331,3 +337,18 @@ def test_an_incomplete_command_is_explained(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and "usage: mrl-redimnet" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_command_with_one_line(tmp_path):
+    """A real signal to a real process, while it embeds."""
+    for number in range(8):
+        write(tmp_path / "in" / f"{number}.wav", 0.1 * np.random.default_rng(number).standard_normal(180 * 16_000))
+    command = [sys.executable, "-m", "mrl_redimnet_cli", "embed", "nano", str(tmp_path / "in")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "out").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # Python itself ignores what comes while it forks the process that decodes
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert said.splitlines()[-1] == "mrl-redimnet embed: stopped.", said
+    assert process.returncode == 130

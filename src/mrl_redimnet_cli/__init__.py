@@ -60,7 +60,8 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one command (argv None: the process's own arguments).
 
-    Returns the exit status: 0, 2 for an error, which is printed in one message, or what the command's help says.
+    Returns the exit status: 0, 2 for an error, which is printed in one message, 130 after Ctrl-C, or what the command's
+    help says.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser().parse_args(argv, argparse.Namespace(command_line=argv))
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"mrl-redimnet {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"mrl-redimnet {arguments.command}: stopped.", file=sys.stderr)
+        return 130  # as of shells: 128 and the number of the signal
 
 
 def _quieten_transformers():
