@@ -1,21 +1,20 @@
 """Exits of the packaged nano against networks of as many stages: error rates at every depth and dimension, and time.
 
-    pip install praat-parselmouth==0.4.7     # for packaged_speech.py, whose development speakers these are
     python benchmarks/depth_exits.py prepare RUNS --train SPEECH/train SPEECH_MORE/train
-    python benchmarks/depth_exits.py train RUNS
+    python benchmarks/depth_exits.py train RUNS --seeds 0 1
     python benchmarks/depth_exits.py report RUNS --lists development --out RUNS/dev
     python benchmarks/depth_exits.py report RUNS --speech SPEECH SPEECH_MORE --out docs/results/depth
 
 `prepare` links the training speech and writes its table of nano's own embeddings, the teacher of everything trained
-here. `train` makes, with the same steps and crops for each and one thread:
+here. `train` makes, with one thread:
 
 - frozen: exits after stages 1 and 2, all else frozen;
 - joint: from there on everything; the whole network stays near nano by the teacher's table;
 - alone: networks of 1 and 2 stages, each by itself, that also begin as the frozen exits are;
-- random: the same from random weights.
+- random: the same from random weights, with fifteen times the steps and seed 0 alone.
 
 Settings are chosen by the development trials; the test lists are opened by the last command alone. Runs that are there
-are kept.
+are kept. Rates are means over the seeds that are there.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare_adapters import machine
-from paired import Drawn, change, eers, percent
+from paired import Drawn, change, eers, mean, percent
 from safetensors.torch import save_file
 from timing import quartiles, take_turns
 
@@ -49,18 +48,18 @@ BASE = "nano"
 EXITS = (1, 2)
 DIMS = (16, 32, 64, 128, 192, 256)
 SHOWN = ("librispeech", "an4", "adults", "children")  # lists in the picture
-STEPS = 200
+STEPS, FROM_RANDOM = 200, 3000
 FEW = 4  # development utterances of a speaker that a run is judged by at its end, for its report alone
 COMMON = {"steps": STEPS, "batch_size": 16, "crop_seconds": 2.0, "margin_weight": 0, "ema": 0.98, "workers": 0}
-COMMON |= {"max_unusable_ratio": 0.02, "evaluate_every": STEPS, "checkpoint_every": STEPS, "tracker": "none"}
+COMMON |= {"max_unusable_ratio": 0.02, "checkpoint_every": STEPS, "tracker": "none"}
 COMMON |= {"final_learning_rate": 1e-5, "bootstrap_samples": 10, "dev_speakers": 2}
 WITH_EXITS = {"model": BASE, "model_options": json.dumps({"exits": EXITS})}
 TAUGHT = {"teacher": "{runs}/teacher", "teacher_loss": "direction", "teacher_axes": "{runs}/axes.safetensors"}
 SYSTEMS: dict[str, dict] = {
     "frozen": {**WITH_EXITS, "finetune": "exits", "ema": 0, "learning_rate": 2e-2},
-    "joint": {"model": "{runs}/frozen/best", **TAUGHT, "learning_rate": 7e-4},
-    **{f"alone, {depth}": {"model": f"{{runs}}/start-{depth}", **TAUGHT, "learning_rate": 7e-4} for depth in EXITS},
-    **{f"random, {depth}": {"size": BASE, **TAUGHT, "learning_rate": 2e-3} for depth in EXITS},
+    "joint": {"model": "{frozen}/best", **TAUGHT, "learning_rate": 7e-4},
+    **{f"alone, {depth}": {"model": "{start}", **TAUGHT, "learning_rate": 7e-4} for depth in EXITS},
+    **{f"random, {depth}": {"size": BASE, **TAUGHT, "learning_rate": 2e-3, "steps": FROM_RANDOM} for depth in EXITS},
 }
 SECONDS = (2.0, 6.0)  # of the utterances that are timed
 
@@ -74,6 +73,7 @@ def main():
     parser.add_argument("--speech", type=Path, nargs="+", default=[], help="folders with test and its trial lists")
     parser.add_argument("--lists", nargs="+", help="[all of them]")
     parser.add_argument("--only", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, help="systems to train [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings [0]")
     parser.add_argument("--out", type=Path, help="without suffix")
     parser.add_argument("--resamples", type=int, default=1000)
     arguments = parser.parse_args()
@@ -113,49 +113,57 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains the systems that are not there yet, each in a process of its own."""
-    runs = arguments.runs
-    for name in arguments.only:
-        if (folder_of(runs, name) / "best").exists():
-            continue
-        if name.startswith("alone"):
-            depth = int(name.split(", ")[1])
-            save_model(load_model(runs / "frozen/best").at_depth(depth), runs / f"start-{depth}")
-        settings = {
-            **COMMON,
-            "train": runs / "speech",
-            "dev_trials": runs / "few_trials.txt",
-            "dev_folder": runs / "dev",
-        }
-        settings |= {**SYSTEMS[name], "output": folder_of(runs, name)}
-        if name.startswith("random"):
-            depth = int(name.split(", ")[1])
-            options = {"stages": load_model(BASE).config.stages[:depth], "matryoshka_dims": DIMS, "spec_augment": True}
-            settings["model_options"] = json.dumps(options)
-        words = [f"--{key}={str(value).format(runs=runs) if '{runs}' in str(value) else value}"
-                 for key, value in settings.items()]  # fmt: skip
-        resume = ["--resume"] if folder_of(runs, name).exists() else []
-        subprocess.run(
-            [sys.executable, train_hf.__file__, *words, *resume], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+    for seed in arguments.seeds:
+        wanted = [name for name in arguments.only if seed == 0 or not name.startswith("random")]
+        for name in wanted:
+            if not (folder_of(arguments.runs, name, seed) / "best").exists():
+                train_once(arguments.runs, name, seed)
 
 
-def folder_of(runs: Path, name: str) -> Path:
+def train_once(runs: Path, name: str, seed: int) -> None:
+    """Goes on where an earlier start of this training was ended."""
+    way, *depth = name.split(", ")
+    frozen, start = folder_of(runs, "frozen", seed), folder_of(runs, f"start, {name[-1]}", seed)
+    if way == "alone":
+        save_model(load_model(frozen / "best").at_depth(int(depth[0])), start)
+    output = folder_of(runs, name, seed)
+    settings = {**COMMON, "train": runs / "speech", "dev_trials": runs / "few_trials.txt", "dev_folder": runs / "dev"}
+    settings |= {**SYSTEMS[name], "seed": seed, "output": output}
+    settings["evaluate_every"] = settings["steps"]
+    if way == "random":
+        stages = load_model(BASE).config.stages[: int(depth[0])]
+        options = {"stages": stages, "matryoshka_dims": DIMS, "spec_augment": True}
+        settings["model_options"] = json.dumps(options)
+    filled = {"{runs}": runs, "{frozen}": frozen, "{start}": start}
+    words = []
+    for key, value in settings.items():
+        text = str(value)
+        for mark, path in filled.items():
+            text = text.replace(mark, str(path))
+        words.append(f"--{key}={text}")
+    resume = ["--resume"] if output.exists() else []
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, train_hf.__file__, *words, *resume], check=True, env=one_thread)
+
+
+def folder_of(runs: Path, name: str, seed: int) -> Path:
     """Of a system's run."""
-    return runs / name.replace(", ", "-")
+    return runs / f"seed-{seed}" / name.replace(", ", "-")
 
 
-def networks(runs: Path) -> dict[tuple[str, int], MRLReDimNetModel]:
-    """Of every system that is trained, the network of each depth; nano itself is of depth 3."""
+def networks(runs: Path) -> dict[tuple[str, int, int], MRLReDimNetModel]:
+    """By system, depth and seed, every network that is trained; nano itself is of depth 3 and has one seed."""
     whole = len(load_model(BASE).config.stages)
-    found = {("nano", whole): load_model(BASE)}
-    for name in SYSTEMS:
-        if not (folder_of(runs, name) / "best").exists():
-            continue
-        model, (way, *depth) = load_model(folder_of(runs, name) / "best"), name.split(", ")
-        if depth:
-            found[way, int(depth[0])] = model
-        else:
-            found |= {(way, each): model.at_depth(each) for each in EXITS} | {(way, whole): model}
+    found = {("nano", whole, 0): load_model(BASE)}
+    for seed in sorted(int(folder.name.removeprefix("seed-")) for folder in runs.glob("seed-*")):
+        for name in SYSTEMS:
+            if not (folder_of(runs, name, seed) / "best").exists():
+                continue
+            model, (way, *depth) = load_model(folder_of(runs, name, seed) / "best"), name.split(", ")
+            if depth:
+                found[way, int(depth[0]), seed] = model
+            else:
+                found |= {(way, each, seed): model.at_depth(each) for each in EXITS} | {(way, whole, seed): model}
     return found
 
 
@@ -171,20 +179,26 @@ def report(arguments: argparse.Namespace) -> None:
     files = {"development": (runs / "dev_trials.txt", runs / "dev"), **files}
     lists = {name: files[name] for name in arguments.lists or files}
     rates: dict[tuple[str, int, str, str], dict[int, Drawn]] = {}  # system, depth, "same" or "cross", list
+    trained: dict[str, dict[tuple[str, int, str, str], list[float]]] = {}  # of each seed, at full width
     whole = len(load_model(BASE).config.stages)
     for name, (file, folder) in lists.items():
         trials = read_trials(file)
         speech = [folder / path for path in trials.utterances]
         embedded = {key: SpeakerEncoder(model).embed(speech) for key, model in models.items()}
-        for (way, depth), embeddings in embedded.items():
-            rates[way, depth, "same", name] = eers(trials, trials.utterances, embeddings, DIMS, arguments.resamples)
-            enrolled = embedded.get((way, whole), embedded["nano", whole])
+        seeds: dict[tuple[str, int, str, str], list[dict[int, Drawn]]] = {}
+        for (way, depth, seed), embeddings in embedded.items():
+            own = eers(trials, trials.utterances, embeddings, DIMS, arguments.resamples)
+            seeds.setdefault((way, depth, "same", name), []).append(own)
             if depth < whole:
-                rates[way, depth, "cross", name] = cross(trials, enrolled, embeddings, arguments.resamples)
-    times = timed({depth: model for (_, depth), model in models.items()})
+                enrolled = embedded.get((way, whole, seed), embedded["nano", whole, 0])
+                crossed = cross(trials, enrolled, embeddings, arguments.resamples)
+                seeds.setdefault((way, depth, "cross", name), []).append(crossed)
+        rates |= {key: {dim: mean(of[dim] for of in drawn) for dim in DIMS} for key, drawn in seeds.items()}
+        trained[name] = {key: [of[DIMS[-1]].value for of in drawn] for key, drawn in seeds.items()}
+    times = timed({depth: model for (_, depth, _), model in models.items()})
     text = [HEAD.format(arguments.resamples, machine()), "", *time_table(times, models), ""]
     for name in lists:
-        text += [f"## {name}", "", *table(name, rates), ""]
+        text += [f"## {name}", "", *table(rates, trained[name]), ""]
     records = [
         {"system": way, "depth": depth, "enrolled by": "the whole" if kind == "cross" else "the same depth",
          "list": name, "dim": dim, **drawn.record()}
@@ -228,14 +242,14 @@ HEAD = """# Exits after each stage
 
 ```bash
 python benchmarks/depth_exits.py prepare RUNS --train SPEECH/train SPEECH_MORE/train
-python benchmarks/depth_exits.py train RUNS
+python benchmarks/depth_exits.py train RUNS --seeds 0 1
 python benchmarks/depth_exits.py report RUNS --speech SPEECH SPEECH_MORE --out docs/results/depth
 ```
 
 EER % with 95 % intervals over speakers ({} resamples). "Tested at the exit": the enrolment is embedded by the whole
 network of the same system (by `nano` for networks of their own), the test by the exit. Differences are from the network
 of the same depth that was trained alone, from nano's first stages, paired; **bold** where the interval leaves out zero.
-One seed. {}, one thread."""
+Rates are means over the seeds in the last column, which has each one's at 256. {}, one thread."""
 
 
 def time_table(times: dict[int, dict], models: dict[tuple[str, int], MRLReDimNetModel]) -> list[str]:
@@ -243,7 +257,7 @@ def time_table(times: dict[int, dict], models: dict[tuple[str, int], MRLReDimNet
     lines = ["| stages | parameters | " + " | ".join(f"time for {each:g} s" for each in SECONDS) + " |"]
     lines.append("|---" * (2 + len(SECONDS)) + "|")
     for depth, of_lengths in times.items():
-        model = next(model for (way, each), model in models.items() if each == depth)
+        model = next(model for (_, each, _), model in models.items() if each == depth)
         size = sum(parameter.numel() for parameter in model.parameters())
         cells = [f"{q['median']:.2f} [{q['low']:.2f}, {q['high']:.2f}]" for q in of_lengths.values()]
         lines.append(f"| {depth} | {size:,} | " + " | ".join(cells) + " |")
@@ -259,18 +273,18 @@ TITLES = {
 }
 
 
-def table(name: str, rates: dict) -> list[str]:
-    """Markdown: a line for every network and side."""
-    lines = ["| stages | network | enrolled by | " + " | ".join(map(str, DIMS)) + " | change at 256 |"]
-    lines.append("|---" * (4 + len(DIMS)) + "|")
-    for way, depth, kind, of in sorted(rates, key=lambda key: (-key[1], list(TITLES).index(key[0]), key[2] == "cross")):
-        if of != name:
-            continue
-        own, beside = rates[way, depth, kind, name], rates.get(("alone", depth, "same", name))
+def table(rates: dict, trained: dict[tuple[str, int, str, str], list[float]]) -> list[str]:
+    """Markdown: a line for every network and side of a list; `trained` has its rates of each seed."""
+    lines = ["| stages | network | enrolled by | " + " | ".join(map(str, DIMS)) + " | change at 256 | each seed |"]
+    lines.append("|---" * (5 + len(DIMS)) + "|")
+    for key in sorted(trained, key=lambda key: (-key[1], list(TITLES).index(key[0]), key[2] == "cross")):
+        way, depth, kind, name = key
+        own, beside = rates[key], rates.get(("alone", depth, "same", name))
         cells = [percent(own[dim]) if dim == DIMS[-1] else f"{100 * own[dim].value:.2f}" for dim in DIMS]
         differs = change(own[DIMS[-1]] - beside[DIMS[-1]]) if beside and (way, kind) != ("alone", "same") else ""
         by = "the whole" if kind == "cross" else "itself"
-        lines.append(f"| {depth} | {TITLES[way]} | {by} | " + " | ".join(cells) + f" | {differs} |")
+        each = ", ".join(f"{100 * value:.2f}" for value in trained[key])
+        lines.append(f"| {depth} | {TITLES[way]} | {by} | " + " | ".join(cells) + f" | {differs} | {each} |")
     return lines
 
 

@@ -8,8 +8,9 @@ The base is the packaged model in a basis that is drawn at random: at full width
 are those of a model that was never trained for them, as a published checkpoint is. It is trained with speaker labels on
 few speakers: five epochs of the head, then five of everything, at one learning rate, nearly without weight decay.
 `train` goes through `plan` in its order, by `train_hf.py --resume` on one thread, and leaves out what is done. `report`
-reads the record of each run and judges its last model on the development speakers; with `--speech` it also opens the
-test lists, for the base rotated, for the first run and for the cure that the development speakers say is best.
+reads the record of each run and judges its last model on the development speakers, as means over the seeds that are
+done; with `--speech` it also opens the test lists, for the base rotated, for training without a cure and for the cure
+that the development speakers say is best.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ MOST, SECONDS = {"train": 6, "dev": 4}, 3.0  # utterances of a speaker, and of e
 DIMS = (16, 64, 256)  # of the tables
 HEAD, ALL = 60, 60  # steps with the trunk frozen, and with everything: five epochs each
 RATE = 1e-3
+SEEDS = (0, 1)
 TESTS = ("librispeech", "an4", "adults", "children")
 NOISE = [
     {
@@ -81,16 +83,15 @@ CUT, ROTATED = "base, as it is cut", "base, rotated"
 
 
 def plan() -> list[Run]:
-    """All runs, what matters most first."""
+    """All runs, seed by seed, what matters most first."""
     lower = {"trunk": RATE / 10}
     curriculum = {"augmentations": NOISE, "augmentation_schedule": [0.0, 0.8]}
     longer = length(3 * HEAD, ALL)
     together = {"model_options": PLAIN | DROPOUT, "weight_decay": 1e-3, "label_smoothing": 0.1, **curriculum}
     together |= {"part_learning_rates": lower, "prefix_starts": LATE_PREFIXES}
-    return [
+    runs = [
         Run(FIRST),
         Run("lower rate of the trunk, a tenth", {"part_learning_rates": lower}),
-        Run(FIRST, seed=1),
         Run("head for 15 epochs", longer),
         Run("dropout 0.1", {"model_options": PLAIN | DROPOUT}),
         Run("weight decay 1e-3", {"weight_decay": 1e-3}),
@@ -104,6 +105,7 @@ def plan() -> list[Run]:
         Run("rotated in training, by default", {"rotate_at": None}),
         Run("classifier not trained", {"part_learning_rates": {"classifier": 0.0}}),
     ]
+    return [replace(run, seed=seed) for seed in SEEDS for run in runs]
 
 
 def main():
@@ -235,17 +237,20 @@ def report(arguments: argparse.Namespace):
     done = [run for run in plan() if (run.folder(runs) / "results.json").is_file()]
     facts = {run: told(runs, run) for run in done}
     judged = {run: judge(runs, load_model(run.folder(runs) / "last"), arguments.resamples) for run in done}
-    firsts = [run for run in done if run.name == FIRST]
-    first = averaged([judged[run] for run in firsts])
+    by_name: dict[str, list[Run]] = {}
+    for run in done:
+        by_name.setdefault(run.name, []).append(run)
+    firsts, first = by_name[FIRST], averaged([judged[run] for run in by_name[FIRST]])
     stopped = averaged([judge(runs, load_model(folder), arguments.resamples) for folder in best_of(runs, firsts)])
     beside = {name: judge(runs, model, arguments.resamples) for name, model in untrained(runs)}
     beside |= {FIRST: first, STOPPED: stopped}
-    cures = {run.name: ([run.folder(runs) / "last"], judged[run]) for run in done if run.name != FIRST}
+    cures = {name: ([run.folder(runs) / "last" for run in seeds], averaged([judged[run] for run in seeds]))
+             for name, seeds in by_name.items() if name != FIRST}  # fmt: skip
     cures[STOPPED] = (best_of(runs, firsts), stopped)
     best = min(cures, key=lambda name: sum(drawn.value for drawn in cures[name][1].values()))
     models = {ROTATED: [runs / "rotated"], FIRST: [run.folder(runs) / "last" for run in firsts], best: cures[best][0]}
     tested = test(models, arguments) if arguments.speech else {}
-    text = [head(runs, arguments, facts), *beside_table(beside), "", *cure_table(facts, judged, first), ""]
+    text = [head(runs, arguments, facts), *beside_table(beside), "", *cure_table(by_name, facts, judged), ""]
     text += test_table(tested) if tested else []
     record = {
         "machine": machine(),
@@ -374,22 +379,27 @@ def beside_table(beside: dict[str, Rates]) -> list[str]:
     return lines
 
 
-def cure_table(facts: dict[Run, dict], judged: dict[Run, Rates], first: Rates) -> list[str]:
-    """Markdown: a line for every run, with its changes from the mean of the first ones."""
-    columns = ["", "seed", "core s", "loss", "training speakers, 256", "gap, 256", "best step, EER 256"]
-    columns += [f"EER, {dim}" for dim in DIMS] + [f"change, {dim}" for dim in DIMS]
+def cure_table(by_name: dict[str, list[Run]], facts: dict[Run, dict], judged: dict[Run, Rates]) -> list[str]:
+    """Markdown: a line for every cure, means over its seeds, with its changes from training without one."""
+    width, first = str(DIMS[-1]), averaged([judged[run] for run in by_name[FIRST]])
+    columns = ["", "core s", "loss", "training speakers, 256", "gap, 256", "best step, EER 256"]
+    columns += [f"EER, {dim}" for dim in DIMS] + ["of each seed, 256"] + [f"change, {dim}" for dim in DIMS]
     lines = ["## Each cure", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for run, rates in judged.items():
-        told_of, width = facts[run], str(DIMS[-1])
-        ended = told_of["eer"]["development"][-1]["step"]
-        at = {name: point_at(points, ended) for name, points in told_of["eer"].items()}
-        best = point_at(told_of["eer"]["development"], told_of["best_step"])
-        training, development = (at[name][width] for name in ("training speakers", "development"))
-        cells = [run.name, str(run.seed), f"{told_of['core_seconds']:.0f}", f"{last_loss(told_of, ended):.2f}"]
-        cells += [f"{100 * training:.1f}", f"{100 * (development - training):+.1f}"]
-        cells += [f"{told_of['best_step']}, {100 * best[width]:.1f}"]
+    for name, runs in by_name.items():
+        training, gaps, losses, bests = [], [], [], []
+        for told_of in (facts[run] for run in runs):
+            development, ended = told_of["eer"]["development"], told_of["eer"]["development"][-1]["step"]
+            training.append(100 * point_at(told_of["eer"]["training speakers"], ended)[width])
+            gaps.append(100 * development[-1][width] - training[-1])
+            losses.append(last_loss(told_of, ended))
+            best = told_of["best_step"]
+            bests.append(f"{best}, {100 * point_at(development, best)[width]:.1f}")
+        rates = averaged([judged[run] for run in runs])
+        cells = [name, f"{np.mean([facts[run]['core_seconds'] for run in runs]):.0f}", f"{np.mean(losses):.2f}"]
+        cells += [f"{np.mean(training):.1f}", f"{np.mean(gaps):+.1f}", "; ".join(bests)]
         cells += [percent(rates[dim]) for dim in DIMS]
-        cells += ["" if run.name == FIRST else change(rates[dim] - first[dim]) for dim in DIMS]
+        cells += [", ".join(f"{100 * judged[run][DIMS[-1]].value:.2f}" for run in runs)]
+        cells += ["" if name == FIRST else change(rates[dim] - first[dim]) for dim in DIMS]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -418,8 +428,8 @@ def test_table(tested: dict[str, dict[str, Rates]]) -> list[str]:
 
 
 def draw(facts: dict[Run, dict], file: Path):
-    """A panel for every run: EERs of development speakers by dimension, and of training speakers at full width."""
-    runs = [run for run in facts if run.seed == 0]
+    """A panel for every run of the first seed: EERs of development speakers, and of training speakers at full width."""
+    runs = [run for run in facts if run.seed == SEEDS[0]]
     figure, panels = new_panels(len(runs), 4, 3.6, 2.6, below=0.5)
     colors = dict(zip(DIMS, shades(len(DIMS)), strict=True))
     for axes, run in zip(panels, runs, strict=True):

@@ -103,3 +103,16 @@ def test_an_encoder_answers_the_same_with_several_threads(speech, tmp_path, acti
     ids, embeddings = read_embeddings(tmp_path / "parts")
     order = [[file.stem for file in speech].index(Path(name).stem) for name in ids]
     assert np.abs(embeddings - alone[order]).max() < 1e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_windows_are_the_same_with_several_threads(shared):
+    encoder = SpeakerEncoder(tiny_model(), "tiny")
+    noise = 0.1 * np.random.default_rng(1).standard_normal(16_000 * 40).astype(np.float32)  # four stretches
+    alone = encoder.embed_windows(noise, 0.5, 0.25, shared=shared)
+    torch.set_num_threads(3)
+    try:
+        together = encoder.embed_windows(noise, 0.5, 0.25, shared=shared)
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(together[0], alone[0]) and np.abs(together[1] - alone[1]).max() < 1e-5

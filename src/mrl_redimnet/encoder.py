@@ -369,15 +369,24 @@ class SpeakerEncoder:
         starts = window_starts(read.samples, size, hop)
         stretches = consecutive(starts, size, round((SHARED_STRETCH if shared else STRETCH) * SAMPLING_RATE))
         hidden = True if progress is None else None
-        embeddings, training = [], self._encoder.training
+        bar = tqdm(stretches, desc=progress, disable=hidden, leave=False, unit=" min")
+
+        def waves() -> Iterator[tuple[torch.Tensor, list[int]]]:
+            """Of each stretch its samples, and where its windows begin in them."""
+            for rows in bar:
+                first = starts[rows[0]]
+                wave = torch.from_numpy(read(first, starts[rows[-1]] + length))
+                yield wave, [start - first for start in starts[rows]]
+
+        def embedded(stretch: tuple[torch.Tensor, list[int]]) -> NDArray:
+            return (self._shared if shared else self._separate)(*stretch, length)[:, :dim]
+
+        length, training = min(size, read.samples), self._encoder.training
         self._encoder.eval()
         try:
-            for rows in tqdm(stretches, desc=progress, disable=hidden, leave=False, unit=" min"):
-                first, length = starts[rows[0]], min(size, read.samples)
-                wave = torch.from_numpy(read(first, starts[rows[-1]] + length))
-                offsets = [start - first for start in starts[rows]]
-                pooled = self._shared if shared else self._separate
-                embeddings.append(pooled(wave, offsets, length)[:, :dim])
+            # Windows by themselves are many passes within a stretch, which share the cores.
+            workers = workers_for(self.device) if shared else 1
+            embeddings = [*side_by_side(embedded, waves(), workers)]
         finally:
             self._encoder.train(training)
         return starts / SAMPLING_RATE, np.concatenate(embeddings)
