@@ -503,6 +503,16 @@ def test_mixed_precision_trains_and_leaves_a_model_in_float32(train, seen_types)
     assert all(torch.isfinite(tensor).all() for tensor in trained.values())
 
 
+@pytest.mark.parametrize(
+    "machine, capability, told", [("x86_64", "AVX2", True), ("x86_64", "AVX512", False), ("aarch64", "DEFAULT", False)]
+)
+def test_emulated_bfloat16_is_told(train, monkeypatch, capsys, machine, capability, told):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    train(mixed_precision="bf16", steps=1)
+    assert ("has no bfloat16 instructions" in capsys.readouterr().out) == told
+
+
 def test_float16_without_a_gpu_is_refused(train, tmp_path):
     with pytest.raises(ValueError, match="mixed_precision: fp16 needs a GPU, .* take bf16 or no"):
         train(mixed_precision="fp16")
