@@ -30,10 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare_adapters import machine
 from paired import Drawn, change, eers, mean, percent
 from safetensors.torch import save_file
-from timing import quartiles, take_turns
+from timing import machine, quartiles, take_turns
 
 import train_hf
 from configuration_mrl_redimnet import SAMPLING_RATE

@@ -13,11 +13,12 @@ PAUSE_SECONDS = 0.02  # between contestants: the idle threads of one spin for a 
 
 
 def machine(device: str = "cpu") -> str:
-    """Processor and system in words, and the GPU where `device`, on which the numbers come about, is one."""
+    """Processor with its vector instructions, and system; and the GPU, where `device`, which is measured, is one."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    words = f"{names[0] if names else platform.processor()}, {len(names)} cores, {platform.system()}"
+    name, instructions = names[0] if names else platform.processor(), torch.backends.cpu.get_cpu_capability()
+    words = f"{name} ({instructions}), {len(names)} cores, {platform.system()}"
     return f"{words}, {torch.cuda.get_device_name()}" if device == "cuda" else words
 
 

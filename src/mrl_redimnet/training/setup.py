@@ -73,8 +73,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     refuse_lost_processes(accelerator)
     if on_cpu and recipe.run.mixed_precision == "bf16" and emulates_bfloat16():
         accelerator.print(
-            "Note: mixed_precision: this processor has no bfloat16 instructions, and bf16 takes about ten times as long "
-            "as float32 on it. --mixed_precision no is faster."
+            "Note: mixed_precision: this processor has no bfloat16 instructions, and bf16 takes about ten times as "
+            "long as float32 on it. --mixed_precision no is faster."
         )
     settings = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in flat(recipe).items()}
     accelerator.init_trackers("mrl-redimnet", config=settings)
