@@ -63,6 +63,20 @@ def test_an_error_comes_in_its_place():
         next(found)
 
 
+def test_no_more_threads_is_an_error_and_no_wait(monkeypatch):
+    started, start = [], threading.Thread.start
+
+    def refused(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(side_by_side(lambda item: item, range(6), 3))
+
+
 def test_workers_follow_the_device(four_threads):
     assert workers_for(torch.device("cpu")) == 4
     torch.set_num_threads(2 * MOST_WORKERS)

@@ -43,12 +43,16 @@ class CoreShares:
         self._begun.wait()
         torch.set_num_threads(self._threads)  # a worker sets its own number, but with it that of threads to come
 
+    def give_up(self) -> None:
+        """Ends the waiting of the workers that have begun, with `threading.BrokenBarrierError`."""
+        self._begun.abort()
+
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """function(item) of each item, in their order, `workers` of them at once; a single item gets all cores.
 
     It is at most `workers` + 1 items ahead of what was taken of it. What an item raises is raised in its place, and
-    ends it.
+    ends it. RuntimeError where the system gives no more threads.
     """
     if workers == 1:
         yield from map(function, items)
@@ -60,8 +64,12 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], work
         return
     shares = CoreShares(workers)
     with ThreadPoolExecutor(workers, "mrl-redimnet embeds", initializer=shares.take) as pool:
-        for _ in range(workers):
-            pool.submit(int)  # starts a thread, as those before wait in `take`
+        try:
+            for _ in range(workers):
+                pool.submit(int)  # starts a thread, as those before wait in `take`
+        except RuntimeError:  # the system gives no more threads; the pool would wait for those that there are
+            shares.give_up()
+            raise
         shares.all_taken()
         pending: deque[Future[Result]] = deque()
         try:
