@@ -379,7 +379,9 @@ class SpeakerEncoder:
                 yield wave, [start - first for start in starts[rows]]
 
         def embedded(stretch: tuple[torch.Tensor, list[int]]) -> NDArray:
-            return (self._shared if shared else self._separate)(*stretch, length)[:, :dim]
+            pooled = self._shared if shared else self._separate
+            wave, offsets = stretch
+            return pooled(wave, offsets, length)[:, :dim]
 
         length, training = min(size, read.samples), self._encoder.training
         self._encoder.eval()
