@@ -1,5 +1,6 @@
 """Exits of the packaged nano against networks of as many stages: error rates at every depth and dimension, and time.
 
+    pip install praat-parselmouth==0.4.7     # for packaged_speech.py, whose development speakers these are
     python benchmarks/depth_exits.py prepare RUNS --train SPEECH/train SPEECH_MORE/train
     python benchmarks/depth_exits.py train RUNS --seeds 0 1
     python benchmarks/depth_exits.py report RUNS --lists development --out RUNS/dev

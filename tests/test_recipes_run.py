@@ -107,6 +107,7 @@ def world(tmp_path_factory) -> Path:
 
     (folder / "packaged").mkdir()
     (folder / "packaged/speech").symlink_to(folder / "VOX2/dev/aac")
+    (folder / "packaged/real").symlink_to(folder / "VOX2/dev/aac")
     (folder / "packaged/dev").symlink_to(folder / "VOX1/test/wav")
     (folder / "packaged/dev_trials.txt").write_text((folder / "FILE").read_text())
     ids = ["/".join(file.parts[-3:]) for file in sorted(folder.glob("VOX2/dev/aac/*/*/*.wav"))]
