@@ -7,12 +7,11 @@
     python benchmarks/depth_exits.py report RUNS --speech SPEECH SPEECH_MORE --out docs/results/depth
 
 `prepare` links the training speech and writes its table of nano's own embeddings, the teacher of everything trained
-here. `train` makes, with one thread:
+here. `train` makes, with the same steps and crops for each and one thread:
 
 - frozen: exits after stages 1 and 2, all else frozen;
 - joint: from there on everything; the whole network stays near nano by the teacher's table;
-- alone: networks of 1 and 2 stages, each by itself, that also begin as the frozen exits are;
-- random: the same from random weights, with fifteen times the steps and seed 0 alone.
+- alone: networks of 1 and 2 stages, each by itself, that also begin as the frozen exits are.
 
 Settings are chosen by the development trials; the test lists are opened by the last command alone. Runs that are there
 are kept. Rates are means over the seeds that are there.
@@ -48,10 +47,10 @@ BASE = "nano"
 EXITS = (1, 2)
 DIMS = (16, 32, 64, 128, 192, 256)
 SHOWN = ("librispeech", "an4", "adults", "children")  # lists in the picture
-STEPS, FROM_RANDOM = 200, 3000
+STEPS = 200
 FEW = 4  # development utterances of a speaker that a run is judged by at its end, for its report alone
 COMMON = {"steps": STEPS, "batch_size": 16, "crop_seconds": 2.0, "margin_weight": 0, "ema": 0.98, "workers": 0}
-COMMON |= {"max_unusable_ratio": 0.02, "checkpoint_every": STEPS, "tracker": "none"}
+COMMON |= {"max_unusable_ratio": 0.02, "evaluate_every": STEPS, "checkpoint_every": STEPS, "tracker": "none"}
 COMMON |= {"final_learning_rate": 1e-5, "bootstrap_samples": 10, "dev_speakers": 2}
 WITH_EXITS = {"model": BASE, "model_options": json.dumps({"exits": EXITS})}
 TAUGHT = {"teacher": "{runs}/teacher", "teacher_loss": "direction", "teacher_axes": "{runs}/axes.safetensors"}
@@ -59,7 +58,6 @@ SYSTEMS: dict[str, dict] = {
     "frozen": {**WITH_EXITS, "finetune": "exits", "ema": 0, "learning_rate": 2e-2},
     "joint": {"model": "{frozen}/best", **TAUGHT, "learning_rate": 7e-4},
     **{f"alone, {depth}": {"model": "{start}", **TAUGHT, "learning_rate": 7e-4} for depth in EXITS},
-    **{f"random, {depth}": {"size": BASE, **TAUGHT, "learning_rate": 2e-3, "steps": FROM_RANDOM} for depth in EXITS},
 }
 SECONDS = (2.0, 6.0)  # of the utterances that are timed
 
@@ -114,8 +112,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Trains the systems that are not there yet, each in a process of its own."""
     for seed in arguments.seeds:
-        wanted = [name for name in arguments.only if seed == 0 or not name.startswith("random")]
-        for name in wanted:
+        for name in arguments.only:
             if not (folder_of(arguments.runs, name, seed) / "best").exists():
                 train_once(arguments.runs, name, seed)
 
@@ -129,11 +126,6 @@ def train_once(runs: Path, name: str, seed: int) -> None:
     output = folder_of(runs, name, seed)
     settings = {**COMMON, "train": runs / "speech", "dev_trials": runs / "few_trials.txt", "dev_folder": runs / "dev"}
     settings |= {**SYSTEMS[name], "seed": seed, "output": output}
-    settings["evaluate_every"] = settings["steps"]
-    if way == "random":
-        stages = load_model(BASE).config.stages[: int(depth[0])]
-        options = {"stages": stages, "matryoshka_dims": DIMS, "spec_augment": True}
-        settings["model_options"] = json.dumps(options)
     filled = {"{runs}": runs, "{frozen}": frozen, "{start}": start}
     words = []
     for key, value in settings.items():
@@ -269,7 +261,6 @@ TITLES = {
     "frozen": "exits, the rest frozen",
     "joint": "exits, all trained together",
     "alone": "a network of its own, from nano's stages",
-    "random": "a network of its own, from random weights",
 }
 
 
@@ -293,7 +284,7 @@ def draw(rates: dict, times: dict[int, dict], names: Sequence[str], file: Path) 
     figure, panels = new_panels(len(names), 2, 5.2, 3.6, below=0.9)
     at = {depth: times[depth][f"{SECONDS[-1]:g}"]["median"] for depth in times}
     colours = dict(zip(DIMS, shades(len(DIMS)), strict=True))
-    others = {"frozen": "^", "alone": "s", "random": "x"}
+    others = {"frozen": "^", "alone": "s"}
     ways = {way for way, *_ in rates}
     shown = "joint" if "joint" in ways else "frozen"
     for ax, name in zip(panels, names, strict=True):
