@@ -244,7 +244,7 @@ of the same depth that was trained alone, from nano's first stages, paired; **bo
 Rates are means over the seeds in the last column, which has each one's at 256. {}, one thread."""
 
 
-def time_table(times: dict[int, dict], models: dict[tuple[str, int], MRLReDimNetModel]) -> list[str]:
+def time_table(times: dict[int, dict], models: dict[tuple[str, int, int], MRLReDimNetModel]) -> list[str]:
     """Markdown: a line for every depth."""
     lines = ["| stages | parameters | " + " | ".join(f"time for {each:g} s" for each in SECONDS) + " |"]
     lines.append("|---" * (2 + len(SECONDS)) + "|")
