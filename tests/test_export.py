@@ -264,6 +264,9 @@ def test_other_precisions_are_smaller_and_near_with_the_front_end_in_float32(tmp
     constants = {tensor.name: tensor for tensor in graph.initializer}
     front_end = [constants.pop(f"window.encoder.front_end.{name}") for name in ("basis", "mel_filters")]
     assert {tensor.data_type for tensor in front_end} == {onnx.TensorProto.FLOAT}
+    kinds = {tensor.data_type for name, tensor in constants.items() if name.endswith("_quantized")}
+    # Signed ones overflow on processors with AVX2 alone, whose answers a test elsewhere cannot see.
+    assert kinds == ({onnx.TensorProto.UINT8} if precision == "int8" else set())
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert sum(len(tensor.raw_data) for tensor in constants.values()) < share * weights
     kernels = [name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]]

@@ -603,7 +603,9 @@ def _quantised(graph: "onnx.ModelProto") -> "onnx.ModelProto":
             target,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=front_end,
-            weight_type=QuantType.QInt8,
+            # Unsigned weights: with signed ones, processors without VNNI (AVX2 alone) add pairs of products in 16 bits,
+            # which overflow (onnxruntime, "Quantize ONNX models", on U8S8 and U8U8).
+            weight_type=QuantType.QUInt8,
             per_channel=True,
         )
         return _require_onnx().load(target)
