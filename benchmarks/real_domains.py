@@ -135,6 +135,11 @@ def plan() -> list[Run]:
             runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (0, 10)]
     runs += [Run("telephone", signal=signal, system="LoRA linear, r=8") for signal in ("labels", "teacher")]
     runs += [Run("telephone", data="simulated", system="LoRA linear, r=8", more=fast)]
+    runs += [Run("children", signal="labels", system="LoRA linear, r=8")]
+    for domain in ("telephone", "children"):
+        for signal in ("teacher", "labels"):
+            runs += [Run(domain, signal=signal, system="LoRA attention, r=8", seed=seed) for seed in SEEDS[:2]]
+    runs += [Run("telephone", data="simulated", system="LoRA attention, r=8", more=fast)]
     return list(dict.fromkeys(runs))
 
 
