@@ -234,11 +234,11 @@ def remembered(pooled: Callable, folder: Path) -> Callable:
     They are found by the weights in front of the projection and by the input.
     """
 
-    def look_up(model: MRLReDimNetModel, input_values, lengths=None, weights=None):
+    def look_up(model: MRLReDimNetModel, input_values, lengths=None, weights=None, end=None):
         before = {name: value for name, value in model.state_dict().items() if not name.startswith("projection.")}
         learns = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("projection.")]
-        if weights is not None or (torch.is_grad_enabled() and learns):
-            return pooled(model, input_values, lengths, weights)
+        if weights is not None or end is not None or (torch.is_grad_enabled() and learns):
+            return pooled(model, input_values, lengths, weights, end)
         digest = hashlib.sha1(f"{model.training} {None if lengths is None else lengths.tolist()}".encode())
         for value in (*before.values(), input_values):
             digest.update(value.detach().contiguous().numpy().tobytes())
