@@ -59,8 +59,10 @@ def main():
 
 def settings(run: Path) -> dict[str, Any]:
     """{full name: value} of a run's recipe, of its newest checkpoint where it was stopped; paths by their last part."""
-    ended, checkpoints = run / "results.json", sorted(run.glob("checkpoints/*/settings.json"))
-    groups = json.loads((ended if ended.is_file() else checkpoints[-1]).read_text())["recipe"]
+    file = run / "results.json"
+    if not file.is_file():
+        file = max(run.glob("checkpoints/*/settings.json"), default=file)
+    groups = json.loads(file.read_text())["recipe"]
     found = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     found = {name: value for name, value in found.items() if not name.startswith(LEFT_OUT)}
     return {
