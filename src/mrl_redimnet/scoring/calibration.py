@@ -378,8 +378,8 @@ class Thresholds:
     def _missing(self, *key: Any) -> ValueError:
         there = "; ".join(map(str, self.entries)) or "none at all"
         return ValueError(
-            f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one, or "
-            "give a threshold yourself (--threshold)"
+            f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one, "
+            "or give a threshold yourself (--threshold)"
         )
 
     def save(self, folder: str | Path) -> None:
