@@ -69,7 +69,7 @@ def adapter(placement: str, rank: int, **settings) -> dict:
     return {"placement": placement, "rank": rank, **settings}
 
 
-PARTS = {
+PARTS: dict[str, dict] = {
     "projection, whole": {"finetune": "projection"},
     "head, trunk frozen": {"finetune": "head"},
     "all weights": {"finetune": "all", "learning_rate": 5e-4},

@@ -185,7 +185,13 @@ def enrolment_trials(trials: Trials) -> tuple[Trials, Trials]:
                     label = int(speaker_of(other) == speaker)
                     several.append((label, name, other))
                     single += [(label, member, other) for member in members]
-    return Trials(*map(list, zip(*several, strict=True)), models), Trials(*map(list, zip(*single, strict=True)))
+    return trials_of(several, models), trials_of(single)
+
+
+def trials_of(rows: list[tuple[int, str, str]], models: dict[str, list[str]] | None = None) -> Trials:
+    """Trials of rows (label, enrolment, test)."""
+    labels, enrol, test = zip(*rows, strict=True)
+    return Trials(np.array(labels), list(enrol), list(test), models)
 
 
 def compare_calibrations(

@@ -46,7 +46,7 @@ def main():
     for split in arguments.speech:
         for name, files in speakers_files(split / "wav").items():
             if allowed is None or name in allowed:
-                corpora.setdefault(re.match("[a-z]+", name)[0], {})[name] = files
+                corpora.setdefault(re.findall("^[a-z]+", name)[0], {})[name] = files
     arguments.out.mkdir(parents=True)
     found: dict[str, list[Turn]] = {}
     telephone = make_domain("telephony")

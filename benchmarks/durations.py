@@ -151,8 +151,8 @@ def rates(
         "own false": partial(false_alarm_rate, threshold=own),
     }
     trials = scores[chosen], heard.trials.labels[chosen]
-    speakers = [each[chosen] for each in heard.trials.speakers]
-    values = bootstrap_together(*trials, *speakers, metrics, resamples)
+    enrol, test = (each[chosen] for each in heard.trials.speakers)
+    values = bootstrap_together(*trials, enrol, test, metrics, resamples)
     return {name: Drawn(metric(*trials), values[name]) for name, metric in metrics.items()}
 
 
@@ -176,8 +176,8 @@ def known_rates(heard: Heard, number: int, dim: int, side: str, saved: Threshold
         "known miss": partial(miss_rate, threshold=saved.threshold),
         "known false": partial(false_alarm_rate, threshold=saved.threshold),
     }
-    labels, speakers = heard.trials.labels[chosen], [each[chosen] for each in heard.trials.speakers]
-    values = bootstrap_together(llrs, labels, *speakers, metrics, resamples)
+    labels, (enrol, test) = heard.trials.labels[chosen], (each[chosen] for each in heard.trials.speakers)
+    values = bootstrap_together(llrs, labels, enrol, test, metrics, resamples)
     return {name: Drawn(metric(llrs, labels), values[name]) for name, metric in metrics.items()}
 
 
@@ -257,14 +257,14 @@ def draw(found: Found, file: Path) -> None:
     places = np.arange(len(CLASSES))
     for dim, colour in zip(DIMS, shades(len(DIMS)), strict=True):
         for side, style in (("test", "-"), ("both", "--")):
-            each = [found[NEAR, number, dim, side]["eer"] for number in places]
+            each = [found[NEAR, number, dim, side]["eer"] for number in range(len(CLASSES))]
             label = f"{dim} numbers" + (", both sides short" if side == "both" else "")
             left.plot(places, [100 * one.value for one in each], style, color=colour, marker="o", label=label)
     left.set(ylabel="EER, %, mean of four lists", ylim=(0, None))
     names = {"miss": "misses, the one threshold", "known miss": "misses, knowing durations",
              "false": "false accepts, the one", "known false": "false accepts, knowing durations"}  # fmt: skip
     for (rate, label), colour in zip(names.items(), np.repeat(shades(2, 0.1, 0.6), 2, axis=0), strict=True):
-        each = [found[NEAR, number, DIMS[-1], "test"][rate] for number in places]
+        each = [found[NEAR, number, DIMS[-1], "test"][rate] for number in range(len(CLASSES))]
         low, high = np.array([one.interval for one in each]).T
         style = "--" if rate.startswith("known") else "-"
         right.plot(places, [100 * one.value for one in each], style, color=colour, marker="o", label=label)

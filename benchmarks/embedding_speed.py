@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -304,7 +305,7 @@ class Contestant:
             raise NoWay
         if not self.backend.tries:
             ways = dict(list(ways.items())[:1])
-        facts = {"first_call_s": {}, "tried_s": {}}
+        facts: dict[str, Any] = {"first_call_s": {}, "tried_s": {}}
         for name, batches in ways.items():
             some = fitting([name], lengths[:tried], self.backend.masked).get(name, batches)
             exported = sum(self.setup.export_seconds.values())
@@ -364,7 +365,8 @@ def measure_load(contestants: dict[str, Contestant], load: Load, fewest: int) ->
     """{backend: facts}: how each cut the load, its error, seconds and speedup; or why it was not timed."""
     noise = torch.Generator().manual_seed(1)
     waves = [torch.randn(length, generator=noise) * 0.1 for length in load.lengths]
-    calls, rows, expected = {}, {}, None
+    calls, expected = {}, None
+    rows: dict[str, dict[str, Any]] = {}
     for name, contestant in contestants.items():
         try:
             call, facts = contestant.fit(waves, load.tried)

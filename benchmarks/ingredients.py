@@ -201,7 +201,8 @@ def embed(
     model = MRLReDimNetForXVector.from_pretrained(folder / ("best_as_trained" if weights == "mean" else weights)).eval()
     if weights == "mean":
         model = copy.deepcopy(model)
-        last_turn = int(max(RECIPE["rotate_at"]) * SHORTER["steps"])  # weights of two bases have no mean
+        turns = read_recipe(RECIPE).schedule.rotate_at
+        last_turn = int(max(turns) * SHORTER["steps"])  # weights of two bases have no mean
         kept = round(VARIANTS["whole"].changes["weight_averaging"] * SHORTER["steps"] / SHORTER["evaluate_every"])
         LastWeights(folder / "last_weights", kept).mean_into(model, last_turn + 1)
     embeddings = embed_trials(model, lists["both lists"], speech / "test" / "wav")

@@ -38,7 +38,7 @@ CALLS = {
     "import torch": ["-c", "import torch"],
     "torch, and transformers' base and auto classes": ["-c", BASE],
     "what `verify` imports": ["-c", "import mrl_redimnet"],
-    "the README's first example": ["-c", re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]],
+    "the README's first example": ["-c", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]],
 }
 FAILS = {"a misspelt path": 2}  # exit status of calls that are to fail
 INSTALLS = {"mrl-redimnet": "", "mrl-redimnet[all]": "[all]", "mrl-redimnet[demo]": "[demo]"}

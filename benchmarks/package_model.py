@@ -66,7 +66,7 @@ def main():
         raise SystemExit(1)
     written = load_model(folder)
     card = (arguments.trained / "README.md").read_text()
-    training = arguments.training or re.search(r"## Training\n\n(.*?)\n", card)[1]
+    training = arguments.training or re.findall(r"## Training\n\n(.*?)\n", card)[0]
     evaluation = evaluated(written, arguments.speech, arguments.resamples)
     facts = {"training": f"{training} {TEACHER}", "licence": LICENCE, "datasets": DATASETS}
     save_card(base_card(written, name=arguments.name, evaluation=evaluation, **facts), folder, evaluation)

@@ -84,6 +84,9 @@ def main():
 # A speaker
 
 
+teacher: CAMPlusPlus  # of this process
+
+
 def load_teacher(folder: Path) -> None:
     """In each process, once."""
     global teacher

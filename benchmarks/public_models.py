@@ -176,9 +176,9 @@ def resemblyzer(folder: Path) -> tuple[Embed, int, None]:
         return (filters.T @ spectrum.abs().square()).numpy()
 
     librosa = types.ModuleType("librosa")
-    librosa.feature = types.SimpleNamespace(melspectrogram=melspectrogram)
+    vars(librosa)["feature"] = types.SimpleNamespace(melspectrogram=melspectrogram)
     morphology = types.ModuleType("scipy.ndimage.morphology")
-    morphology.binary_dilation = scipy.ndimage.binary_dilation
+    vars(morphology)["binary_dilation"] = scipy.ndimage.binary_dilation
     sys.modules |= {"librosa": librosa, "scipy.ndimage.morphology": morphology}
     sys.path.insert(0, str(folder))
     from resemblyzer import VoiceEncoder, preprocess_wav

@@ -110,41 +110,30 @@ SIGNALS = {
 DOMAINS = ("telephone", "children", "adults", "words")
 
 
-P4 = "LoRA projection, r=4"
+P4, LINEAR, ATTENTION = "LoRA projection, r=4", "LoRA linear, r=8", "LoRA attention, r=8"
+TRAINED = (P4, "LoRA projection, r=1", "LoRA projection, r=16", "projection, whole", "head", ATTENTION, LINEAR)
+TRAINED += ("all weights",)
+SEEDS = (0, 1, 2)
 
 
 def plan() -> list[Run]:
-    """All runs, what matters most first."""
-    runs = []
+    """All runs, seed by seed, what matters most first."""
+    runs, faster = [], {"learning_rate": SMALL}
     for domain in ("telephone", "children"):
-        for signal in ("teacher", "labels"):
-            runs += [Run(domain, signal=signal, system=system) for system in FROZEN]
-    runs += [Run("telephone", data=data, seed=seed) for seed in SEEDS for data in ("simulated", "both")]
-    fast = {"learning_rate": SMALL}
-    runs += [Run("telephone", data="simulated", system="projection, whole", seed=s, more=fast) for s in SEEDS[:2]]
-    runs += [Run("telephone", signal="labels", system="LoRA projection, r=16", seed=seed) for seed in SEEDS]
-    children = ("projection, whole", "LoRA projection, r=16")
-    runs += [Run("children", system=system, seed=seed) for seed in SEEDS for system in children]
-    runs += [Run("children", system=system) for system in ("LoRA linear, r=8", "all weights")]
-    for domain in ("telephone", "children"):
-        for signal in ("teacher", "labels"):
-            runs += [Run(domain, signal=signal, seed=seed) for seed in SEEDS]
-            runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (5, 10, 20)]
-    for domain in ("adults", "words"):
-        for signal in ("teacher", "labels"):
-            runs += [Run(domain, speakers=n, signal=signal, seed=seed) for seed in SEEDS[:2] for n in (0, 10)]
-    runs += [Run("telephone", signal=signal, system="LoRA linear, r=8") for signal in ("labels", "teacher")]
-    runs += [Run("telephone", data="simulated", system="LoRA linear, r=8", more=fast)]
-    runs += [Run("children", signal="labels", system="LoRA linear, r=8")]
-    for domain in ("telephone", "children"):
-        for signal in ("teacher", "labels"):
-            runs += [Run(domain, signal=signal, system="LoRA attention, r=8", seed=seed) for seed in SEEDS[:2]]
-    runs += [Run("telephone", data="simulated", system="LoRA attention, r=8", more=fast)]
-    return list(dict.fromkeys(runs))
-
-
-SEEDS = (0, 1, 2)
-FROZEN = (P4, "LoRA projection, r=1", "LoRA projection, r=16", "projection, whole")  # what leaves the trunk as it is
+        runs += [Run(domain, signal=signal, system=system) for signal in SIGNALS for system in TRAINED]
+    runs += [Run("telephone", data=data) for data in ("simulated", "both")]
+    runs += [
+        Run("telephone", data="simulated", system=system, more=faster)
+        for system in ("projection, whole", ATTENTION, LINEAR)
+    ]
+    for domain, counts in (
+        ("telephone", (5, 10, 20)),
+        ("children", (5, 10, 20)),
+        ("adults", (0, 10)),
+        ("words", (0, 10)),
+    ):
+        runs += [Run(domain, speakers=count, signal=signal) for signal in SIGNALS for count in counts]
+    return [replace(run, seed=seed) for seed in SEEDS for run in runs]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,13 +63,13 @@ def write(path: Path, fill: Callable):
 # ---------------------------------------------------------------- score files
 
 
-def model_scores(model: str, trials: Path, folder: Path) -> dict[str, dict]:
+def model_scores(model: str, file: Path, folder: Path) -> dict[str, dict]:
     """Cosines (float32) of every trial at each of DIMS, labels, and both speakers as numbers."""
     from mrl_redimnet.evaluation.results import embed_trials
     from mrl_redimnet.saving import load_model
     from mrl_redimnet.scoring.trials import read_trials, speaker_of
 
-    trials = read_trials(trials)
+    trials = read_trials(file)
     embeddings = embed_trials(load_model(model), trials, folder).astype(np.float64)
     row_of = {path: row for row, path in enumerate(trials.utterances)}
     rows = [[row_of[path] for path in side] for side in (trials.enrol, trials.test)]

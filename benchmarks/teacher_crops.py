@@ -90,6 +90,9 @@ def write_table(out: Path, whitening: Whitening) -> None:
 # A batch of crops
 
 
+teacher: CAMPlusPlus  # of this process
+
+
 def load_teacher(folder: Path) -> None:
     """In each process, once."""
     global teacher

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ class Step:
 
     def profile(self) -> dict:
         """Milliseconds of a forward and a backward pass: by the clock, and by operation, its own time in either."""
-        found = {"ms": [], "operations": {}}
+        found: dict[str, Any] = {"ms": [], "operations": {}}
         loss = None
         for index in range(2):
             with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:

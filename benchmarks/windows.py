@@ -32,10 +32,11 @@ def main():
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    windows = [tuple(map(float, each.split(":"))) for each in arguments.windows]
     rows = [
-        measured(model, arguments.audio, *map(float, windows.split(":")), arguments.rounds)
+        measured(model, arguments.audio, window, step, arguments.rounds)
         for model in arguments.models
-        for windows in arguments.windows
+        for window, step in windows
     ]
     seconds = sum(audio_info(file).seconds for file in arguments.audio)
     head = ("model", "window / step", "each, s", "shared, s", "times as fast", "to each other", "neighbours",
@@ -67,8 +68,8 @@ def measured(model: str, files: list[Path], window: float, step: float, rounds: 
             start = time.perf_counter()
             found[shared] = [encoder.embed_windows(file, window, step, shared=shared)[1] for file in files]
             times[shared].append(time.perf_counter() - start)
-    each, shared = ([cosine.units(part, part.shape[1]) for part in found[way]] for way in (False, True))
-    same = np.concatenate([(a * b).sum(1) for a, b in zip(each, shared, strict=True)])
+    each, together = ([cosine.units(part, part.shape[1]) for part in found[way]] for way in (False, True))
+    same = np.concatenate([(a * b).sum(1) for a, b in zip(each, together, strict=True)])
     neighbours = np.concatenate([(a[:-1] * a[1:]).sum(1) for a in each])
     others = np.concatenate([(a @ b.T).ravel() for i, a in enumerate(each) for b in each[i + 1 :]])
     ratios = [a / b for a, b in zip(times[False][1:], times[True][1:], strict=True)]
