@@ -294,6 +294,11 @@ def test_numbers_of_enrolment_utterances_have_entries_of_their_own(tmp_path):
     assert again.find(64) == entry(64, seed=1) and again.find(64, enrolments=3).enrolments == 3
     with pytest.raises(ValueError, match="no threshold for 64 dims, no adapter, cosine, 2 enrolment utterances; there"):
         again.find(64, enrolments=2)
+    thresholds.put(entry(32))
+    thresholds.put(entry(16))
+    told = r"no threshold for 64 dims, noisy, cosine; there are: 64 dims, .*; 16 dims.*; 32 dims[^;]*; and 2 more\. "
+    with pytest.raises(ValueError, match=told):
+        thresholds.find(64, "noisy")
     assert [again.find_nearest(64, enrolments=count).enrolments for count in (1, 2, 3, 4, 5, 9)] == [1, 3, 3, 5, 5, 5]
 
 

@@ -292,7 +292,7 @@ def test_a_model_of_the_package_is_pushed_by_its_name(hub, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert run("push", "nano", "anna/voices") == 0
     assert f"{hub.url}/anna/voices: pushed, at " in capsys.readouterr().out
-    assert "no folder nani, and no model in the package of that name (the nearest are nano" in refusal(
+    assert "no folder nani, and no model in the package of that name (the nearest: nano" in refusal(
         capsys, "push", "nani", "anna/voices"
     )
 
@@ -346,7 +346,12 @@ def test_ctrl_c_ends_a_command_with_one_line(tmp_path):
     for number in range(16):
         write(tmp_path / "in" / f"{number}.wav", 0.1 * np.random.default_rng(number).standard_normal(180 * 16_000))
     command = [sys.executable, "-m", "mrl_redimnet_cli", "embed", "nano", str(tmp_path / "in")]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of shells ignore it
+    )
     while process.poll() is None and not (tmp_path / "out").exists():
         time.sleep(0.05)
     said = None
@@ -354,6 +359,6 @@ def test_ctrl_c_ends_a_command_with_one_line(tmp_path):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            said = process.communicate(timeout=6)[1]
+            said = process.communicate(timeout=20)[1]
     assert said.splitlines()[-1] == "mrl-redimnet embed: stopped.", said
     assert process.returncode == 130

@@ -108,7 +108,7 @@ def test_an_adapter_of_the_package_is_found_by_its_name(name, capsys, tmp_path, 
     assert not main(["adapters", "info", name])
     assert f"adapter  {name}" in capsys.readouterr().out
     assert main(["adapters", "info", f"{name}x"])
-    assert f"the nearest are {name}" in capsys.readouterr().err
+    assert f"the nearest: {name}" in capsys.readouterr().err
 
 
 def test_the_command_line_knows_the_adapters_of_the_package():

@@ -269,8 +269,8 @@ def test_convert_takes_a_name(release, tmp_path, capsys):
 def test_convert_says_what_is_wrong_with_a_name(release, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(capsys, "convert", "b0-vox2-ftlm", "out")
-    assert "no file b0-vox2-ftlm, and no published checkpoint of that name (the nearest are b0-vox2-ft_lm" in message
-    assert "the nearest are b2-vox2-ft_lm" in refusal(capsys, "convert", "b2-vox2-ft_lm.pt", "out")
+    assert "no file b0-vox2-ftlm, and no published checkpoint of that name (the nearest: b0-vox2-ft_lm" in message
+    assert "the nearest: b2-vox2-ft_lm" in refusal(capsys, "convert", "b2-vox2-ft_lm.pt", "out")
     assert "give IDRnD/b1-vox2-ptn" in refusal(capsys, "convert", "b1-vox2-ptn", "out")
     assert "embedding_size: 8 is less" in refusal(capsys, "convert", NAME, "out", "--embedding-size", 8)
     assert cached() == {CHECKPOINT.file}  # the file is right
@@ -360,8 +360,8 @@ def test_a_model_that_comes_with_the_package(packaged, capsys):
     capsys.readouterr()
     message = refusal(capsys, "verify", "tiny", "no.wav", "--test", "no.wav")
     assert "MODEL" not in message and "ENROL: no file no.wav" in message
-    assert "or the name of a model (the nearest are tiny)" in refusal(capsys, "rotate", "tinyy", ".", "out")
-    with pytest.raises(FileNotFoundError, match=r"or one of tiny\. The nearest names are tiny\."):
+    assert "or the name of a model (the nearest: tiny)" in refusal(capsys, "rotate", "tinyy", ".", "out")
+    with pytest.raises(FileNotFoundError, match=r"or one of tiny\. The nearest names: tiny\."):
         resolve_model("tinyy")
 
 
@@ -378,7 +378,7 @@ def test_a_folder_is_taken_before_a_name(packaged):
 def test_other_names_are_hub_ids_or_wrong():
     assert resolve_model("me/b0-vox2-ft_lm") == "me/b0-vox2-ft_lm"
     assert resolve_model("PalabraAI/something") == "PalabraAI/something"
-    with pytest.raises(FileNotFoundError, match="The nearest names are IDRnD/b0-vox2-ft_lm, "):
+    with pytest.raises(FileNotFoundError, match="The nearest names: IDRnD/b0-vox2-ft_lm, "):
         resolve_model("IDRnD/b0-vox2-ftlm")
-    with pytest.raises(FileNotFoundError, match="The nearest names are b6-vox2-lm, "):
+    with pytest.raises(FileNotFoundError, match="The nearest names: b6-vox2-lm, "):
         resolve_model("b6_vox2-lm")

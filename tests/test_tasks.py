@@ -642,7 +642,7 @@ def test_names_come_from_the_hub_as_the_weights_do(speech, all_speakers, saved, 
 
 def test_a_misspelt_name_is_not_looked_for_on_the_hub(speech, recipe):
     settings = recipe(model="b2-vox2-ft_ml")
-    with pytest.raises(FileNotFoundError, match="b2-vox2-ft_ml is not a folder: .*nearest names are .*b2-vox2-ft_lm"):
+    with pytest.raises(FileNotFoundError, match="b2-vox2-ft_ml is not a folder: .*nearest names: .*b2-vox2-ft_lm"):
         make_task(settings, speech).build_model(settings)
 
 

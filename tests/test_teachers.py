@@ -541,7 +541,7 @@ def test_what_does_not_go_together_is_refused(settings, message):
 
 
 def test_a_misspelt_published_teacher_is_refused_with_the_nearest_names():
-    with pytest.raises(FileNotFoundError, match=r"nearest names are .*b2-vox2-ft_lm"):
+    with pytest.raises(FileNotFoundError, match=r"nearest names: .*b2-vox2-ft_lm"):
         check_files(make_recipe(teacher="b2-vox2-ft_l", train=str(Path(__file__).parent)))
 
 

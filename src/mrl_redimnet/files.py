@@ -33,7 +33,7 @@ def refuse_missing(source: str | Path, names: Iterable[str] = (), nearest: Itera
     may_be_hub_id = isinstance(source, str) and "/" in source and not source.startswith(("/", ".", "~")) and not nearest
     if not may_be_hub_id and not Path(source).is_dir():
         or_name = f", or one of {', '.join(names)}" if names else ""
-        near = f" The nearest names are {nearest}." if nearest else ""
+        near = f" The nearest names: {nearest}." if nearest else ""
         raise FileNotFoundError(
             f"{source} is not a folder: give a saved folder, or a Hub id (OWNER/NAME){or_name}.{near}"
         )

@@ -263,7 +263,7 @@ def checkpoint(given: str) -> str | None:
 
 def _nearest(given: str, names: tuple[str, ...]) -> str:
     found = difflib.get_close_matches(given, names, cutoff=0.75)
-    return f" (the nearest are {', '.join(found)})" if found else ""
+    return f" (the nearest: {', '.join(found)})" if found else ""
 
 
 def must_be_there(parser: argparse.ArgumentParser, **checks: Callable[[str], str | None]) -> None:

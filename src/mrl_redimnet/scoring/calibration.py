@@ -21,6 +21,7 @@ from mrl_redimnet.fingerprints import same_weights
 
 THRESHOLDS_FILE = "thresholds.json"
 VERSION = 2
+_LISTED = 3  # entries that a message about a missing one names, the nearest first
 READABLE = (1, 2)  # the first had no `steeper`
 RIDGE = 1e-6  # keeps the slope finite where the scores separate the trials; far below what moves any other fit
 TAIL_STEP = 1.1  # each stored number of accepted impostors is at most so many times the one before it
@@ -376,7 +377,9 @@ class Thresholds:
         return entry
 
     def _missing(self, *key: Any) -> ValueError:
-        there = "; ".join(map(str, self.entries)) or "none at all"
+        named = sorted(self.entries, key=lambda entry: sum(a != b for a, b in zip(entry.key, key, strict=True)))
+        more = f"; and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
+        there = "; ".join(map(str, named[:_LISTED])) + more or "none at all"
         return ValueError(
             f"{self.source}: no threshold for {_named(*key)}; there are: {there}. `mrl-redimnet calibrate` sets one, "
             "or give a threshold yourself (--threshold)"
