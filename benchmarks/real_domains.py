@@ -396,8 +396,8 @@ python benchmarks/real_domains.py report RUNS --speech SPEECH SPEECH_MORE --out 
 
 EER % on test speakers [95 % interval over speakers], and changes from the packaged `nano` in points with paired
 intervals ({} resamples), **bold** where they leave out zero; several seeds: their mean. Settings were chosen by
-held-out training speakers; of these commands the last alone opens the test lists. It ran twice: attention was not yet
-among the systems when it ran first. {}."""
+held-out training speakers; of these commands the last alone opens the test lists. It ran three times: attention joined
+the systems before the second; the head, all weights, and seeds that were missing before the third. {}."""
 
 
 def averaged(found: list[Rates]) -> Rates:
