@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from compare_adapters import machine
-from paired import change, percent
-from real_domains import BASE, Lists, Rates, Run, averaged, folder_of, lora, remember, test_lists, train_all
+from paired import averaged, change, percent
+from real_domains import BASE, Lists, Rates, Run, folder_of, lora, remember, test_lists, train_all
 
 from mrl_redimnet.adapters.bank import AdapterBank
 from mrl_redimnet.adapters.hub import adapter_info

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from durations import command_line
-from paired import Drawn, change, eers, mean, percent
+from paired import Drawn, averaged, change, eers, percent
 from timing import machine
 
 import train_hf
@@ -141,11 +141,6 @@ def rates_of(arguments: argparse.Namespace, model) -> Rates:
     trials = read_trials(arguments.packaged / "dev_trials.txt")
     embeddings = embed_trials(model, trials, arguments.packaged / "dev")
     return eers(trials, trials.utterances, embeddings, model.config.matryoshka_dims, arguments.resamples)
-
-
-def averaged(found: list[Rates]) -> Rates:
-    """Means over seeds."""
-    return {dim: mean(rates[dim] for rates in found) for dim in found[0]}
 
 
 def recorded(rates: Rates) -> dict[str, dict]:

@@ -46,6 +46,11 @@ def mean(drawn: Iterable[Drawn]) -> Drawn:
     return Drawn(float(np.mean([d.value for d in drawn])), np.mean([d.values for d in drawn], axis=0))
 
 
+def averaged(found: Sequence[dict]) -> dict:
+    """{key: the mean over `found`, dictionaries of drawn numbers with the same keys}: over seeds, mostly."""
+    return {key: mean(of[key] for of in found) for key in found[0]}
+
+
 def eers(trials: Trials, utterances: Sequence[str], embeddings: np.ndarray, dims: Sequence[int], resamples: int):
     """The EER of embeddings [N, D] of `utterances` at each of `dims`: {dim: Drawn}."""
     found = {}

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import yaml
 from compare_adapters import machine
-from paired import Drawn, change, eers, mean, percent
+from paired import Drawn, averaged, change, eers, percent
 
 import train_hf
 from modeling_mrl_redimnet import MRLReDimNetModel
@@ -398,11 +398,6 @@ EER % on test speakers [95 % interval over speakers], and changes from the packa
 intervals ({} resamples), **bold** where they leave out zero; several seeds: their mean. Settings were chosen by
 held-out training speakers; of these commands the last alone opens the test lists. It ran three times: attention joined
 the systems before the second; the head, all weights, and seeds that were missing before the third. {}."""
-
-
-def averaged(found: list[Rates]) -> Rates:
-    """The means over seeds."""
-    return {key: mean(rates[key] for rates in found) for key in found[0]}
 
 
 def table(runs: Path, domain: str, names: Sequence[str], base: Rates, seeds: dict[Run, list[Rates]]) -> list[str]:

@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import soundfile
 import torch
 import yaml
 from development_speakers import development_speakers, training_folders, with_enough
-from paired import Drawn, change, eers, mean, percent
+from paired import Drawn, averaged, change, eers, percent
 from timing import machine
 
 import train_hf
@@ -309,11 +308,6 @@ def judge(runs: Path, model, resamples: int) -> Rates:
     trials = read_trials(runs / "dev.txt")
     embeddings = embed_trials(model, trials, runs / "dev")
     return eers(trials, trials.utterances, embeddings, model.config.matryoshka_dims, resamples)
-
-
-def averaged(rates: Sequence[Rates]) -> Rates:
-    """Means over seeds."""
-    return {dim: mean(of[dim] for of in rates) for dim in rates[0]}
 
 
 def untrained(runs: Path):

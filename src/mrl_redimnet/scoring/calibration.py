@@ -21,8 +21,8 @@ from mrl_redimnet.fingerprints import same_weights
 
 THRESHOLDS_FILE = "thresholds.json"
 VERSION = 2
-_LISTED = 3  # entries that a message about a missing one names, the nearest first
 READABLE = (1, 2)  # the first had no `steeper`
+_LISTED = 3  # entries that a message about a missing one names, the nearest first
 RIDGE = 1e-6  # keeps the slope finite where the scores separate the trials; far below what moves any other fit
 TAIL_STEP = 1.1  # each stored number of accepted impostors is at most so many times the one before it
 RULE_OF = 30  # errors that tell a rate within 30 % with 90 % confidence (Doddington et al., Speech Communication 2000)
@@ -377,7 +377,8 @@ class Thresholds:
         return entry
 
     def _missing(self, *key: Any) -> ValueError:
-        named = sorted(self.entries, key=lambda entry: sum(a != b for a, b in zip(entry.key, key, strict=True)))
+        wanted = [str(part) for part in key]
+        named = sorted(self.entries, key=lambda entry: sum(str(a) != b for a, b in zip(entry.key, wanted, strict=True)))
         more = f"; and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
         there = "; ".join(map(str, named[:_LISTED])) + more or "none at all"
         return ValueError(
