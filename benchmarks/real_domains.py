@@ -3,12 +3,13 @@
     python benchmarks/real_domains.py train RUNS [--only WORD ...]
     python benchmarks/real_domains.py dev RUNS
     python benchmarks/real_domains.py report RUNS --speech SPEECH SPEECH_MORE --out docs/results/real_domains
+    python benchmarks/real_domains.py draw --out docs/results/real_domains
 
 RUNS is what `real_speech.py` made. Every run trains the packaged model on one thread by `train_hf.py`, all for the same
 number of steps; `train` goes through the plan in its order, leaves out what RUNS/rows has, and writes a row there for
 each run: its settings, its seconds, its EERs on the development trials (of training speakers that no run trains on).
 Settings are chosen by these alone: `dev` shows them. `report` is the only command that opens the test lists: it embeds
-them with every finished run and writes all tables at once.
+them with every finished run and writes all tables at once. `draw` makes the picture again from what it has written.
 
 Crops depend on speakers, seed and step alone, so they are drawn once; where the trunk is frozen, so is what it makes of
 them. Both are kept in RUNS, so that a run with a frozen trunk takes seconds once another had the same crops.
@@ -39,6 +40,7 @@ from mrl_redimnet.adapters.hub import adapter_info
 from mrl_redimnet.audio.io import read_audio
 from mrl_redimnet.encoder import SpeakerEncoder
 from mrl_redimnet.files import replace_text
+from mrl_redimnet.plotting import legend_line, new_figure, save_figure
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.trials import Trials, read_trials
 from mrl_redimnet.training import setup
@@ -141,8 +143,11 @@ def plan() -> list[Run]:
 
 
 def main():
-    """Trains what is missing, or shows what is there."""
+    """Trains what is missing, shows what is there, or draws a report."""
     arguments = parse()
+    if arguments.command == "draw":
+        draw(json.loads(arguments.out.with_suffix(".json").read_text()), arguments.out.with_suffix(".png"))
+        return
     remember(arguments.runs)
     {"train": train, "dev": show_rows, "report": report}[arguments.command](arguments)
 
@@ -150,8 +155,8 @@ def main():
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "dev", "report"))
-    parser.add_argument("runs", type=Path, metavar="RUNS")
+    parser.add_argument("command", choices=("train", "dev", "report", "draw"))
+    parser.add_argument("runs", type=Path, nargs="?", metavar="RUNS")
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name has one of these words in it")
     parser.add_argument("--speech", type=Path, nargs="+", help="folders with test and its trial lists")
     parser.add_argument("--out", type=Path, help="without suffix")
@@ -360,7 +365,7 @@ TITLES = {
 
 
 def report(arguments: argparse.Namespace):
-    """Tests the base and every run of the plan that is done; writes OUT.json and OUT.md."""
+    """Tests the base and every run of the plan that is done; writes OUT.json, OUT.md and OUT.png."""
     lists = test_lists(arguments.runs, arguments.speech, arguments.resamples)
     done, records, text = rows(arguments.runs), [], [HEAD.format(arguments.resamples, machine()), ""]
     tables, minutes = [], 0.0
@@ -377,12 +382,15 @@ def report(arguments: argparse.Namespace):
                 costs.setdefault(alike, []).append(done[run.key]["seconds"])
                 minutes += done[run.key]["seconds"] / 60
         tables += [f"## {TITLES[domain]}", "", *table(arguments.runs, domain, names, base, seeds), ""]
-        records.append(record(domain, "base", 0, base, base))
+        records.append({"domain": domain, "run": "base", "seeds": 0, "results": results(base, base)})
         for run, found in seeds.items():
-            records.append(record(domain, run.key, len(found), averaged(found), base))
+            facts = {"speakers": speakers_of(arguments.runs, run), "signal": run.signal, "system": named(run)}
+            facts |= {"domain": domain, "run": run.key, "seeds": len(found)}
+            records.append({**facts, "results": results(averaged(found), base)})
     text += [f"{len(done)} trainings, {minutes:.0f} minutes of a core.", "", *tables]
     arguments.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text("\n".join(text).rstrip() + "\n")
+    draw(records, arguments.out.with_suffix(".png"))
     print("\n".join(text))
 
 
@@ -397,7 +405,9 @@ python benchmarks/real_domains.py report RUNS --speech SPEECH SPEECH_MORE --out 
 EER % on test speakers [95 % interval over speakers], and changes from the packaged `nano` in points with paired
 intervals ({} resamples), **bold** where they leave out zero; several seeds: their mean. Settings were chosen by
 held-out training speakers; of these commands the last alone opens the test lists. It ran three times: attention joined
-the systems before the second; the head, all weights, and seeds that were missing before the third. {}."""
+the systems before the second; the head, all weights, and seeds that were missing before the third. {}.
+
+![Changes of the EER by speakers, teaching and part that is trained](real_domains.png)"""
 
 
 def table(runs: Path, domain: str, names: Sequence[str], base: Rates, seeds: dict[Run, list[Rates]]) -> list[str]:
@@ -410,7 +420,7 @@ def table(runs: Path, domain: str, names: Sequence[str], base: Rates, seeds: dic
     lines.append("| " + " | ".join(cells) + " |")
     for run, found in seeds.items():
         rates = averaged(found)
-        cells = [speakers_of(runs, run), run.signal, " ".join([run.system, run.variant]).strip(), str(len(found))]
+        cells = [speakers_of(runs, run), run.signal, named(run), str(len(found))]
         cells += [f"{trained_parameters(runs, run):,}", *(percent(rates[names[0], dim]) for dim in DIMS)]
         cells += [change(rates[names[0], dim] - base[names[0], dim]) for dim in DIMS]
         cells += [change(rates[name, DIMS[-1]] - base[name, DIMS[-1]]) for name in names[1:]]
@@ -436,11 +446,46 @@ def trained_parameters(runs: Path, run: Run) -> int:
     return sum(p.numel() for p in getattr(model, model.base_model_prefix, model).parameters() if p.requires_grad)
 
 
-def record(domain: str, name: str, seeds: int, rates: Rates, base: Rates) -> dict:
+def named(run: Run) -> str:
+    """What a run trained, in words."""
+    return f"{run.system} {run.variant}".strip()
+
+
+def results(rates: Rates, base: Rates) -> list[dict]:
     """For JSON."""
-    found = [{"list": key[0], "dim": key[1], "eer": rates[key].record(), "change": (rates[key] - base[key]).record()}
-             for key in rates]  # fmt: skip
-    return {"domain": domain, "run": name, "seeds": seeds, "results": found}
+    return [{"list": key[0], "dim": key[1], "eer": rates[key].record(), "change": (rates[key] - base[key]).record()}
+            for key in rates]  # fmt: skip
+
+
+def draw(records: Sequence[dict], file: Path) -> None:
+    """Changes of the EER at the largest dimension, with their intervals: a panel for each domain, on its own list and,
+    smaller, on clean speech; a line for every way to adapt.
+    """
+    rows_of = {
+        domain: [found for found in records if found["domain"] == domain and found["seeds"]] for domain in TITLES
+    }
+    tall = [len(rows) + 3 for rows in rows_of.values()]
+    figure = new_figure(13, 0.2 * (max(tall[:2]) + max(tall[2:])))
+    panels = figure.subplots(2, 2, height_ratios=[max(tall[:2]), max(tall[2:])], sharex=True).flat
+    colours = dict(zip(SIGNALS, ("tab:blue", "tab:orange"), strict=True))
+    for ax, (domain, found) in zip(panels, rows_of.items(), strict=True):
+        for place, row in enumerate(found):
+            for shift, name, style in ((-0.15, domain, {"marker": "o"}), (0.2, CLEAN, {"marker": ".", "alpha": 0.4})):
+                (of,) = (of["change"] for of in row["results"] if (of["list"], of["dim"]) == (name, DIMS[-1]))
+                value, low, high = (100 * of[key] for key in ("value", "low", "high"))
+                ends = [[max(value - low, 0)], [max(high - value, 0)]]
+                ax.errorbar(value, place + shift, xerr=ends, color=colours[row["signal"]], **style)
+        ax.axvline(0, color="grey", lw=1)
+        ax.set_yticks(range(len(found)), [f"{row['system']}; {row['speakers']}" for row in found], fontsize=8)
+        ax.set_ylim(len(found) - 0.2, -0.8)
+        ax.set_title(f"{TITLES[domain]} (trained; speakers)", fontsize=10)
+        ax.set_xlabel(f"change of the EER at {DIMS[-1]} numbers, points; left is better", fontsize=9)
+        ax.tick_params(labelbottom=True)
+        ax.grid(axis="x", alpha=0.3)
+    entries = [legend_line(color=colour, marker="o", label=f"taught by {name}") for name, colour in colours.items()]
+    entries.append(legend_line(color="grey", marker=".", alpha=0.4, label="the same on clean speech"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=3, fontsize=9)
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":
