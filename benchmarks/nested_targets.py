@@ -2,6 +2,7 @@
 
     python benchmarks/nested_targets.py train PACKAGED RUNS
     python benchmarks/nested_targets.py report PACKAGED RUNS --out docs/results/nested_targets
+    python benchmarks/nested_targets.py draw --out docs/results/nested_targets   # the picture again, from the record
 
 PACKAGED is what `packaged_speech.py` made. The first stage of the packaged model's recipe, shorter and without
 augmentation, is trained for every seed in two ways: each prefix learns where the same prefix of the teacher's embedding
@@ -25,6 +26,7 @@ from timing import machine
 import train_hf
 from mrl_redimnet.evaluation.results import embed_trials
 from mrl_redimnet.files import replace_text
+from mrl_redimnet.plotting import new_figure, save_figure
 from mrl_redimnet.rotation import rotate_on_speech
 from mrl_redimnet.saving import load_model
 from mrl_redimnet.scoring.trials import read_trials
@@ -41,17 +43,17 @@ Rates = dict[int, Drawn]  # by dimension
 
 
 def main():
-    """Trains what is missing, or reports what is there."""
+    """Trains what is missing, reports what is there, or draws a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "report"))
-    parser.add_argument("packaged", type=Path, metavar="PACKAGED")
-    parser.add_argument("runs", type=Path, metavar="RUNS")
+    parser.add_argument("command", choices=("train", "report", "draw"))
+    parser.add_argument("packaged", type=Path, nargs="?", metavar="PACKAGED")
+    parser.add_argument("runs", type=Path, nargs="?", metavar="RUNS")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=MODEL", help="trained with targets for prefixes")
     parser.add_argument("--out", type=Path, help="without suffix")
     parser.add_argument("--resamples", type=int, default=1000)
     arguments = parser.parse_args()
-    {"train": train, "report": report}[arguments.command](arguments)
+    {"train": train, "report": report, "draw": draw}[arguments.command](arguments)
 
 
 def folder_of(runs: Path, way: str, seed: int) -> Path:
@@ -85,7 +87,7 @@ def train(arguments: argparse.Namespace):
 
 
 def report(arguments: argparse.Namespace):
-    """Writes OUT.json and OUT.md."""
+    """Writes OUT.json, OUT.md and OUT.png."""
     seeds = {way: list(judged_seeds(arguments, way)) for way in WAYS}
     rows = [(f"targets for {way}", then, averaged([of[then] for of in seeds[way]])) for way in WAYS for then in THEN]
     first = rows[0][2]
@@ -104,6 +106,7 @@ def report(arguments: argparse.Namespace):
     }
     replace_text(arguments.out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     replace_text(arguments.out.with_suffix(".md"), text + "\n")
+    draw(arguments)
     print(text)
 
 
@@ -116,6 +119,8 @@ HEAD = """# Targets for every prefix, or a rotation at the end
 EER % on the development speakers, means over {} seeds of {} steps each [95 % interval over speakers]; changes in
 points from the first row, or from the model as it is, with paired intervals ({} resamples), **bold** where they leave
 out zero. {}.
+
+![EER over the numbers of the embedding](nested_targets.png)
 
 """
 
@@ -152,6 +157,25 @@ def line(name: str, then: str, rates: Rates, reference: Rates) -> str:
     """A row of the table."""
     changes = ["" if rates is reference else change(rates[dim] - reference[dim]) for dim in SHOWN]
     return "| " + " | ".join([name, then, *(percent(drawn) for drawn in rates.values()), *changes]) + " |"
+
+
+def draw(arguments: argparse.Namespace):
+    """OUT.png from OUT.json: EER over the numbers of the embedding, a line for every row of the table."""
+    rows = json.loads(arguments.out.with_suffix(".json").read_text())["rows"]
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["of"] for row in rows))}
+    for row in rows:
+        dims, rates = [*row["eer"]], [100 * of["value"] for of in row["eer"].values()]
+        style = {AS_IT_IS: "-", ROTATED: "--"}[row["then"]]
+        axes.plot(
+            range(len(dims)), rates, style, marker="o", color=colours[row["of"]], label=f"{row['of']}, {row['then']}"
+        )
+        axes.set_xticks(range(len(dims)), dims)
+    axes.set(xlabel="numbers of the embedding", ylabel="EER % on the development speakers")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ LEFT_OUT = ("run.", "evaluation.")  # settings that change nothing of the model
 
 
 def main():
-    """Parses the command line, prints and writes the table and the picture."""
+    """Parses the command line, prints and writes the record, the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--names", nargs="+", help="[the folders' names]")
     parser.add_argument("--step", type=int, help="compare at this step, for runs that were not ended [the last one]")
-    parser.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.png")
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json, OUT.md and OUT.png")
     arguments = parser.parse_args()
     names = arguments.names or [run.name for run in arguments.runs]
     if len(names) != len(arguments.runs):
         parser.error(f"--names: {len(names)} for {len(arguments.runs)} runs")
     recipes = [settings(run) for run in arguments.runs]
-    curves = [development(run) for run in arguments.runs]
+    curves = [rates_of(run, "development") for run in arguments.runs]
     dims = [*curves[0][max(curves[0])]]
     lines = ["| | " + " | ".join(dims) + " | steps x crops | what differs |", "|---|" + "---|" * (len(dims) + 2)]
     for name, recipe, curve in zip(names, recipes, curves, strict=True):
@@ -43,10 +43,15 @@ def main():
         lines.append(f"| {name} | {cells} | {budget} | {'; '.join(changed)} |")
     text = (
         f"# Recipes side by side\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```\n\nEER % on the development "
-        f"trials after these steps, by dimension; one run each. {machine()}.\n\n" + "\n".join(lines) + "\n"
+        f"trials after these steps, by dimension; one run each. {machine()}.\n\n"
+        + "\n".join(lines)
+        + f"\n\n![EER over steps]({arguments.out.name}.png)\n"
     )
     print(text)
     arguments.out.with_suffix(".md").write_text(text)
+    record = {name: {"recipe": recipe, "development": curve, "training speakers": rates_of(run, "training speakers")}
+              for name, recipe, curve, run in zip(names, recipes, curves, arguments.runs, strict=True)}  # fmt: skip
+    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     figure = new_figure(7, 4)
     axes = figure.subplots()
     for name, curve in zip(names, curves, strict=True):
@@ -70,10 +75,10 @@ def settings(run: Path) -> dict[str, Any]:
     }
 
 
-def development(run: Path) -> dict[int, dict[str, float]]:
-    """{step: {dimension: EER}} of the evaluations on the development trials."""
+def rates_of(run: Path, speakers: str) -> dict[int, dict[str, float]]:
+    """{step: {dimension: EER}} of the evaluations on the trials of these speakers."""
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    return {row["step"]: row["eer"] for row in rows if row["kind"] == "evaluation" and row["set"] == "development"}
+    return {row["step"]: row["eer"] for row in rows if row["kind"] == "evaluation" and row["set"] == speakers}
 
 
 if __name__ == "__main__":
