@@ -83,6 +83,8 @@ def main():
     if arguments.command == "draw":
         draw(json.loads(arguments.out.with_suffix(".json").read_text()), arguments.out.with_suffix(".png"))
         return
+    if arguments.runs is None:
+        parser.error(f"{arguments.command} needs RUNS")
     remember(arguments.runs)
     if arguments.command == "train":
         train_all(arguments.runs, plan())

@@ -53,6 +53,8 @@ def main():
     parser.add_argument("--out", type=Path, help="without suffix")
     parser.add_argument("--resamples", type=int, default=1000)
     arguments = parser.parse_args()
+    if arguments.runs is None and arguments.command != "draw":
+        parser.error(f"{arguments.command} needs PACKAGED and RUNS")
     {"train": train, "report": report, "draw": draw}[arguments.command](arguments)
 
 

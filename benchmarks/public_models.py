@@ -57,6 +57,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="OUT.json, OUT.md and OUT.png")
     parser.add_argument("--again", action="store_true", help="page and picture of OUT.json, nothing measured")
     arguments = parser.parse_args()
+    if not (arguments.again or arguments.speech):
+        parser.error("--speech is missing: which trial lists?")
     record_file = arguments.out.with_suffix(".json")
     if not arguments.again:
         record_file.write_text(json.dumps(measure(arguments), indent=1) + "\n")

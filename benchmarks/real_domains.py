@@ -161,7 +161,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speech", type=Path, nargs="+", help="folders with test and its trial lists")
     parser.add_argument("--out", type=Path, help="without suffix")
     parser.add_argument("--resamples", type=int, default=1000)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.runs is None and arguments.command != "draw":
+        parser.error(f"{arguments.command} needs RUNS")
+    return arguments
 
 
 def train(arguments: argparse.Namespace):
